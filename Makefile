@@ -1,0 +1,40 @@
+# The two commands of the README are `make demo` and `make test`; neither needs the other.
+PYTHON ?= python3
+BIN := .venv/bin
+export WANDB_MODE ?= offline
+
+.PHONY: help demo test lint check docs benchmark clean
+help:  ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+# A stamp per set of packages, so that a second run installs nothing.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+.venv/.run: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+.venv/.dev: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	@touch $@ .venv/.run
+
+demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop) and draw some.
+	$(BIN)/lit-diffusion fit --config configs/digits.yaml
+
+test: .venv/.dev  ## Run every test that is not marked slow.
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## Check style, imports and the types of the mathematics.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.dev  ## Build the documentation, gallery included; any warning is an error.
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+check: lint docs test  ## All that a change must pass.
+
+benchmark: .venv/.dev  ## Measure the overhead over a bare loop.
+	$(BIN)/python benchmarks/overhead.py
+
+clean:  ## Remove what the commands above made (not runs/).
+	rm -rf .venv docs/_build docs/gallery_built docs/api/generated .pytest_cache .ruff_cache .mypy_cache

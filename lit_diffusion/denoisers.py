@@ -1,0 +1,212 @@
+"""Denoisers: the waist of the house.
+
+A denoiser answers one question: given z at λ, what were the data x̂ and the noise ε̂? The loss
+stands on it on one side, samplers and likelihood on the other; networks are guests behind it.
+Whatever changes an answer (preconditioning, guidance) is a denoiser around a denoiser, so that
+no sampler needs to know of it.
+
+Letters: z noisy data (B, *), logsnr = λ (B,), label (B,) with −1 for "no label".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.gaussian import alpha_sigma, expand
+from lit_diffusion.predictions import Denoised, Prediction, VPrediction
+
+__all__ = ["ClippedDenoiser", "Denoiser", "GaussianDenoiser", "GuidedDenoiser"]
+
+
+class Denoiser(nn.Module):
+    """A network and what it predicts: (z, λ) → (x̂, ε̂).
+
+    Args:
+        network: Called as network(z, logsnr, **cond), λ in float32; returns z's shape.
+        prediction: What it outputs; None means `VPrediction()`.
+
+    Example:
+        >>> class Network(torch.nn.Module):
+        ...     def forward(self, z, logsnr):
+        ...         return torch.zeros_like(z)
+        >>> denoiser = Denoiser(Network(), EpsPrediction())
+        >>> denoiser(torch.ones(1, 2), torch.zeros(1)).x
+        tensor([[1.4142, 1.4142]])
+    """
+
+    def __init__(self, network: nn.Module, prediction: Prediction | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.prediction = VPrediction() if prediction is None else prediction
+
+    def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
+        """Estimate data and noise.
+
+        Args:
+            z: Noisy data.
+            logsnr: λ of each example.
+            **cond: Handed to the network (label=…).
+
+        Shapes:
+            z (B, *); logsnr (B,); x̂ and ε̂ (B, *), float32 or better even under autocast.
+        """
+        scaled = expand(self.prediction.input_scale(logsnr), z) * z
+        out = self.network(scaled, logsnr.to(scaled.dtype), **cond)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return self.prediction.decode(out, z, logsnr)
+
+
+class GuidedDenoiser(nn.Module):
+    """Classifier-free guidance: ε̂ = ε̂_u + scale·(ε̂_c − ε̂_u).
+
+    Pushes samples towards what the condition makes likely, at the price of variety. Scale 1 is
+    the plain conditional denoiser, 0 the unconditional one. An interval leaves the noisiest and
+    the cleanest levels alone, where guidance costs variety and helps nothing.
+
+    Args:
+        denoiser: Trained with its condition dropped at times; called with and without it.
+        scale: Strength of guidance, 1 for none.
+        interval: Guide only where interval[0] ≤ λ ≤ interval[1]; None means everywhere.
+
+    References:
+        Ho & Salimans (2022), Classifier-Free Diffusion Guidance, arXiv:2207.12598, Eq. 6;
+        Kynkäänniemi et al. (2024), Applying Guidance in a Limited Interval, arXiv:2404.07724.
+
+    Example:
+        >>> plain = GaussianDenoiser(std=0.5)
+        >>> z, logsnr = torch.ones(1, 2), torch.zeros(1)
+        >>> torch.equal(GuidedDenoiser(plain, scale=1.0)(z, logsnr).eps, plain(z, logsnr).eps)
+        True
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scale: float = 1.0,
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if interval is not None and not interval[0] < interval[1]:
+            raise ValueError(
+                f"The guidance interval must be (low, high) in λ with low < high, got {interval}."
+            )
+        self.denoiser = denoiser
+        self.scale = scale
+        self.interval = interval
+
+    def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
+        """Estimate data and noise, guided by `cond`.
+
+        Args:
+            z: Noisy data.
+            logsnr: λ of each example.
+            **cond: The condition; the unconditional call goes without it.
+
+        Shapes:
+            z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
+        """
+        conditional = self.denoiser(z, logsnr, **cond)
+        if self.scale == 1 or not cond:
+            return conditional
+        unconditional = self.denoiser(z, logsnr)
+        scale = torch.full_like(logsnr, self.scale)
+        if self.interval is not None:
+            low, high = self.interval
+            scale = torch.where((logsnr >= low) & (logsnr <= high), scale, torch.ones_like(scale))
+        weight = expand(scale, z)
+        return Denoised(
+            *(u + weight * (c - u) for u, c in zip(unconditional, conditional, strict=True))
+        )
+
+
+class ClippedDenoiser(nn.Module):
+    """Another denoiser whose x̂ is kept within the range of the data: |x̂| ≤ limit.
+
+    At high noise an ε-network's x̂ = (z − σ ε̂)/α can leave the range by far, and a sampler would
+    follow it. ε̂ is made to agree: ε̂ = (z − α x̂)/σ.
+
+    Args:
+        denoiser: The denoiser to clip.
+        limit: Largest |x̂|, above 0; 1 for images.
+
+    References:
+        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239 (their
+        published sampler does so).
+
+    Example:
+        >>> clipped = ClippedDenoiser(GaussianDenoiser(std=10.0))
+        >>> clipped(torch.full((1, 1), 5.0), torch.tensor([4.0])).x
+        tensor([[1.]])
+    """
+
+    def __init__(self, denoiser: nn.Module, limit: float = 1.0) -> None:
+        super().__init__()
+        if not limit > 0:
+            raise ValueError(f"The limit on |x̂| must be above 0, got {limit}.")
+        self.denoiser = denoiser
+        self.limit = limit
+
+    def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
+        """Estimate data and noise.
+
+        Args:
+            z: Noisy data.
+            logsnr: λ of each example.
+            **cond: Handed on.
+
+        Shapes:
+            z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
+        """
+        x, eps = self.denoiser(z, logsnr, **cond)
+        alpha, sigma = alpha_sigma(logsnr)
+        clipped = x.clamp(-self.limit, self.limit)
+        # Where nothing was clipped ε̂ stays as it came: (z − αx̂)/σ loses digits at high λ.
+        agreeing = (z - expand(alpha, z) * clipped) / expand(sigma, z)
+        return Denoised(clipped, torch.where(clipped == x, eps, agreeing))
+
+
+class GaussianDenoiser(nn.Module):
+    """The exact denoiser of data x ~ N(mean, std²): what a perfect network would answer.
+
+    With v = α² std² + σ² the variance of z: ε̂ = σ (z − α mean)/v and
+    x̂ = mean + α std² (z − α mean)/v. Everything about it is known in closed form, so the laws
+    of losses and samplers are tested on it.
+
+    Args:
+        std: Standard deviation of the data, above 0.
+        mean: Mean of the data.
+
+    Example:
+        >>> denoised = GaussianDenoiser(std=1.0)(torch.ones(1, 2), torch.zeros(1))
+        >>> denoised.x, denoised.eps
+        (tensor([[0.7071, 0.7071]]), tensor([[0.7071, 0.7071]]))
+    """
+
+    def __init__(self, std: float = 0.5, mean: float = 0.0) -> None:
+        super().__init__()
+        if not std > 0:
+            raise ValueError(f"GaussianDenoiser: std must be above 0, got {std}.")
+        self.std = std
+        self.mean = mean
+
+    def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
+        """Estimate data and noise.
+
+        Args:
+            z: Noisy data.
+            logsnr: λ of each example.
+            **cond: Ignored: Gaussian data have no classes.
+
+        Shapes:
+            z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
+        """
+        alpha, sigma = alpha_sigma(logsnr)
+        variance = (alpha * self.std) ** 2 + sigma**2
+        centred = z - expand(alpha * self.mean, z)
+        return Denoised(
+            x=self.mean + expand(alpha * self.std**2 / variance, z) * centred,
+            eps=expand(sigma / variance, z) * centred,
+        )

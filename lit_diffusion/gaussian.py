@@ -1,0 +1,173 @@
+"""The process: how data become noise.
+
+Letters: x data, z noisy data, eps = ε standard normal noise, logsnr = λ. B is the batch, * the
+shape of one example; data are (B, *), λ is (B,).
+
+One frame serves the whole house, the variance-preserving one::
+
+    z = α(λ) x + σ(λ) ε      α² = sigmoid(λ)      σ² = sigmoid(−λ)      λ = log α²/σ²
+
+λ, the log signal-to-noise ratio, is the only clock: high λ is clean data, low λ is noise. Every
+other Gaussian process in the literature is this one with z rescaled:
+
+    variance exploding, EDM    z / α                = x + e^(−λ/2) ε
+    flow matching              z / (α + σ)          = (1 − t) x + t ε    with λ = 2 log((1 − t)/t)
+
+A rescaling known to both sides changes neither what a denoiser can know nor any loss on ε, so
+there is no second process class.
+
+For a cleaner level s and a noisier level t (λ_s > λ_t), with c = 1 − e^(λ_t − λ_s), Bayes' rule
+gives the posterior that ancestral sampling walks along::
+
+    q(z_s | z_t, x) = N( α_s ( (1 − c) z_t / α_t + c x ),  σ_s² c )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Generators", "alpha_sigma", "diffuse", "expand", "noise_like", "posterior"]
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""No generator (the global one), one for the batch, or one for each example of it."""
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Give a coefficient per example the trailing axes of the data: (B,) → (B, 1, …, 1).
+
+    This is the only place where broadcasting happens, so it cannot go wrong in another. The dtype
+    becomes the data's, but never less than float32: bfloat16 keeps only 190 of 1000 noise levels.
+
+    Args:
+        coefficient: One number per example, or one for all.
+        like: The data it will multiply.
+
+    Shapes:
+        coefficient (B,) or (); like (B, *); result (B, 1, …, 1), as many axes as `like`.
+
+    Raises:
+        ValueError: If there is not one coefficient per example.
+
+    Example:
+        >>> expand(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4, 5)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+    if coefficient.ndim > 1 or (coefficient.ndim == 1 and len(coefficient) != len(like)):
+        raise ValueError(
+            f"Expected one coefficient per example, shape ({len(like)},), for data of shape "
+            f"{tuple(like.shape)}; got shape {tuple(coefficient.shape)}."
+        )
+    coefficient = coefficient.to(torch.promote_types(like.dtype, torch.float32))
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale of the data and of the noise at λ: α = √sigmoid(λ), σ = √sigmoid(−λ).
+
+    Args:
+        logsnr: λ, any real number.
+
+    Shapes:
+        logsnr (B,); both results (B,), float32 or better.
+
+    Example:
+        >>> alpha, sigma = alpha_sigma(torch.tensor([-2.0, 0.0, 2.0]))
+        >>> alpha
+        tensor([0.3453, 0.7071, 0.9385])
+        >>> alpha**2 + sigma**2
+        tensor([1.0000, 1.0000, 1.0000])
+    """
+    logsnr = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return torch.exp(0.5 * log_sigmoid(logsnr)), torch.exp(0.5 * log_sigmoid(-logsnr))
+
+
+def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    """Noisy data at λ: z = α(λ) x + σ(λ) ε.
+
+    Args:
+        x: Data.
+        eps: Standard normal noise.
+        logsnr: λ of each example.
+
+    Shapes:
+        x and eps (B, *); logsnr (B,); result (B, *).
+
+    Example:
+        >>> diffuse(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([20.0, -20.0]))
+        tensor([[1.0000e+00],
+                [4.5400e-05]])
+    """
+    alpha, sigma = alpha_sigma(logsnr)
+    return expand(alpha, x) * x + expand(sigma, x) * eps
+
+
+def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(z_s | z_t, x), one step back towards the data.
+
+    mean = α_s((1 − c) z/α_t + c x), std = σ_s √c, c = 1 − e^(λ_t − λ_s). With the levels of
+    DDPM's table these are its μ̃ and β̃.
+
+    Args:
+        z: Noisy data at the noisier level t.
+        x: Clean data, or an estimate of it.
+        logsnr: λ_t.
+        logsnr_next: λ_s ≥ λ_t.
+
+    Shapes:
+        z and x (B, *); logsnr and logsnr_next (B,); mean (B, *); std (B, 1, …, 1).
+
+    References:
+        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 6-7;
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 25-26.
+
+    Example:
+        >>> levels = torch.tensor([0.0]), torch.tensor([2.0])
+        >>> mean, std = posterior(torch.ones(1, 1), torch.zeros(1, 1), *levels)
+        >>> mean, std
+        (tensor([[0.1796]]), tensor([[0.3210]]))
+    """
+    alpha, _ = alpha_sigma(logsnr)
+    alpha_next, sigma_next = alpha_sigma(logsnr_next)
+    c = -torch.expm1(logsnr - logsnr_next)
+    mean = expand(alpha_next * (1 - c) / alpha, z) * z + expand(alpha_next * c, z) * x
+    return mean, expand(sigma_next * c.sqrt(), z)
+
+
+def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise of the shape of z.
+
+    With one generator per example each example's noise depends on its own seed only, so a batch
+    cut differently, or spread over more devices, draws the same images.
+
+    Args:
+        z: Gives shape, dtype and device.
+        generator: None, one generator, or a sequence of B; any device.
+
+    Shapes:
+        z (B, *); result (B, *).
+
+    Raises:
+        ValueError: If a sequence has not B generators.
+
+    Example:
+        >>> generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        >>> a = noise_like(torch.zeros(3, 2), generators)
+        >>> b = noise_like(torch.zeros(1, 2), [torch.Generator().manual_seed(2)])
+        >>> torch.equal(a[2:], b)
+        True
+    """
+    if generator is None:
+        return torch.randn_like(z)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(
+            z.shape, generator=generator, dtype=z.dtype, device=generator.device
+        ).to(z.device)
+    if len(generator) != len(z):
+        raise ValueError(
+            f"Expected one generator for each of {len(z)} examples, got {len(generator)}."
+        )
+    return torch.cat([noise_like(row, g) for row, g in zip(z.split(1), generator, strict=True)])

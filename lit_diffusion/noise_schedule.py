@@ -1,0 +1,301 @@
+"""What a noise schedule is: a density over the noise level.
+
+Letters: logsnr = λ; t ∈ [0, 1] runs from clean data (t = 0) to noise (t = 1).
+
+Every diffusion objective is ½∫ w(λ) E‖ε̂ − ε‖² dλ. A noise schedule decides only where that
+integral is sampled: it is a probability density p(λ) on [logsnr_min, logsnr_max]. The same thing
+said three ways::
+
+    λ = logsnr(t)     decreasing; the quantile function: draw t uniformly, and λ has density p
+    t = time(λ)       its inverse; the survival function of p
+    p(λ) = |dt/dλ|    so that t-integrals and λ-integrals agree
+
+Training draws from it; a sampler walks along it. The family is in `schedules`.
+
+A textbook formula often reaches λ = ±∞. It is truncated by running t over the part that falls
+into the range, never by clipping λ, which would pile probability up at both ends::
+
+    logsnr(t) = f(t₀ + (t₁ − t₀) t)      t₀ = f⁻¹(logsnr_max),  t₁ = f⁻¹(logsnr_min)
+
+λ is B numbers, so all of this is done in float64. Near t = 1 even float64 cannot hold 1 − t, so
+quantiles there are computed from the other tail, s = 1 − t.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.registry import plain_arguments
+
+__all__ = ["NoiseSchedule", "lattice"]
+
+
+def lattice(n: int, offset: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+    """Times on a lattice with one random offset: t_i = (offset + (first + i)/total) mod 1.
+
+    Each time alone is uniform, together they cover [0, 1] evenly, which removes most of the
+    noise that the draw of λ adds to a batch's loss. `first` and `total` place this batch in a
+    larger one, so that ranks and accumulated micro-batches share one lattice.
+
+    Args:
+        n: How many times.
+        offset: One number in [0, 1).
+        first: Index of this batch's first example in the whole.
+        total: Size of the whole; None means n.
+
+    Shapes:
+        offset (); result (n,), float64, on the offset's device.
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix I.1.
+
+    Example:
+        >>> lattice(4, torch.tensor(0.9))
+        tensor([0.9000, 0.1500, 0.4000, 0.6500], dtype=torch.float64)
+    """
+    index = torch.arange(first, first + n, device=offset.device, dtype=torch.float64)
+    return (offset + index / (n if total is None else total)) % 1.0
+
+
+class NoiseSchedule(nn.Module, ABC):
+    """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
+
+    A leaf gives `_logsnr`, the untruncated textbook formula, and, if there is a closed form, its
+    inverse `_time`. If its density is symmetric it names the `centre`, and the noisy tail becomes
+    as accurate as the clean one. Truncation, density, draws and grids follow.
+
+    Args:
+        logsnr_min: Smallest λ (most noise); None means the formula's own end, else −20.
+        logsnr_max: Largest λ (least noise); None means the formula's own end, else 20.
+        support: The range of λ that the formula itself covers, from the leaf.
+
+    Raises:
+        ValueError: If the range is empty, infinite, or wider than the formula's own.
+
+    Example:
+        >>> class TriangleSchedule(NoiseSchedule):
+        ...     def __init__(self, logsnr_min=None, logsnr_max=None):
+        ...         super().__init__(logsnr_min, logsnr_max, support=(0.0, 1.0))
+        ...
+        ...     def _logsnr(self, t):
+        ...         return 1 - t.sqrt()
+        >>> TriangleSchedule().log_prob(torch.tensor([0.25])).exp()
+        tensor([1.5000], dtype=torch.float64)
+    """
+
+    centre: float | None = None
+    """Where a symmetric density is symmetric about; None for the others."""
+
+    def __init__(
+        self,
+        logsnr_min: float | None = None,
+        logsnr_max: float | None = None,
+        support: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
+        super().__init__()
+        low, high = support
+        if logsnr_min is None:
+            logsnr_min = low if math.isfinite(low) else -20.0
+        if logsnr_max is None:
+            logsnr_max = high if math.isfinite(high) else 20.0
+        name = type(self).__name__
+        if not (math.isfinite(logsnr_min) and math.isfinite(logsnr_max)):
+            raise ValueError(
+                f"{name}: logsnr_min and logsnr_max must be finite, "
+                f"got {logsnr_min} and {logsnr_max}."
+            )
+        if not logsnr_min < logsnr_max:
+            raise ValueError(
+                f"{name}: logsnr_min must be below logsnr_max, got {logsnr_min} and {logsnr_max}."
+            )
+        slack = 1e-9  # a range read back from a printed one is still the same range
+        if logsnr_min < low - slack or logsnr_max > high + slack:
+            raise ValueError(
+                f"{name}: its formula covers λ in [{low:.6g}, {high:.6g}] only, got "
+                f"logsnr_min={logsnr_min} and logsnr_max={logsnr_max}; stay inside or choose "
+                "another schedule."
+            )
+        self.support = support
+        self.logsnr_min = max(float(logsnr_min), low)
+        self.logsnr_max = min(float(logsnr_max), high)
+
+    # What a leaf gives ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _logsnr(self, t: Tensor) -> Tensor:
+        """The textbook formula f(t), decreasing, on (0, 1), before truncation."""
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        """Its inverse; by bisection in logit t, so that t near 0 keeps its digits."""
+        low = torch.full_like(logsnr, -700.0)
+        high = -low
+        for _ in range(64):
+            middle = (low + high) / 2
+            too_clean = self._logsnr(torch.sigmoid(middle)) > logsnr
+            low, high = torch.where(too_clean, middle, low), torch.where(too_clean, high, middle)
+        return torch.sigmoid((low + high) / 2)
+
+    def _tail_logsnr(self, s: Tensor) -> Tensor:
+        """f(1 − s), accurate for small s."""
+        if self.centre is None:
+            return self._logsnr(1 - s)
+        return 2 * self.centre - self._logsnr(s)
+
+    def _tail_time(self, logsnr: Tensor) -> Tensor:
+        """1 − f⁻¹(λ), accurate where it is small."""
+        if self.centre is None:
+            return 1 - self._time(logsnr)
+        return self._time(2 * self.centre - logsnr)
+
+    # What follows --------------------------------------------------------------------------
+
+    @cached_property
+    def _window(self) -> tuple[float, float]:
+        """The probability the formula puts beyond logsnr_max, and below logsnr_min."""
+        if (self.logsnr_min, self.logsnr_max) == self.support:
+            return 0.0, 0.0
+        ends = torch.tensor([self.logsnr_max, self.logsnr_min], dtype=torch.float64)
+        return float(self._time(ends)[0]), float(self._tail_time(ends)[1])
+
+    def _quantile(self, t: Tensor, s: Tensor) -> Tensor:
+        """F at t = 1 − s from the nearer tail (the other branch is fed a harmless ½)."""
+        clean = t <= 0.5
+        half = torch.full_like(t, 0.5)
+        return torch.where(
+            clean,
+            self._logsnr(torch.where(clean, t, half)),
+            self._tail_logsnr(torch.where(clean, half, s)),
+        )
+
+    def _truncated(self, t: Tensor) -> Tensor:
+        above, below = self._window
+        inside = 1 - above - below
+        return self._quantile(above + inside * t, below + inside * (1 - t))
+
+    def _pinned(self, logsnr: Tensor, t: Tensor) -> Tensor:
+        """λ(0) = logsnr_max and λ(1) = logsnr_min exactly, whatever the rounding."""
+        logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+        logsnr = torch.where(t <= 0, torch.full_like(logsnr, self.logsnr_max), logsnr)
+        return torch.where(t >= 1, torch.full_like(logsnr, self.logsnr_min), logsnr)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """λ and log p(λ) at time t: what training draws.
+
+        Both come from t, without an inversion. They carry gradients to the schedule's own
+        parameters if it has any that learn, and are detached otherwise.
+
+        Args:
+            t: Time in [0, 1].
+
+        Shapes:
+            t (B,); both results (B,), float64.
+        """
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        # Validation runs in inference mode, where nothing can be differentiated: step out of it.
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().to(torch.float64).clone().requires_grad_()
+            logsnr = self._truncated(t)
+            (slope,) = torch.autograd.grad(logsnr.sum(), t, create_graph=learns)
+            log_prob = -torch.log(-slope)
+            logsnr = self._pinned(logsnr, t)
+        return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        """λ at time t: the quantile function, decreasing from logsnr_max to logsnr_min.
+
+        Args:
+            t: Time in [0, 1].
+
+        Shapes:
+            t (B,); result (B,), float64.
+        """
+        t = t.to(torch.float64)
+        return self._pinned(self._truncated(t), t)
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        """T at which the schedule passes λ: the survival function of p.
+
+        Args:
+            logsnr: λ; beyond the range it gives 0 or 1.
+
+        Shapes:
+            logsnr (B,); result (B,), float64.
+        """
+        logsnr = logsnr.to(torch.float64)
+        above, below = self._window
+        inside = 1 - above - below
+        inner = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+        t = (self._time(inner) - above) / inside
+        s = (self._tail_time(inner) - below) / inside
+        t = torch.where(t <= 0.5, t, 1 - s).clamp(0, 1)
+        t = torch.where(logsnr >= self.logsnr_max, torch.zeros_like(t), t)
+        return torch.where(logsnr <= self.logsnr_min, torch.ones_like(t), t)
+
+    def log_prob(self, logsnr: Tensor) -> Tensor:
+        """Log p(λ) = log|dt/dλ|, for reports and tests; −∞ outside the range.
+
+        Args:
+            logsnr: λ.
+
+        Shapes:
+            logsnr (B,); result (B,), float64, detached.
+        """
+        logsnr = logsnr.detach().to(torch.float64)
+        above, below = self._window
+        inner = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+        with torch.inference_mode(False), torch.enable_grad():
+            inner = inner.clone()
+            t, s = self._time(inner).detach(), self._tail_time(inner).detach()
+            # One variable for both tails: moving t by dt moves s by −dt.
+            move = torch.zeros_like(t).requires_grad_()
+            (slope,) = torch.autograd.grad(self._quantile(t + move, s - move).sum(), move)
+        log_prob = -torch.log(-slope) - math.log1p(-above - below)
+        outside = (logsnr < self.logsnr_min) | (logsnr > self.logsnr_max)
+        return torch.where(outside, torch.full_like(log_prob, -math.inf), log_prob.detach())
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n noise levels, stratified over the density.
+
+        Args:
+            n: How many.
+            generator: Source of the one random number that is needed; None is the global one.
+
+        Shapes:
+            result (n,), float64.
+
+        Example:
+            >>> LinearSchedule(0.0, 4.0).sample(4, torch.Generator().manual_seed(0))
+            tensor([0.1198, 3.1198, 2.1198, 1.1198], dtype=torch.float64)
+        """
+        device = generator.device if generator else None
+        offset = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+        return self.logsnr(lattice(n, offset))
+
+    def grid(self, steps: int) -> Tensor:
+        """Levels to walk along, from noise to data, at equal steps of t.
+
+        Args:
+            steps: Number of intervals, at least 1.
+
+        Shapes:
+            result (steps + 1,), float64, increasing.
+
+        Raises:
+            ValueError: If steps is below 1.
+
+        Example:
+            >>> LinearSchedule(0.0, 4.0).grid(2)
+            tensor([0., 2., 4.], dtype=torch.float64)
+        """
+        if steps < 1:
+            raise ValueError(f"A grid needs at least 1 step, got {steps}.")
+        return self.logsnr(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+
+    def extra_repr(self) -> str:
+        """The arguments, as they would be written."""
+        return plain_arguments(self)

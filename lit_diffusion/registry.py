@@ -1,0 +1,169 @@
+"""Plug-ins: subclassing is registering.
+
+A family is the set of concrete public classes below a base that have been imported. `Registry`
+is a read-only view on it, name → class; there is no decorator and no table to keep. A package
+that is installed joins a family through the entry-point group `lit_diffusion.plugins`, whose
+entries name modules (or classes) to import.
+
+The house asks one thing of a plug-in besides its formula: every argument of `__init__` is kept
+as an attribute of its own name. From that `repr`, checkpoints and reports are derived.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Registry", "arguments", "load_plugins", "plain_arguments"]
+
+GROUP = "lit_diffusion.plugins"
+T = TypeVar("T")
+
+
+@functools.cache
+def load_plugins() -> tuple[str, ...]:
+    """Import what installed packages offer; return the names of the modules that came in.
+
+    A package that fails to import is named in a warning and left out: it never stops the program.
+
+    Example:
+        >>> isinstance(load_plugins(), tuple)
+        True
+    """
+    loaded = []
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except (Exception, SystemExit) as error:
+            package = entry.dist.name if entry.dist else entry.value
+            warnings.warn(
+                f"Plug-in {entry.name!r} ({entry.value}) of package {package!r} could not be "
+                f"loaded and is left out: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+        else:
+            loaded.append(entry.module)
+    return tuple(loaded)
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    children: list[type] = base.__subclasses__()
+    for cls in children:
+        yield cls
+        yield from _subclasses(cls)
+
+
+class Registry(Mapping[str, type[T]], Generic[T]):
+    """The plug-ins of one family by name: a read-only mapping name → class.
+
+    Listed are the imported subclasses that are concrete, public and defined at the top of a
+    module, those of installed plug-in packages included.
+
+    Args:
+        base: The base class of the family.
+
+    Raises:
+        KeyError: For an unknown name, with the nearest known ones; or for a name that two
+            classes share, with both paths.
+
+    Example:
+        >>> WEIGHTINGS["SigmoidWeighting"](bias=2.0)
+        SigmoidWeighting(bias=2.0)
+        >>> WEIGHTINGS["SigmoidWeigting"]
+        Traceback (most recent call last):
+        KeyError: "Unknown Weighting 'SigmoidWeigting'. Did you mean 'SigmoidWeighting'...
+    """
+
+    def __init__(self, base: type[T]) -> None:
+        self.base = base
+
+    def classes(self) -> list[type[T]]:
+        """Return every class of the family, in the order of their names.
+
+        Example:
+            >>> SAMPLERS.classes()[0].__name__
+            'AncestralSampler'
+        """
+        load_plugins()
+        found = {
+            cls
+            for cls in _subclasses(self.base)
+            if not inspect.isabstract(cls)
+            and not cls.__name__.startswith("_")
+            and "<locals>" not in cls.__qualname__
+        }
+        return sorted(found, key=lambda cls: (cls.__name__, cls.__module__))
+
+    def __getitem__(self, name: str) -> type[T]:
+        classes = self.classes()
+        found = [cls for cls in classes if cls.__name__ == name]
+        if len(found) == 1:
+            return found[0]
+        family = self.base.__name__
+        if found:
+            paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+            raise KeyError(f"{family} {name!r} is the name of several classes: {paths}.")
+        known = sorted({cls.__name__ for cls in classes})
+        near = difflib.get_close_matches(name, known, n=3) or known
+        hint = " or ".join(map(repr, near)) if len(near) <= 3 else ", ".join(near)
+        raise KeyError(f"Unknown {family} {name!r}. Did you mean {hint}?")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(cls.__name__ for cls in self.classes()))
+
+    def __len__(self) -> int:
+        return len({cls.__name__ for cls in self.classes()})
+
+    def __repr__(self) -> str:
+        return f"Registry({self.base.__name__}: {', '.join(self)})"
+
+
+def arguments(instance: object) -> dict[str, Any]:
+    """The arguments an object was made with, read from the attributes of the same names.
+
+    Args:
+        instance: An object that keeps each argument of `__init__` under the argument's name.
+
+    Raises:
+        TypeError: If an argument was not kept, or cannot be (`*args`, `**kwargs`).
+
+    Example:
+        >>> arguments(SCHEDULES["NormalSchedule"](mean=1.0))
+        {'mean': 1.0, 'std': 2.4, 'logsnr_min': -20.0, 'logsnr_max': 20.0}
+    """
+    found = {}
+    for name, parameter in inspect.signature(type(instance)).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(
+                f"{type(instance).__name__}.__init__ takes *{name}; a plug-in names its arguments."
+            )
+        if not hasattr(instance, name):
+            raise TypeError(
+                f"{type(instance).__name__} does not keep its argument {name!r}: "
+                f"set self.{name} in __init__."
+            )
+        found[name] = getattr(instance, name)
+    return found
+
+
+def plain_arguments(instance: object) -> str:
+    """The arguments as they would be written, but for those that are modules, for `repr`.
+
+    Args:
+        instance: An object that keeps its arguments.
+
+    Example:
+        >>> plain_arguments(WEIGHTINGS["ShiftedWeighting"](shift=-2.0))
+        'shift=-2.0'
+    """
+    try:
+        found = arguments(instance)
+    except TypeError:
+        return ""
+    modules = [name for name, value in found.items() if hasattr(value, "named_parameters")]
+    return ", ".join(f"{name}={found[name]!r}" for name in found if name not in modules)
