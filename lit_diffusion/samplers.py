@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -114,7 +115,7 @@ class Sampler(ABC):
 
         levels = [level.to(z.device).expand(len(z)) for level in self.levels()]
         memory = None
-        for logsnr, logsnr_next in progress(list(zip(levels[:-1], levels[1:], strict=True))):
+        for logsnr, logsnr_next in progress(list(pairwise(levels))):
             z, memory = self.step(ask, z, logsnr, logsnr_next, memory, generator)
         return ask(z, levels[-1]).x
 

@@ -1,0 +1,64 @@
+"""The command `lit-diffusion`, also `python -m lit_diffusion`.
+
+This file imports nothing heavy: `--version` and `--help` answer at once, `plugins` costs torch,
+and only a command that trains or samples waits for Lightning.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+HELP = """usage: lit-diffusion COMMAND [arguments]
+
+Train diffusion models, and know what the objective does.
+
+commands:
+  fit        train             lit-diffusion fit --config configs/digits.yaml
+  validate   validation loss   lit-diffusion validate --ckpt_path X --config C
+  test       test loss         lit-diffusion test --ckpt_path X --config C
+  predict    an image of the class of each validation example
+  sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
+  plugins    list every schedule, weighting, prediction and sampler there is
+
+  lit-diffusion COMMAND --help              all arguments of a command
+  lit-diffusion fit --model.weighting.help SigmoidWeighting    the arguments of a plug-in
+  --version                                 the version
+"""
+
+
+def main() -> None:
+    """Run the command line."""
+    # A console script does not have the working directory on its path, and `python -m` does: with
+    # it a local my_plugins.py is found either way.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command == "--version":
+        from lit_diffusion import __version__
+
+        print(f"lit_diffusion {__version__}")
+    elif command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "plugins":
+        _print_plugins()
+    else:
+        from lit_diffusion.training.cli import main as run
+
+        run()
+
+
+def _print_plugins() -> None:
+    from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
+
+    for family in (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS):
+        print(f"{family.base.__name__}")
+        for cls in family.classes():
+            package = cls.__module__.partition(".")[0]
+            summary = (cls.__doc__ or "").strip().partition("\n")[0]
+            print(f"  {cls.__name__:22} {package:14} {summary}")
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Networks: (z, λ, label) → an image of the shape of z. They import torch only.
+
+To the rest of the house, any module with ``forward(z, logsnr, label=None)`` is a network; the ones
+here know nothing of diffusion and are guests like yours.
+"""
+
+from lit_diffusion.nn.unet import UNet
+
+__all__ = ["UNet"]

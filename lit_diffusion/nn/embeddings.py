@@ -1,0 +1,176 @@
+"""How numbers and names are put so that a network can use them.
+
+A log-SNR is a number on a line, where neighbours should act alike: it is spread over waves of
+many lengths, smooth in λ. A label is a name without neighbours: it looks up a row of a table.
+Both become vectors of one width, which are added and steer every block. A noisy pixel, at last,
+is a number whose last digits matter when there is little noise: it, too, is shown together with
+fine waves of itself.
+
+Legend: B batch, F features; λ = ``logsnr`` (B,), ``label`` (B,) with −1 for "no label", z noisy
+images (B, C, H, W).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LogSNREmbedding(nn.Module):
+    """Waves of λ through two linear layers: MLP([cos(ω_k λ), sin(ω_k λ)]).
+
+    The wavelengths 2π/ω_k run geometrically from ``longest`` (it tells pure noise from clean
+    data) down to ``shortest`` (it tells 0 from 0.1). All is computed in float32, under autocast
+    too: what a network must do is a steep function of λ, for which bfloat16 has less than three
+    digits.
+
+    Args:
+        features: Width F of the result, at least 1.
+        waves: Number of wavelengths, at least 2.
+        longest: Longest wavelength, in units of λ. The default is twice the usual range [−20, 20].
+        shortest: Shortest wavelength, in units of λ.
+
+    Shapes:
+        logsnr (B,) of any floating type → (B, F) in the type of the parameters.
+
+    References:
+        Vaswani et al. (2017), Attention Is All You Need, arXiv:1706.03762, Section 3.5.
+
+    Example:
+        >>> embed = LogSNREmbedding(features=8)
+        >>> embed(torch.tensor([-3.0, 0.0, 3.0])).shape
+        torch.Size([3, 8])
+        >>> embed.frequencies()[[0, -1]]  # 2π/80 and 2π/2
+        tensor([0.0785, 3.1416])
+    """
+
+    def __init__(
+        self,
+        features: int = 128,
+        waves: int = 32,
+        longest: float = 80.0,
+        shortest: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if features < 1 or waves < 2:
+            raise ValueError(
+                f"features must be at least 1 and waves at least 2, got {features} and {waves}."
+            )
+        if not 0 < shortest < longest:
+            raise ValueError(
+                f"wavelengths must satisfy 0 < shortest < longest, got {shortest} and {longest}."
+            )
+        self.features = features
+        self.waves = waves
+        self.longest = longest
+        self.shortest = shortest
+        self.layer_in = nn.Linear(2 * waves, features)
+        self.layer_out = nn.Linear(features, features)
+
+    def frequencies(self) -> Tensor:
+        """The angular frequencies ω_k in rising order, (waves,), on the device of the parameters.
+
+        Computed at every call, not kept in a buffer, which ``.to(torch.bfloat16)`` would round.
+        """
+        slow, fast = math.log(2 * math.pi / self.longest), math.log(2 * math.pi / self.shortest)
+        device = self.layer_in.weight.device
+        return torch.linspace(slow, fast, self.waves, dtype=torch.float32, device=device).exp()
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """Embed λ (B,) as (B, F)."""
+        with torch.autocast(logsnr.device.type, enabled=False):
+            phase = logsnr.float()[:, None] * self.frequencies()
+            waves = torch.cat([phase.cos(), phase.sin()], dim=1).to(self.layer_in.weight.dtype)
+            return self.layer_out(F.silu(self.layer_in(waves)))
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"features={self.features}, waves={self.waves}, "
+            f"longest={self.longest}, shortest={self.shortest}"
+        )
+
+
+class FourierFeatures(nn.Module):
+    """The image beside fine waves of itself: z, then sin(2ⁿπz) and cos(2ⁿπz) for each exponent n.
+
+    At small noise a pixel is known up to its grey level, and the noise is what is left over: its
+    distance to the nearest level, a thousandth of the pixel's range. A convolution cannot see that
+    much finer than the picture; a wave with the period of the levels shows it at full size.
+
+    Args:
+        exponents: The n, integers of at least 0. A wave has period 2¹⁻ⁿ: for 256 levels on [−1, 1]
+            the finest of use is n = 7, for 17 levels n = 4.
+
+    Shapes:
+        z (B, C, H, W) → (B, C·(1 + 2·len(exponents)), H, W).
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Appendix C.
+
+    Example:
+        >>> FourierFeatures((3,))(torch.full((1, 1, 1, 1), 0.5 + 1 / 32)).flatten()
+        tensor([0.5312, 0.7071, 0.7071])
+    """
+
+    def __init__(self, exponents: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.exponents = tuple(exponents)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Append the waves as further channels."""
+        waves = [z * (2**n * math.pi) for n in self.exponents]
+        return torch.cat([z, *(w.sin() for w in waves), *(w.cos() for w in waves)], dim=1)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"exponents={self.exponents}"
+
+
+class LabelEmbedding(nn.Module):
+    """A table of one row per class, and one more for "no label".
+
+    The extra row is what classifier-free guidance trains by dropping labels: the same network
+    then predicts with and without them. It is row 0, and class k is row k + 1, so nothing need
+    be compared with −1; a label outside [−1, num_classes) has no row and raises IndexError (on
+    CUDA, a device assertion).
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        features: Width F of the result.
+
+    Shapes:
+        label (B,) of integers in [−1, num_classes), or None for no labels at all → (B, F).
+
+    References:
+        Ho & Salimans (2022), Classifier-Free Diffusion Guidance, arXiv:2207.12598, Section 3.2.
+
+    Example:
+        >>> embed = LabelEmbedding(num_classes=10, features=8)
+        >>> torch.equal(embed(torch.tensor([-1, -1]), 2), embed(None, 2))
+        True
+    """
+
+    def __init__(self, num_classes: int = 10, features: int = 128) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes must be at least 1, got {num_classes}; "
+                "a network without classes takes num_classes=None."
+            )
+        self.num_classes = num_classes
+        self.features = features
+        self.table = nn.Embedding(num_classes + 1, features)
+        # About the size of what LogSNREmbedding gives at first, to which this is added.
+        nn.init.normal_(self.table.weight, std=0.2)
+
+    def forward(self, label: Tensor | None, batch: int) -> Tensor:
+        """Look up the rows of ``label``, or ``batch`` times the row that means "no label"."""
+        if label is None:
+            return self.table.weight[0].expand(batch, -1)
+        return self.table(label + 1)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"num_classes={self.num_classes}, features={self.features}"

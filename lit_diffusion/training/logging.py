@@ -1,0 +1,156 @@
+"""Where a run leaves its traces.
+
+    runs/<name>/<time>/config.yaml              the whole config, every default written out
+                       checkpoints/last.ckpt    to go on from, or to sample from
+                       samples/step-….png       grids along the run
+                       metrics.csv              every number that was logged
+                       wandb/                   the W&B run (offline unless WANDB_MODE says else)
+
+A resumed run goes on in its folder: its W&B id is the folder's, and rows of metrics.csv from
+after the checkpoint, which will be logged again, are dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+__all__ = ["RunLogger", "SaveConfig", "last_checkpoint", "new_run_folder", "run_loggers"]
+
+
+def new_run_folder(root: Path) -> Path:
+    """A name for a new run that no other has: root/<time>.
+
+    Args:
+        root: The folder of all runs of that name.
+    """
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder, copy = root / name, 1
+    while folder.exists():
+        folder, copy = root / f"{name}_{copy}", copy + 1
+    return folder
+
+
+def last_checkpoint(root: Path) -> Path | None:
+    """The newest last.ckpt below root that can be read; None if there is none.
+
+    Args:
+        root: The folder of all runs of a name.
+    """
+    from lit_diffusion.training.module import load_checkpoint
+
+    found = sorted(root.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    for path in reversed(found):
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            rank_zero_warn(f"Passed over: {error}")
+        else:
+            return path
+    return None
+
+
+class RunLogger(CSVLogger):
+    """metrics.csv in the run folder; a resumed run continues it at the checkpoint's step.
+
+    Args:
+        folder: The run folder.
+        resume_step: Step of the checkpoint; rows from it on, which the run logs again, go.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        super().__init__(
+            folder.parent.parent,
+            name=folder.parent.name,
+            version=folder.name,
+            flush_logs_every_n_steps=1,
+        )
+        self._resume_step = resume_step
+
+    @property
+    def experiment(self) -> Any:
+        """The writer of the file."""
+        if self._experiment is None and rank_zero_only.rank == 0:
+            rows = self._earlier_rows()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Experiment logs directory")
+                writer = super().experiment
+            writer.metrics = rows
+            writer.save()
+            return writer
+        return super().experiment
+
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Leave them to config.yaml."""
+
+    def _earlier_rows(self) -> list[dict[str, Any]]:
+        file = Path(self.log_dir) / "metrics.csv"
+        if self._resume_step is None or not file.is_file():
+            return []
+        with file.open(newline="") as lines:
+            rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(lines)]
+        return [row for row in rows if int(row["step"]) < self._resume_step]
+
+
+def run_loggers(folder: Path, resume_step: int | None = None) -> list[Logger]:
+    """The loggers of a run: metrics.csv, and Weights & Biases unless it is disabled.
+
+    Args:
+        folder: The run folder.
+        resume_step: Step of the checkpoint that is resumed from.
+    """
+    loggers: list[Logger] = [RunLogger(folder, resume_step)]
+    mode = os.environ.setdefault("WANDB_MODE", "offline")
+    if mode == "disabled" or rank_zero_only.rank != 0:
+        return loggers
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        logger = WandbLogger(
+            project=os.environ.get("WANDB_PROJECT", "lit-diffusion"),
+            name=f"{folder.parent.name}/{folder.name}",
+            id=f"{folder.parent.name}-{folder.name}",
+            save_dir=str(folder),
+            resume="allow" if mode == "online" else None,
+        )
+        _ = logger.experiment
+        loggers.append(logger)
+    except Exception as error:
+        rank_zero_warn(f"Weights & Biases is left out of this run: {error}")
+    return loggers
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole config to config.yaml in the run folder, and to W&B."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write it, on rank 0.
+
+        Args:
+            trainer: Has the loggers.
+            pl_module: The model.
+            stage: fit, validate, test or predict.
+        """
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                folder = Path(logger.log_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                unfinished = folder / "config.yaml.tmp"
+                unfinished.write_text(text)
+                unfinished.replace(folder / "config.yaml")
+            elif isinstance(logger, WandbLogger):
+                config = {"cli": yaml.safe_load(text)}
+                logger.experiment.config.update(config, allow_val_change=True)

@@ -1,0 +1,443 @@
+"""The model in training: one LightningModule for every objective.
+
+    batch {"image": (B, C, H, W) in [−1, 1], "label": (B,)}
+      → training_step      drops labels for guidance, draws λ and ε, calls the loss
+         → DiffusionLoss   z = diffuse(x, ε, λ); (x̂, ε̂) = denoiser(z, λ, label); ½ w/p · err
+      ← {"loss", "logsnr", "eps_error"}, each detached but the loss, for the callbacks
+
+Each step is a pure function of (seed, step, micro-batch, rank); see `randomness`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
+from lit_diffusion.gaussian import Generators, noise_like
+from lit_diffusion.loss import DiffusionLoss, LossTerms
+from lit_diffusion.nn import UNet
+from lit_diffusion.noise_schedule import NoiseSchedule, lattice
+from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
+from lit_diffusion.samplers import DDIMSampler, Sampler
+from lit_diffusion.schedules import CosineSchedule
+from lit_diffusion.training import randomness
+from lit_diffusion.training.description import build, describe
+from lit_diffusion.weightings import ELBOWeighting, Weighting
+
+__all__ = ["LitDiffusion", "load_checkpoint"]
+
+
+class LitDiffusion(L.LightningModule):
+    """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
+
+    The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`
+    only where it is sampled, `prediction` what the network outputs, `sampler` how images are
+    drawn afterwards. Any of them can be changed without the others.
+
+    Args:
+        network: Maps (z, logsnr, label) to z's shape; None means a `UNet` for image_shape.
+        schedule: Density p(λ) that training draws from; None means `CosineSchedule()`.
+        weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
+        prediction: What the network outputs; None means `VPrediction()`.
+        sampler: Draws images; None means `DDIMSampler()`. If it names no schedule of its own it
+            walks a cosine over the trained range of λ.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped at each
+            optimizer step; None means a constant rate.
+        image_shape: Channels, height and width of the data; the command line sets it to the
+            data's.
+        label_dropout: Probability of hiding an example's label in training, in [0, 1], so that
+            the model also learns to do without and samples can be guided.
+        clip: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
+        seed: Of all noise in training, validation and sampling.
+
+    Raises:
+        ValueError: If weighting and prediction assume different data_std, if the sampler leaves
+            the trained range of λ, or if label_dropout is no probability.
+
+    References:
+        Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
+        Augmentation, arXiv:2303.00848.
+
+    Example:
+        >>> model = LitDiffusion(image_shape=(1, 8, 8))
+        >>> model.sample(2, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        schedule: NoiseSchedule | None = None,
+        weighting: Weighting | None = None,
+        prediction: Prediction | None = None,
+        sampler: Sampler | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        label_dropout: float = 0.1,
+        clip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must be in [0, 1], got {label_dropout}.")
+        image_shape = tuple(image_shape)
+        network = UNet(image_shape=image_shape) if network is None else network
+        schedule = CosineSchedule() if schedule is None else schedule
+        weighting = ELBOWeighting() if weighting is None else weighting
+        prediction = VPrediction() if prediction is None else prediction
+        sampler = DDIMSampler() if sampler is None else sampler
+        _agree_on_data_std(weighting, prediction)
+        self.denoiser = Denoiser(network, prediction)
+        self.loss = DiffusionLoss(schedule, weighting)
+        self.sampler = _within(sampler, schedule)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.image_shape = image_shape
+        self.label_dropout = label_dropout
+        self.clip = clip
+        self.seed = seed
+        self._validation: Tensor | None = None
+        self.remember(
+            network=network,
+            schedule=schedule,
+            weighting=weighting,
+            prediction=prediction,
+            sampler=sampler,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            image_shape=image_shape,
+            label_dropout=label_dropout,
+            clip=clip,
+            seed=seed,
+        )
+
+    def remember(self, **arguments: Any) -> None:
+        """Keep, as plain data in `hparams`, how this model was made; checkpoints take it along.
+
+        What cannot be described is left out, and `load_from_checkpoint` will ask for it.
+
+        Args:
+            **arguments: The arguments of `__init__`, as objects or as configs.
+        """
+        self.hparams.clear()
+        for name, value in arguments.items():
+            try:
+                self.hparams[name] = describe(value)
+            except TypeError as error:
+                warnings.warn(
+                    f"{name} cannot be kept in checkpoints, load_from_checkpoint will need "
+                    f"{name}=…: {error}",
+                    stacklevel=3,
+                )
+
+    # Training and validation ---------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The loss of one micro-batch, and the terms behind it."""
+        x = batch["image"]
+        trainer, n = self.trainer, len(x)
+        micro = batch_idx % trainer.accumulate_grad_batches
+        step, rank, world = self.global_step, self.global_rank, trainer.world_size
+        # One lattice of times for the whole optimizer step: every rank and micro-batch has its
+        # own part of it, so the offset must not depend on them, and all other noise must.
+        offset = torch.tensor(randomness.fraction(self.seed, "offset", step), dtype=torch.float64)
+        first, total = (micro * world + rank) * n, trainer.accumulate_grad_batches * world * n
+        t = lattice(n, offset.to(x.device, non_blocking=True), first, total)
+        randomness.reseed(x.device, self.seed, "step", step, micro, rank)
+        cond = self._condition(batch)
+        if "label" in cond and self.label_dropout > 0:
+            hidden = torch.rand(n, device=x.device) < self.label_dropout
+            cond["label"] = torch.where(hidden, -1, cond["label"])
+        terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
+        loss = terms.loss.mean()
+        if (step + 1) % trainer.log_every_n_steps == 0:  # the logger would drop the others
+            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+            self.log("train/eps_error", terms.eps_error.detach().mean(), sync_dist=True)
+        return {
+            "loss": loss,
+            "losses": terms.loss.detach(),
+            "logsnr": terms.logsnr.detach(),
+            "eps_error": terms.eps_error.detach(),
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of a validation."""
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Add the loss of each example at its own fixed λ and ε."""
+        x, index = batch["image"], batch["index"]
+        noise = randomness.generators(self.seed, "valid", index.tolist())
+        terms: LossTerms = self.loss(
+            self.denoiser,
+            x,
+            t=randomness.strata(index, int(batch["total"])),
+            eps=noise_like(x, noise),
+            **self._condition(batch),
+        )
+        sums = torch.stack([terms.loss.sum(), terms.eps_error.sum(), terms.loss.new_tensor(len(x))])
+        self._validation += sums
+        return {"losses": terms.loss, "logsnr": terms.logsnr, "eps_error": terms.eps_error}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the whole set, the same whatever the ranks and batches."""
+        self._finish("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """As in validation."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._finish("test")
+
+    def _finish(self, name: str) -> None:
+        total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
+        self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, rank_zero_only=True)
+        self.log(f"{name}/eps_error", (total[1] / total[2]).float(), rank_zero_only=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Draw one image for each example, of its class if there are classes."""
+        noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
+        return self.sample(len(noise), noise, **self._condition(batch))
+
+    def _condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if self.num_classes is None or "label" not in batch:
+            return {}
+        return {"label": batch["label"]}
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over what learns, and its schedule if there is one."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            if self.trainer.max_steps < 1 and scheduler.decay:
+                raise ValueError(
+                    "A learning rate that decays must know when the run ends: set "
+                    "trainer.max_steps, or total_steps of the lr_scheduler."
+                )
+            scheduler.total_steps = self.trainer.max_steps
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the float32 gradients in one fused pass.
+
+        Lightning refuses to clip before a fused optimizer under bfloat16, where nothing has been
+        scaled and clipping is safe; only float16, with its scaler, needs Lightning's own way.
+        """
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            if "16-mixed" not in str(self.trainer.precision).removeprefix("b"):
+                torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+                return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # Sampling ------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes the network knows; None if it takes no labels."""
+        return getattr(self.denoiser.network, "num_classes", None)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        generator: Generators = None,
+        label: Tensor | Sequence[int] | int | None = None,
+        sampler: Sampler | None = None,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        progress: Callable[[Any], Iterable[Any]] = iter,
+    ) -> Tensor:
+        """Draw images.
+
+        Args:
+            n: How many.
+            generator: Source of all noise: None, one, or one for each image.
+            label: Class of each image, or one for all; −1 for none; None draws them uniformly.
+            sampler: How; None means the model's own.
+            guidance: Strength of classifier-free guidance; 1 for none.
+            guidance_interval: Guide only for λ within; None means everywhere.
+            progress: Wraps the list of steps, such as tqdm.
+
+        Shapes:
+            label (n,); result (n, C, H, W), float, in [−1, 1].
+
+        Raises:
+            ValueError: If labels are given to a model without classes, or there are not n.
+        """
+        z = torch.zeros(n, *self.image_shape, device=self.device)
+        cond = {} if self.num_classes is None else {"label": self._labels(n, label, generator)}
+        if self.num_classes is None and label is not None:
+            raise ValueError("This model was trained without classes: leave label out.")
+        denoiser: nn.Module = self.denoiser
+        if guidance != 1:
+            if not cond:
+                raise ValueError("Guidance needs classes, and this model has none.")
+            denoiser = GuidedDenoiser(denoiser, guidance, guidance_interval)
+        if self.clip:
+            denoiser = ClippedDenoiser(denoiser)
+        walk = self.sampler if sampler is None else _within(sampler, self.loss.schedule)
+        training = self.training
+        self.eval()
+        try:
+            x = walk(denoiser, noise_like(z, generator), generator, progress, **cond)
+        finally:
+            self.train(training)
+        return x.clamp(-1, 1) if self.clip else x
+
+    def _labels(
+        self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
+    ) -> Tensor:
+        if label is None:
+            # Normal draws through Φ are uniform, and respect one generator per image.
+            uniform = torch.special.ndtr(noise_like(torch.zeros(n, 1, dtype=torch.float64), generator))
+            label = (uniform[:, 0] * self.num_classes).long().clamp(max=self.num_classes - 1)
+        label = torch.as_tensor(label, device=self.device)
+        label = label.expand(n) if label.ndim == 0 else label
+        if len(label) != n or bool((label < -1).any() | (label >= self.num_classes).any()):
+            raise ValueError(
+                f"Expected {n} labels from 0 to {self.num_classes - 1} (−1 for none), "
+                f"got {label.tolist()}."
+            )
+        return label
+
+    # Checkpoints ---------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint as ours, with how the model was made."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Training goes on from the raw weights; everything else uses the average."""
+        if "current_model_state" not in checkpoint or self._trainer is None:
+            return
+        if not self.trainer.training:
+            return
+        from lit_diffusion.training.callbacks import EMA
+
+        if not any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
+            raise ValueError(
+                "This checkpoint keeps an average of the weights, which would be lost: add the EMA "
+                "callback to trainer.callbacks to go on with it."
+            )
+        checkpoint["average_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        strict: bool = True,
+        **arguments: Any,
+    ) -> LitDiffusion:
+        """Make the model of a checkpoint again, with its average weights if it has them.
+
+        Nothing in the file is executed, and only allowed modules are imported.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device for the weights; None means the CPU.
+            strict: Whether every weight must be found.
+            **arguments: Take the place of what the checkpoint says, or of what it could not keep.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a checkpoint of this library, or lacks an argument.
+        """
+        checkpoint = load_checkpoint(checkpoint_path, map_location)
+        described = checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]
+        if missing := {"network", "optimizer"} - described.keys() - arguments.keys():
+            if "network" in missing:
+                raise ValueError(
+                    f"{checkpoint_path} does not say how its network was made: pass network=…."
+                )
+            arguments["optimizer"] = _unknown_optimizer
+        kept = {name: build(value) for name, value in described.items() if name not in arguments}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
+            model = cls(**kept, **arguments)
+        model.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return model.eval()
+
+
+def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Args:
+        path: The file.
+        map_location: Device for its tensors; None means the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a checkpoint of this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
+        if not {"schedule", "weighting", "prediction"} <= set(described):
+            raise KeyError("schedule")
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of lit_diffusion that can be read safely "
+            f"({type(error).__name__})."
+        ) from error
+    return checkpoint
+
+
+def _unknown_optimizer(parameters: Any) -> Any:
+    raise ValueError("The checkpoint does not say how its optimizer was made: pass optimizer=….")
+
+
+def _agree_on_data_std(weighting: Weighting, prediction: Prediction) -> None:
+    """One standard deviation of the data, used by preconditioning and loss alike."""
+    if not isinstance(prediction, EDMPrediction):
+        return
+    for part in weighting.modules():
+        assumed = getattr(part, "data_std", prediction.data_std)
+        if assumed != prediction.data_std:
+            raise ValueError(
+                f"{type(part).__name__} assumes data_std={assumed} and {prediction} another: "
+                "give both the same."
+            )
+
+
+def _within(sampler: Sampler, schedule: NoiseSchedule) -> Sampler:
+    """The sampler with its schedule filled in, refused if it leaves the trained range."""
+    low, high = float(schedule.logsnr_min), float(schedule.logsnr_max)
+    if sampler.schedule is None:
+        return dataclasses.replace(sampler, schedule=CosineSchedule(low, high))
+    levels = sampler.levels()
+    if float(levels[0]) < low - 1e-6 or float(levels[-1]) > high + 1e-6:
+        raise ValueError(
+            f"The sampler walks λ from {float(levels[0]):.6g} to {float(levels[-1]):.6g}, but the "
+            f"model is trained on [{low:.6g}, {high:.6g}] only: give its schedule that range."
+        )
+    return sampler

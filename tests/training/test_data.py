@@ -1,0 +1,683 @@
+"""The data: every example once, the same order after a resumption, and errors that say what to do.
+
+Labels of the small data sets made here are the examples' numbers, so a batch tells who is in it.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import socket
+
+import datasets
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.sources import find_splits, open_split
+from lit_diffusion.training.stream import Position, ShuffledBatches, coin, deal
+
+N = 60
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{pardon}")
+    for pardon in (
+        "The image decoding and encoding capabilities of TorchVision:DeprecationWarning",
+        "Total length of `list` across ranks is zero:UserWarning",
+        r".isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning",
+    )
+]
+
+
+def pixels(n, shape=(1, 8, 8), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def encode(array, kind="PNG"):
+    array = array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind)
+    return file.getvalue()
+
+
+def write_parquet(path, images, labels=None, group=7, **columns):
+    labels = list(range(len(images))) if labels is None else labels
+    stored = [{"bytes": image, "path": None} for image in images]
+    table = datasets.Dataset.from_dict({"image": stored, "label": labels} | columns)
+    table = table.cast_column("image", datasets.Image(decode=False))
+    path.parent.mkdir(exist_ok=True)
+    table.cast_column("image", datasets.Image()).to_parquet(path, batch_size=group)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Sixty images in three files of uneven length, row groups of seven; ten to validate on."""
+    folder = tmp_path_factory.mktemp("sixty")
+    images = [encode(image) for image in pixels(N)]
+    for number, (begin, end) in enumerate([(0, 30), (30, 50), (50, 60)]):
+        write_parquet(
+            folder / f"train-{number:05d}-of-00003.parquet",
+            images[begin:end],
+            labels=list(range(begin, end)),
+        )
+    write_parquet(folder / "test-00000-of-00001.parquet", images[:10])
+    return folder
+
+
+def module(path, place=(0, 1), stage="fit", **arguments):
+    data = ImageDataModule(path=str(path), **({"batch_size": 8} | arguments))
+    data._place = lambda: place
+    data.setup(stage)
+    return data
+
+
+def take(loader, n):
+    """The next n batches, over as many epochs of the loader as it needs."""
+    batches = []
+    while len(batches) < n:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == n:
+                break
+    return batches
+
+
+def labels(batches):
+    return [label for batch in batches for label in batch["label"].tolist()]
+
+
+def same(batches, others):
+    return len(batches) == len(others) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(batches, others, strict=True)
+    )
+
+
+# --- the shipped digits
+
+
+def test_shipped_digits():
+    data = ImageDataModule()
+    data.setup("fit")
+    train = take(data.train_dataloader(), 1500 // 4 // 64 * 4 + 4)
+    assert len(data.train_dataloader()) == 1500 // 64
+    assert train[0]["image"].dtype == torch.uint8
+    assert train[0]["label"].dtype == torch.int64
+    val = list(data.val_dataloader())
+    assert sum(len(batch["index"]) for batch in val) == val[0]["total"] == 297
+    whole = ImageDataModule(val_split="train", val_examples=None, streaming=False)
+    whole.setup("validate")
+    images = torch.cat([batch["image"] for batch in whole.val_dataloader()])
+    counts = torch.cat([batch["label"] for batch in whole.val_dataloader()]).bincount()
+    assert images.shape == (1500, 1, 8, 8)
+    assert counts.tolist() == [151, 157, 142, 155, 143, 157, 151, 148, 151, 145]
+    x = images.double() / 255
+    assert x.mean().item() == pytest.approx(0.3055, abs=5e-5)
+    assert x.std().item() == pytest.approx(0.3759, abs=5e-5)
+    assert set(images.unique().tolist()) <= {round(v * 255 / 16) for v in range(17)}
+
+
+def test_bytes_become_numbers_on_the_device():
+    data = ImageDataModule()
+    x = data.on_after_batch_transfer({"image": torch.tensor([0, 255, 51], dtype=torch.uint8)}, 0)
+    assert x["image"].tolist() == pytest.approx([-1, 1, -0.6])
+    floats = {"image": torch.randn(3)}
+    assert data.on_after_batch_transfer(floats, 0) is floats
+
+
+def test_arguments_are_attributes_and_documented():
+    import inspect
+
+    data = ImageDataModule(image_shape=[3, 5, 7])
+    assert data.image_shape == (3, 5, 7)
+    for name in inspect.signature(ImageDataModule).parameters:
+        assert hasattr(data, name)
+        assert f"        {name}: " in ImageDataModule.__doc__
+
+
+# --- order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_each_example_once_an_epoch(folder, streaming, workers):
+    data = module(folder, batch_size=6, streaming=streaming, num_workers=workers)
+    loader = data.train_dataloader()
+    assert len(loader) == 10
+    first, second = labels(loader), labels(loader)
+    assert sorted(first) == sorted(second) == list(range(N))
+    assert first != second
+    assert first != list(range(N))
+    other = module(folder, batch_size=6, streaming=streaming, num_workers=workers, seed=1)
+    assert labels(other.train_dataloader()) != first
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_each_example_once_over_any_number_of_lanes(folder, streaming, window):
+    splits = find_splits(str(folder), None, None, streaming)
+    source = open_split(splits, "train", "image", "label")
+    assert source.total == N
+    for world, workers in [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (3, 4)]:
+        seen = {epoch: [] for epoch in range(3)}
+        for rank in range(world):
+            batches = ShuffledBatches(source, None, 4, window, 0, False, rank, world)
+            for worker in range(workers):
+                lane = rank * workers + worker
+                for item, epoch, _ in batches._items(lane, world * workers, Position()):
+                    if epoch == 3:
+                        break
+                    seen[epoch].append(source.fetch([item])[0].label)
+        assert all(sorted(epoch) == list(range(N)) for epoch in seen.values())
+
+
+def test_deal_cuts_equal_parts():
+    rows, order = [5, 0, 1, 7], [3, 1, 0, 2]
+    for lanes in range(1, 14):
+        parts = [deal(rows, order, lane, lanes) for lane in range(lanes)]
+        sizes = [sum(piece.stop - piece.start for piece in part) for part in parts]
+        assert sum(sizes) == 13
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_epochs_are_completed_from_the_next(folder):
+    loader = module(folder, batch_size=7).train_dataloader()
+    assert len(loader) == 8
+    stream = labels(take(loader, 60))
+    assert [sorted(stream[k : k + N]) for k in range(0, 420, N)] == [list(range(N))] * 7
+
+
+# --- resumption
+
+
+@pytest.mark.parametrize("step", [5, 7, 15, 16], ids=["mid", "epoch", "data-epoch", "late"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_resume_continues_the_same_batches(folder, streaming, workers, step):
+    settings = {"streaming": streaming, "num_workers": workers}
+    settings |= {"horizontal_flip": True, "shuffle_window": 11}
+    loader = module(folder, **settings).train_dataloader()
+    take(loader, step)
+    state = torch.load(_saved(loader.state_dict()), weights_only=True)
+    expected = take(loader, 12)
+    resumed = module(folder, **settings).train_dataloader()
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 12), expected)
+    loader.load_state_dict(state)  # and a loader in use can be set back
+    assert same(take(loader, 12), expected)
+
+
+def _saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_the_state_is_small_and_counts_what_was_delivered(folder):
+    loader = module(folder, num_workers=2).train_dataloader()
+    take(loader, 3)
+    state = loader.state_dict()
+    assert len(json.dumps(state)) < 1000
+    assert [position[-1] for position in state["ranks"][0]["positions"]] == [16, 8]
+    assert state["ranks"][0]["turn"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_workers": 1},
+        {"batch_size": 4},
+        {"seed": 1},
+        {"streaming": False},
+        {"shuffle_window": 5},
+        {"horizontal_flip": True},
+        {"place": (0, 2)},
+        {"train_split": "test"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_resume_refuses_another_stream(folder, change):
+    state = module(folder).train_dataloader().state_dict()
+    other = module(folder, **change).train_dataloader()
+    with pytest.raises(ValueError, match=r"cannot resume the data: .* set it back, or start"):
+        other.load_state_dict(state)
+
+
+def test_a_moved_folder_may_resume_and_other_data_may_not(folder, tmp_path):
+    loader = module(folder).train_dataloader()
+    take(loader, 3)
+    state = loader.state_dict()
+    (tmp_path / "moved").symlink_to(folder)
+    moved = module(tmp_path / "moved").train_dataloader()
+    moved.load_state_dict(state)
+    assert same(take(moved, 5), take(loader, 5))
+    write_parquet(tmp_path / "train.parquet", [encode(image) for image in pixels(N, seed=1)])
+    other = module(tmp_path / "train.parquet", val_split=None).train_dataloader()
+    with pytest.raises(ValueError, match=r"shards|checksum"):
+        other.load_state_dict(state)
+
+
+def test_flips_belong_to_epoch_and_example(folder):
+    plain = module(folder, batch_size=6).train_dataloader()
+    flipped = module(folder, batch_size=6, horizontal_flip=True).train_dataloader()
+    tosses = []
+    for a, b in zip(take(plain, 20), take(flipped, 20), strict=True):
+        assert torch.equal(a["label"], b["label"])
+        for x, y in zip(a["image"], b["image"], strict=True):
+            assert torch.equal(y, x) or torch.equal(y, x.flip(-1))
+            tosses.append(not torch.equal(x, y))
+    assert 40 < sum(tosses) < 80
+    assert tosses[:N] != tosses[N:]
+    heads = coin(0, [3] * 100_000, list(range(100_000)))
+    assert heads.double().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(heads[[7, 8]], coin(0, [3, 3], [7, 8]))
+    assert not torch.equal(heads, coin(1, [3] * 100_000, list(range(100_000))))
+
+
+def test_the_global_generators_are_left_alone(folder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(module(folder, num_workers=2, horizontal_flip=True).train_dataloader(), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- two ranks
+
+
+def _rank(rank, port, path, answers):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    settings = {"batch_size": 5, "num_workers": 2, "horizontal_flip": True, "shuffle_window": 4}
+    data = ImageDataModule(path=path, **settings)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    length = len(loader)
+    begun = take(loader, 3)
+    state = loader.state_dict()
+    expected = take(loader, 9)
+    epoch = labels(begun + expected[:3])
+    again = ImageDataModule(path=path, **settings)
+    again.setup("fit")
+    resumed = again.train_dataloader()
+    resumed.load_state_dict(state)
+    exact = same(take(resumed, 9), expected)
+    index = [batch["index"].tolist() for batch in data.val_dataloader()]
+    answers.put((rank, length, epoch, exact, json.dumps(state), index))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_data_and_resume(folder):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(target=_rank, args=(rank, port, str(folder), answers)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    (_, *first), (_, *second) = sorted(answers.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(timeout=30)
+    assert first[0] == second[0] == 6
+    assert sorted(first[1] + second[1]) == list(range(N))
+    assert first[2]
+    assert second[2]
+    assert first[3] == second[3]  # every rank saves the same, whole state
+    state = json.loads(first[3])
+    assert len(state["ranks"]) == 2
+    assert state["ranks"][0] != state["ranks"][1]
+    assert first[4] == [[0, 1, 2, 3, 4]]
+    assert second[4] == [[5, 6, 7, 8, 9]]
+
+
+# --- validation
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_covers_the_set_on_any_number_of_ranks(folder, world, batch_size):
+    loaders = [
+        module(folder, (rank, world), "validate", batch_size=batch_size).val_dataloader()
+        for rank in range(world)
+    ]
+    assert len({len(loader) for loader in loaders}) == 1
+    batches = [batch for loader in loaders for batch in loader]
+    index = torch.cat([batch["index"] for batch in batches])
+    assert index.tolist() == list(range(10))
+    assert index.dtype == torch.int64
+    assert torch.equal(index, torch.cat([batch["label"] for batch in batches]))
+    assert torch.equal(
+        torch.cat([batch["image"] for batch in batches]), torch.from_numpy(pixels(N)[:10])
+    )
+    assert all(batch["total"] == 10 and len(batch["index"]) for batch in batches)
+
+
+def test_validation_is_the_same_each_time_and_can_be_shortened(folder):
+    loader = module(folder, stage="validate", val_examples=7, streaming=False).val_dataloader()
+    for batch in loader:
+        batch["image"] = None  # what a consumer does to its batch stays with it
+    assert torch.cat([batch["image"] for batch in loader]).shape[0] == 7
+    assert next(iter(loader))["total"] == 7
+
+
+def test_more_ranks_than_examples(folder):
+    with pytest.raises(ValueError, match="at least one validation example for each of 11 ranks"):
+        module(folder, (0, 11), "validate").val_dataloader()
+    with pytest.raises(ValueError, match="at least one example for each of 31 ranks × 2 workers"):
+        module(folder, (0, 31), num_workers=2).train_dataloader()
+
+
+# --- kinds of data
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_folder_of_images(tmp_path, streaming):
+    images = pixels(12, (3, 5, 7))
+    for split in ("train", "test"):
+        for number, image in enumerate(images):
+            file = tmp_path / "set" / split / f"class{number % 2}" / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode(image))
+    data = module(tmp_path / "set", image_shape=(3, 5, 7), batch_size=4, streaming=streaming)
+    epoch = take(data.train_dataloader(), 3)
+    seen = torch.cat([batch["image"] for batch in epoch])
+    assert sorted(map(bytes, seen.numpy())) == sorted(map(bytes, images))
+    assert sorted(labels(epoch)) == [0] * 6 + [1] * 6
+    assert labels(epoch) != sorted(labels(epoch))
+    val = next(iter(data.val_dataloader()))
+    assert torch.equal(val["image"][0], torch.from_numpy(images[0]))
+
+
+@pytest.mark.parametrize("files", [1, 5])
+def test_data_of_unknown_length(tmp_path, files):
+    """JSON lines with arrays in them: shards are dealt, or examples when shards are too few."""
+    images = pixels(20, (2, 3, 4))
+    for number in range(files):
+        rows = range(number * 20 // files, (number + 1) * 20 // files)
+        lines = [json.dumps({"image": images[i].tolist(), "label": i}) for i in rows]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    source = {"data_files": {"train": str(tmp_path / "*.jsonl")}, "val_split": None}
+    settings = source | {"image_shape": (2, 3, 4), "batch_size": 5, "num_workers": 2}
+    settings |= {"shuffle_window": 3}
+    loader = module("json", **settings).train_dataloader()
+    assert len(loader) == 1000
+    if files == 1:
+        assert sorted(labels(take(loader, 4))) == list(range(20))
+    else:
+        assert set(labels(take(loader, 6))) == set(range(20))
+    take(loader, 1)
+    state = loader.state_dict()
+    expected = take(loader, 7)
+    resumed = module("json", **settings).train_dataloader()
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 7), expected)
+    batch = expected[0]
+    assert torch.equal(batch["image"], torch.from_numpy(images[batch["label"].numpy()]))
+
+
+def test_one_parquet_file_without_labels(tmp_path):
+    write_parquet(tmp_path / "some.parquet", [encode(image) for image in pixels(10)])
+    data = module(tmp_path / "some.parquet", label_key=None, val_split="train", batch_size=4)
+    assert list(take(data.train_dataloader(), 1)[0]) == ["image"]
+    assert len(data.train_dataloader()) == 2
+    assert list(next(iter(data.val_dataloader()))) == ["image", "index", "total"]
+
+
+def picture(mode, size=(7, 5)):
+    rgb = Image.fromarray(pixels(1, (size[1], size[0], 3))[0])
+    return rgb.quantize(16) if mode == "P" else rgb.convert(mode)
+
+
+def stored(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "channels"),
+    [
+        ("L", "PNG", 1),
+        ("1", "PNG", 1),
+        ("LA", "PNG", 1),
+        ("LA", "PNG", 2),
+        ("RGB", "PNG", 3),
+        ("RGB", "BMP", 3),
+        ("RGB", "TIFF", 3),
+        ("P", "PNG", 3),
+        ("P", "GIF", 3),
+        ("RGBA", "PNG", 3),
+        ("RGBA", "PNG", 4),
+        ("CMYK", "JPEG", 3),
+    ],
+)
+def test_encodings_are_undone(tmp_path, mode, kind, channels):
+    image = picture(mode)
+    write_parquet(tmp_path / "x.parquet", [stored(image, kind)])
+    data = module(tmp_path / "x.parquet", val_split="train", image_shape=(channels, 5, 7))
+    got = next(iter(data.val_dataloader()))["image"][0]
+    plain = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
+    expected = np.asarray(image.convert(plain)).reshape(5, 7, channels).transpose(2, 0, 1)
+    if kind == "JPEG":
+        assert np.abs(got.numpy().astype(int) - expected).mean() < 40
+    else:
+        assert np.array_equal(got.numpy(), expected)
+
+
+# --- what can be wrong
+
+
+def bad_images():
+    see_through = picture("RGBA")
+    see_through.putalpha(100)
+    deep = Image.fromarray(np.zeros((5, 7), dtype=np.uint16))
+    film = stored(picture("RGB"), "GIF", save_all=True, append_images=[picture("L").rotate(180)])
+    return {
+        "size": (stored(picture("RGB", (6, 5))), r"3 × 5 × 7, got 3 × 5 × 6"),
+        "grey": (stored(picture("L")), r"3 × 5 × 7, got 1 × 5 × 7 \(mode L\)"),
+        "transparent": (stored(see_through), r"got 4 × 5 × 7 \(mode RGBA\)"),
+        "sixteen-bit": (stored(deep), r"bytes .*got uint16"),
+        "animated": (film, "got an animation of 2"),
+        "garbage": (b"not an image", "can be decoded, got 12 bytes"),
+        "cut": (stored(picture("RGB"))[:60], "can be decoded, got 60 bytes"),
+        "empty": (b"", "got none; remove the row"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_images())
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_fit_is_named(tmp_path, case, workers):
+    data, message = bad_images()[case]
+    images = [stored(picture("RGB"))] * 4
+    write_parquet(tmp_path / "x.parquet", [*images, data], group=2)
+    loader = module(
+        tmp_path / "x.parquet", val_split=None, image_shape=(3, 5, 7), num_workers=workers
+    ).train_dataloader()
+    with pytest.raises(ValueError, match=f"^example 4 of split 'train': expected .*{message}"):
+        take(loader, 4)
+    write_parquet(tmp_path / "y.parquet", [data, *images])
+    with pytest.raises(ValueError, match=f"^example 0 of split 'train': expected .*{message}"):
+        module(tmp_path / "y.parquet", val_split=None, image_shape=(3, 5, 7))
+
+
+def one(tmp_path, **columns):
+    write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(2)], **columns)
+    return tmp_path / "x.parquet"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_key": "img"}, "expected a column 'img' in split 'train', got image, label; set"),
+        ({"label_key": "class"}, "expected a column 'class' .* set data.label_key; null for no"),
+        ({"image_key": "label"}, "expected an image, got int; set data.image_key"),
+        ({"val_split": "test"}, "expected a split 'test', got train; set data.train_split"),
+        ({"image_shape": (3, 8, 8)}, "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.image_shape"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_wrong_names_and_shapes(tmp_path, arguments, message, streaming):
+    path = one(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        module(path, streaming=streaming, **({"val_split": None} | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_must_be_integers(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"expected an integer label, got 'a'; set data.label_key"
+    ):
+        module(one(tmp_path, labels=["a", "b"]), val_split=None)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_no_examples(tmp_path, streaming):
+    write_parquet(tmp_path / "x.parquet", [])
+    with pytest.raises(ValueError, match=r"expected examples in split 'train', got none|no data!"):
+        module(tmp_path / "x.parquet", val_split=None, streaming=streaming)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere.parquet", "~/nowhere"])
+def test_missing_files(path):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a file or folder at .*, found none; set"
+    ):
+        module(path)
+
+
+def test_other_bad_places(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"cannot be opened: .*contain any data files"):
+        module(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cannot be opened: .*nowhere"):
+        module("parquet", data_files={"train": str(tmp_path / "nowhere.parquet")})
+    write_parquet(tmp_path / "set" / "train.parquet", [])
+    with pytest.raises(ValueError, match=r"cannot be opened: .*'other' not found. Available"):
+        module(tmp_path / "set", config_name="other")
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(ValueError, match="expected a parquet file or a folder"):
+        module(tmp_path / "x.txt")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match="cannot be opened: "):
+        module(tmp_path / "broken.parquet")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'someone/something' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"neither a local path nor shipped \(digits8x8\), and on the hub it cannot be",
+    ):
+        module("someone/something")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"image_shape": (8, 8)},
+        {"steps_per_epoch": 0},
+        {"seed": -1},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_arguments_are_checked(argument):
+    with pytest.raises(ValueError, match=f"data.{next(iter(argument))} must be .*, got"):
+        ImageDataModule(**argument)
+
+
+# --- with Lightning
+
+
+class Recorder(L.LightningModule):
+    """Trains one number and writes down what it was given, and in which epoch."""
+
+    def __init__(self, ask=False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.ask = ask
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        x = batch["image"]
+        assert x.dtype == torch.float32
+        self.seen.append((self.current_epoch, batch_idx, batch["label"].tolist(), x.sum().item()))
+        return (self.weight - x.mean()) ** 2
+
+    def validation_step(self, batch, batch_idx):
+        assert batch["total"] == 10
+
+    def configure_optimizers(self):
+        if self.ask:
+            assert self.trainer.estimated_stepping_batches
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Save(L.Callback):
+    """Saves after each batch, and at the two ends of an epoch."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/batch-{trainer.global_step}.ckpt")
+
+    def on_validation_end(self, trainer, *args):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/val-{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer, *args):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/epoch-{trainer.global_step}.ckpt")
+
+
+def fit(folder, root, steps, *, ckpt_path=None, ask=False, **arguments):
+    recorder = Recorder(ask)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=100 if ask else None,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[Save()] if ckpt_path is None else [],
+        use_distributed_sampler=False,
+        default_root_dir=root,
+    )
+    data = ImageDataModule(path=str(folder), batch_size=8, horizontal_flip=True, **arguments)
+    trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return recorder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lightning_run_continues_from_any_step(folder, tmp_path, workers):
+    arguments = {"num_workers": workers, "streaming": workers == 0}
+    whole = fit(folder, tmp_path, 17, **arguments)
+    assert [epoch for epoch, *_ in whole.seen] == [0] * 7 + [1] * 7 + [2] * 3
+    moments = [f"batch-{step}" for step in range(1, 17)] + ["val-7", "epoch-7", "epoch-14"]
+    for moment in moments if workers == 0 else ("batch-5", "batch-7", "epoch-14"):
+        path = tmp_path / f"{moment}.ckpt"
+        resumed = fit(folder, tmp_path, 17, ckpt_path=path, **arguments)
+        step = int(moment.split("-")[1])
+        assert resumed.seen == whole.seen[step:], f"resumed at {moment}"
+        assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_asking_for_the_number_of_steps_does_not_lose_the_place(folder, tmp_path):
+    whole = fit(folder, tmp_path, 12)
+    resumed = fit(folder, tmp_path, 12, ckpt_path=tmp_path / "batch-5.ckpt", ask=True)
+    assert resumed.seen == whole.seen[5:]
+
+
+def test_lightning_without_validation_data(folder, tmp_path):
+    assert len(fit(folder, tmp_path, 3, val_split=None).seen) == 3

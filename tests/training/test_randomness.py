@@ -1,0 +1,55 @@
+"""Keyed randomness: distinct where it must be, equal where it must be."""
+
+import pytest
+import torch
+
+from lit_diffusion.training.randomness import fraction, generators, mix, reseed, strata
+
+
+def test_keys_do_not_collide():
+    keys = [
+        (seed, word, step, rank)
+        for seed in range(4)
+        for word in ("step", "valid", "sample")
+        for step in range(40)
+        for rank in range(130)
+    ]
+    assert len({mix(*key) for key in keys}) == len(keys)
+    assert mix(1, 2) != mix(2, 1)
+    assert mix(0) != mix(0, 0)
+
+
+def test_fractions_are_uniform():
+    u = torch.tensor([fraction(0, "offset", step) for step in range(10_000)])
+    assert 0 <= float(u.min())
+    assert float(u.max()) < 1
+    assert float((u.sort().values - torch.linspace(0, 1, 10_000)).abs().max()) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.03
+
+
+def test_reseeding_repeats_all_that_follows():
+    draws = []
+    for _ in range(2):
+        reseed(torch.device("cpu"), 3, "step", 5)
+        draws.append((torch.randn(4), torch.nn.functional.dropout(torch.ones(64))))
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 10, 297, 1000])
+def test_strata_hold_one_example_each(total):
+    t = strata(torch.arange(total), total).sort().values
+    assert torch.allclose(t, (torch.arange(total) + 0.5).double() / total)
+
+
+def test_strata_do_not_follow_the_order_of_the_data():
+    t = strata(torch.arange(1000), 1000)
+    assert abs(float(torch.corrcoef(torch.stack([t, torch.arange(1000).double()]))[0, 1])) < 0.1
+    by_class = t.reshape(10, 100)  # a set sorted by class: every class sees every noise level
+    assert float((by_class.mean(1) - 0.5).abs().max()) < 0.05
+
+
+def test_an_example_has_its_generator_whatever_its_batch():
+    whole = [torch.randn(3, generator=g) for g in generators(0, "sample", list(range(5)))]
+    part = [torch.randn(3, generator=g) for g in generators(0, "sample", [3, 4])]
+    assert torch.equal(torch.stack(whole[3:]), torch.stack(part))
