@@ -6,8 +6,11 @@ and only a command that trains or samples waits for Lightning.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "plugins")
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
 
@@ -42,6 +45,11 @@ def main() -> None:
         print(HELP, end="")
     elif command == "plugins":
         _print_plugins()
+    elif command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(COMMANDS)}."
+        sys.stderr.write(f"lit-diffusion: error: there is no command {command!r}. {hint}\n")
+        raise SystemExit(2)
     else:
         from lit_diffusion.training.cli import main as run
 

@@ -5,4 +5,11 @@ from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.learning_rates import WarmupDecayLR
 from lit_diffusion.training.module import LitDiffusion
 
-__all__ = ["EMA", "ImageDataModule", "LastCheckpoint", "LitDiffusion", "SampleGrid", "WarmupDecayLR"]
+__all__ = [
+    "EMA",
+    "ImageDataModule",
+    "LastCheckpoint",
+    "LitDiffusion",
+    "SampleGrid",
+    "WarmupDecayLR",
+]

@@ -7,33 +7,25 @@ calling `main(MyLit, MyData)`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import logging
 import os
-import re
 import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonargparse
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
-from lit_diffusion.registry import load_plugins
-from lit_diffusion.samplers import Sampler
-from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks import LastCheckpoint, SampleGrid
-from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.description import allow, allowed_modules
 from lit_diffusion.training.logging import (
     RunLogger,
     SaveConfig,
@@ -42,66 +34,13 @@ from lit_diffusion.training.logging import (
     run_loggers,
 )
 from lit_diffusion.training.module import LitDiffusion, load_checkpoint
+from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.sampling import sample
 
 __all__ = ["DiffusionCLI", "main"]
 
 #: What a user's mistake raises; anything else is ours, and shows its traceback.
 MISTAKES = (ValueError, KeyError, OSError, MisconfigurationException)
-
-
-def fail(message: str) -> NoReturn:
-    """Say in one line what went wrong, and leave with exit code 2."""
-    line = " ".join(message.split())
-    sys.stderr.write(f"lit-diffusion: error: {line}\n")
-    sys.stderr.flush()
-    raise SystemExit(2)
-
-
-def _subclass_names(base: type) -> set[str]:
-    children: list[type] = base.__subclasses__()
-    names = {cls.__name__ for cls in children if not cls.__name__.startswith("_")}
-    return names.union(*map(_subclass_names, children)) if children else names
-
-
-def _plain(message: str) -> str:
-    """The sentence that matters in a parser's message, with a suggestion for a misspelt name."""
-    name = re.search(r"Expected a dot import path string: (\w+)", message)
-    if name:
-        known = _subclass_names(torch.nn.Module) | _subclass_names(Sampler)
-        from lit_diffusion.predictions import Prediction
-
-        for base in (Prediction, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler):
-            known |= _subclass_names(base)
-        from lightning.pytorch.callbacks import Callback
-
-        known |= _subclass_names(Callback)
-        key = re.search(r'[Pp]arser key "([^"]*)"|Key "([^"]*)"', message)
-        where = f" for {next(filter(None, key.groups()))}" if key else ""
-        near = difflib.get_close_matches(name[1], known, n=3, cutoff=0.6)
-        hint = (
-            f"Did you mean {' or '.join(near)}?"
-            if near
-            else "`lit-diffusion plugins` lists what there is; a class of your own needs --plugins."
-        )
-        return f"No class named {name[1]!r}{where}. {hint}"
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    telling = [
-        line
-        for line in lines
-        if re.search(r"not accepted|Expected|Got value|required|[Ii]nvalid|[Uu]nable|must|not ", line)
-    ]
-    kept = dict.fromkeys(lines[:1] + telling[:3])
-    return " ".join(kept)[:600]
-
-
-class DiffusionParser(LightningArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong, without the usage."""
-        if os.environ.get("LIT_DIFFUSION_TRACEBACK"):
-            raise ValueError(message) from ex
-        fail(_plain(str(message)))
 
 
 class _Bar(TQDMProgressBar):
@@ -136,7 +75,10 @@ class DiffusionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's name, plug-ins, and the one link: the data's shape is the model's."""
         parser.add_argument(
-            "--name", type=str, default="run", help="The run goes to <default_root_dir>/<name>/<time>."
+            "--name",
+            type=str,
+            default="run",
+            help="The run goes to <default_root_dir>/<name>/<time>.",
         )
         parser.add_argument(
             "--plugins",
@@ -156,10 +98,10 @@ class DiffusionCLI(LightningCLI):
             root = Path(config.trainer.default_root_dir) / config.name
             found = last_checkpoint(root)
             if found is None:
-                rank_zero_info(f"No checkpoint below {root} yet: starting afresh.")
+                _note(f"No checkpoint below {root} yet: starting afresh.")
                 config.ckpt_path = None
                 return
-            rank_zero_info(f"Going on from {found}.")
+            _note(f"Going on from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
         if self.config.subcommand == "fit":
@@ -254,6 +196,7 @@ class DiffusionCLI(LightningCLI):
 
 def _quiet() -> None:
     """Keep what a user cannot act on out of the way of what he can."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The model is told its config after it is made, so nothing is lost.
@@ -263,106 +206,15 @@ def _quiet() -> None:
     )
 
 
+@rank_zero_only
+def _note(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _import_plugins(argv: list[str]) -> None:
-    """Import the modules named by --plugins or a config's plugins:, before parsing needs them."""
-    named: list[str] = []
-
-    def add(value: Any) -> None:
-        if isinstance(value, str):
-            value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
-        named.extend(str(module).strip() for module in value or [])
-
-    for i, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if not equals:
-            value = argv[i + 1] if i + 1 < len(argv) else ""
-        if flag == "--plugins":
-            add(value)
-        elif flag in ("--config", "-c") and Path(value).is_file():
-            with contextlib.suppress(yaml.YAMLError):
-                config = yaml.safe_load(Path(value).read_text())
-                add(config.get("plugins") if isinstance(config, dict) else None)
-    load_plugins()
-    for module in named:
-        allow(module)
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0]:
-                raise
-            fail(f"No plug-in module {module!r}: expected {module}.py here, or an installed package.")
-    jsonargparse.set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=allowed_modules()
-    )
-
-
-def _sample(argv: list[str]) -> None:
-    """Draw images from a checkpoint alone."""
-    parser = DiffusionParser(prog="lit-diffusion sample", description=_sample.__doc__)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint.")
-    parser.add_argument("--num_samples", type=int, default=64, help="How many images.")
-    parser.add_argument(
-        "--out", type=str, default="samples.png", help="A .png for one grid, or a folder for many."
-    )
-    parser.add_subclass_arguments(
-        Sampler,
-        "sampler",
-        required=False,
-        help="How to draw, such as DDIMSampler; the model's own by default.",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Image i is a function of (seed, i).")
-    parser.add_argument(
-        "--label", type=int | None, default=None, help="Class of all images; drawn by default."
-    )
-    parser.add_argument("--guidance", type=float, default=1.0, help="Strength; 1 for none.")
-    parser.add_argument("--batch_size", type=int, default=256, help="Images at a time.")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
-    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
-    config = parser.instantiate_classes(parser.parse_args(argv))
-    out = Path(config.out)
-    if config.num_samples < 1 or config.batch_size < 1:
-        fail(
-            "--num_samples and --batch_size must be at least 1, "
-            f"got {config.num_samples} and {config.batch_size}."
-        )
-    if out.suffix not in ("", ".png"):
-        fail(f"--out must be a .png file or a folder, got {out}.")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LitDiffusion.load_from_checkpoint(config.ckpt_path).to(device)
-    from tqdm import tqdm
-
-    images = []
-    for first in range(0, config.num_samples, config.batch_size):
-        indices = list(range(first, min(first + config.batch_size, config.num_samples)))
-        noise = randomness.generators(config.seed, "sample", indices)
-        progress = lambda levels: tqdm(levels, desc=f"images {indices[0]}-{indices[-1]}")  # noqa: E731, B023
-        batch = model.sample(
-            len(indices),
-            noise,
-            label=config.label,
-            sampler=config.get("sampler"),
-            guidance=config.guidance,
-            progress=progress,
-        )
-        images.append(batch.cpu())
-    whole = torch.cat(images)
-    if out.suffix == ".png":
-        save_grid(whole, out, columns=max(1, round(len(whole) ** 0.5)))
-    else:
-        from torchvision.transforms.functional import to_pil_image
-
-        out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(whole):
-            pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            to_pil_image(pixels).save(out / f"{i:06d}.png")
-    _say(str(out))
 
 
 def main(
@@ -378,17 +230,19 @@ def main(
     argv = sys.argv[1:]
     _quiet()
     try:
-        _import_plugins(argv)
+        import_plugins(argv)
         if argv[:1] == ["sample"]:
-            _sample(argv[1:])
+            _say(str(sample(argv[1:])))
         else:
             DiffusionCLI(model_class, data_class)
     except MISTAKES as error:
         if os.environ.get("LIT_DIFFUSION_TRACEBACK"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        fail(f"{text} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
+        fail(f"{explain(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
     except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
-            raise
-        fail(f"The checkpoint's weights do not fit the model of this config: {error}"[:600])
+        if "Error(s) in loading state_dict" in str(error):
+            fail(f"The checkpoint's weights do not fit the model of this config: {error}"[:600])
+        if "more than one stateful callback" in str(error):
+            fail(f"A callback is listed twice: {str(error).partition('.')[0]}.")
+        raise

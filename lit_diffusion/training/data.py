@@ -147,6 +147,10 @@ class ImageDataModule(L.LightningDataModule):
         """Return what `val_dataloader` returns: there is one held-out split."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> FixedBatches | list:
+        """Return what `val_dataloader` returns: one image is drawn for each of its examples."""
+        return self.val_dataloader()
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn bytes into x in [−1, 1], on the device; images that are floats already pass."""
         if isinstance(batch, dict) and batch["image"].dtype == torch.uint8:

@@ -26,7 +26,13 @@ from lit_diffusion.samplers import Sampler
 __all__ = ["allow", "allowed_modules", "build", "describe"]
 
 _ALLOWED = ["lit_diffusion", "torch.optim", "torch.nn", "lightning.pytorch"]
-_KINDS = (nn.Module, Prediction, Sampler, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_KINDS = (
+    nn.Module,
+    Prediction,
+    Sampler,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
 
 
 def allow(module: str) -> None:

@@ -186,7 +186,9 @@ class LitDiffusion(L.LightningModule):
             eps=noise_like(x, noise),
             **self._condition(batch),
         )
-        sums = torch.stack([terms.loss.sum(), terms.eps_error.sum(), terms.loss.new_tensor(len(x))])
+        sums = torch.stack(
+            [terms.loss.sum(), terms.eps_error.sum(), terms.loss.new_tensor(len(x))]
+        )
         self._validation += sums
         return {"losses": terms.loss, "logsnr": terms.logsnr, "eps_error": terms.eps_error}
 
@@ -248,11 +250,11 @@ class LitDiffusion(L.LightningModule):
         Lightning refuses to clip before a fused optimizer under bfloat16, where nothing has been
         scaled and clipping is safe; only float16, with its scaler, needs Lightning's own way.
         """
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            if "16-mixed" not in str(self.trainer.precision).removeprefix("b"):
-                torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-                return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        scaled = self.trainer.precision == "16-mixed"
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Sampling ------------------------------------------------------------------------------
 
@@ -313,9 +315,10 @@ class LitDiffusion(L.LightningModule):
         self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
     ) -> Tensor:
         if label is None:
-            # Normal draws through Φ are uniform, and respect one generator per image.
-            uniform = torch.special.ndtr(noise_like(torch.zeros(n, 1, dtype=torch.float64), generator))
-            label = (uniform[:, 0] * self.num_classes).long().clamp(max=self.num_classes - 1)
+            # Φ of a normal draw is uniform, and a normal draw has one generator per image.
+            normal = noise_like(torch.zeros(n, 1, dtype=torch.float64), generator)[:, 0]
+            label = (torch.special.ndtr(normal) * self.num_classes).long()
+            label = label.clamp(max=self.num_classes - 1)
         label = torch.as_tensor(label, device=self.device)
         label = label.expand(n) if label.ndim == 0 else label
         if len(label) != n or bool((label < -1).any() | (label >= self.num_classes).any()):

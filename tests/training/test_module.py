@@ -96,9 +96,7 @@ def test_training_lowers_the_validation_loss(tmp_path):
 
 
 def test_a_stratified_batch_covers_the_accumulated_step(tmp_path):
-    record, _, _ = fit(
-        tmp_path, 3, data=tiny_data(steps_per_epoch=6), accumulate_grad_batches=2
-    )
+    record, _, _ = fit(tmp_path, 3, data=tiny_data(steps_per_epoch=6), accumulate_grad_batches=2)
     assert len(record.losses) == 6
     schedule = ld.LinearSchedule(-10.0, 13.3)
     for step in range(3):
@@ -132,7 +130,10 @@ def test_resuming_is_exact(tmp_path, streaming, accumulate, stop):
     assert first.losses + second.losses == whole.losses
     ours, theirs = resumed.state_dict(), model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    raw = [load_checkpoint(r / "checkpoints" / "last.ckpt") for r in (tmp_path / "whole", tmp_path / "part")]
+    raw = [
+        load_checkpoint(r / "checkpoints" / "last.ckpt")
+        for r in (tmp_path / "whole", tmp_path / "part")
+    ]
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(raw[0][key][n], raw[1][key][n]) for n in raw[0][key]), key
     first_moments = [ckpt["optimizer_states"][0]["state"][0]["exp_avg"] for ckpt in raw]
@@ -368,7 +369,11 @@ class Watch(L.Callback):
 def test_everyone_sees_the_average_in_validation_and_raw_weights_in_training(tmp_path, order):
     watch, ema = Watch(), EMA(0.9)
     run = trainer(
-        tmp_path, max_steps=6, callbacks=[watch, ema][::order], val_check_interval=3, check_val_every_n_epoch=None
+        tmp_path,
+        max_steps=6,
+        callbacks=[watch, ema][::order],
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
     )
     model = tiny_model()
     start = next(model.parameters()).detach().clone()
@@ -385,16 +390,22 @@ def test_the_average_is_the_recursion_on_optimizer_steps(tmp_path):
             self.weights = []
 
         def on_train_batch_end(self, trainer, pl_module, *args):
-            self.weights.append(torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach().clone())
+            self.weights.append(
+                torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach().clone()
+            )
 
     trail = Trail()
     model = tiny_model()
     expected = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    trainer(tmp_path, max_steps=4, callbacks=[EMA(0.25), trail], accumulate_grad_batches=2).fit(model, tiny_data(steps_per_epoch=8))
+    trainer(tmp_path, max_steps=4, callbacks=[EMA(0.25), trail], accumulate_grad_batches=2).fit(
+        model, tiny_data(steps_per_epoch=8)
+    )
     assert len(trail.weights) == 8
     for n, weights in enumerate(trail.weights[1::2], start=1):
         expected.lerp_(weights, 1 - min(0.25, (1 + n) / (10 + n)))
-    assert torch.allclose(torch.nn.utils.parameters_to_vector(model.parameters()), expected, atol=1e-6)
+    assert torch.allclose(
+        torch.nn.utils.parameters_to_vector(model.parameters()), expected, atol=1e-6
+    )
 
 
 def test_an_exception_in_validation_gives_the_weights_back(tmp_path):
@@ -405,7 +416,10 @@ def test_an_exception_in_validation_gives_the_weights_back(tmp_path):
     watch, model = Watch(), tiny_model()
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer(
-            tmp_path, max_steps=5, callbacks=[EMA(0.9), watch, Fails()], val_check_interval=3,
+            tmp_path,
+            max_steps=5,
+            callbacks=[EMA(0.9), watch, Fails()],
+            val_check_interval=3,
             check_val_every_n_epoch=None,
         ).fit(model, tiny_data())
     assert torch.equal(next(model.parameters()), watch.seen["train"])
@@ -414,7 +428,9 @@ def test_an_exception_in_validation_gives_the_weights_back(tmp_path):
 def test_a_resume_without_ema_is_refused(tmp_path):
     _, _, run = fit(tmp_path, 3)
     with pytest.raises(ValueError, match="EMA"):
-        trainer(tmp_path, max_steps=5).fit(tiny_model(), tiny_data(), ckpt_path=run.checkpoint_callback._path)
+        trainer(tmp_path, max_steps=5).fit(
+            tiny_model(), tiny_data(), ckpt_path=run.checkpoint_callback._path
+        )
 
 
 def test_a_checkpoint_saved_in_validation_is_not_exchanged(tmp_path):
@@ -424,8 +440,12 @@ def test_a_checkpoint_saved_in_validation_is_not_exchanged(tmp_path):
 
     watch = Watch()
     trainer(
-        tmp_path, max_steps=3, callbacks=[EMA(0.9), watch, SavesInside()], val_check_interval=3,
-        check_val_every_n_epoch=None, enable_checkpointing=False,
+        tmp_path,
+        max_steps=3,
+        callbacks=[EMA(0.9), watch, SavesInside()],
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        enable_checkpointing=False,
     ).fit(tiny_model(), tiny_data())
     inside = load_checkpoint(tmp_path / "inside.ckpt")
     name = next(iter(inside["state_dict"]))
@@ -478,7 +498,9 @@ def test_two_ranks_share_one_lattice_and_one_validation(tmp_path):
 
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = {}
     for line in done.stdout.splitlines():

@@ -21,7 +21,7 @@ def test_keys_do_not_collide():
 
 def test_fractions_are_uniform():
     u = torch.tensor([fraction(0, "offset", step) for step in range(10_000)])
-    assert 0 <= float(u.min())
+    assert float(u.min()) >= 0
     assert float(u.max()) < 1
     assert float((u.sort().values - torch.linspace(0, 1, 10_000)).abs().max()) < 0.02
     assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.03

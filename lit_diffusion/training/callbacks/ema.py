@@ -51,7 +51,9 @@ class EMA(L.Callback):
         """Create the average on the parameters' device, or take it from the checkpoint."""
         start = self._loaded or {}
         self._average = {
-            name: start[name].to(p.device, p.dtype, copy=True) if name in start else p.detach().clone()
+            name: start[name].to(p.device, p.dtype, copy=True)
+            if name in start
+            else p.detach().clone()
             for name, p in self._parameters(pl_module).items()
         }
         self._loaded = None

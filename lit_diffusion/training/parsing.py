@@ -1,0 +1,163 @@
+"""Parsing: what may be named in a config, and one line for every mistake.
+
+jsonargparse explains a mistake in ten lines of nested alternatives; a user needs the place, what
+was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_diffusion.noise_schedule import NoiseSchedule
+from lit_diffusion.predictions import Prediction
+from lit_diffusion.registry import load_plugins
+from lit_diffusion.samplers import Sampler
+from lit_diffusion.training.description import allow, allowed_modules
+from lit_diffusion.weightings import Weighting
+
+__all__ = ["DiffusionParser", "explain", "fail", "import_plugins"]
+
+_FAMILIES = {
+    "schedule": NoiseSchedule,
+    "weighting": Weighting,
+    "prediction": Prediction,
+    "sampler": Sampler,
+    "network": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+    "callbacks": Callback,
+}
+_PLUGINS = "`lit-diffusion plugins` lists what there is; a class of your own needs --plugins."
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what went wrong, and leave with exit code 2.
+
+    Args:
+        message: What was expected, what came, what to do.
+    """
+    sys.stderr.write(f"lit-diffusion: error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+def _names(base: type) -> set[str]:
+    """The public concrete classes below a base."""
+    found = set()
+    children: list[type] = base.__subclasses__()
+    for cls in children:
+        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
+            found.add(cls.__name__)
+        found |= _names(cls)
+    return found
+
+
+def _suggest(name: str, known: set[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    return f"Did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def explain(message: str) -> str:
+    '''The sentence that matters in a parser's message.
+
+    Args:
+        message: What jsonargparse says.
+
+    Example:
+        >>> explain("""Parser key "data.batch_size": Expected a <class 'int'>. Got value: abc""")
+        'data.batch_size: expected int, got abc.'
+    '''
+    keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
+    where = f"{'.'.join(keys)}: " if keys else ""
+    given = re.search(r"(?:Given value|Got value): (.*)", message)
+
+    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+        families = [
+            _FAMILIES[word] for key in keys for word in key.split(".") if word in _FAMILIES
+        ]
+        known = _names(families[-1]) if families else set().union(*map(_names, _FAMILIES.values()))
+        return f"{where}no class is named {name[1]!r}. {_suggest(name[1], known, _PLUGINS)}"
+    if option := re.search(r"Option '([^']+)' is not accepted", message):
+        class_path = re.search(r"'?class_path'?[:=] ?'([\w.]+)'", message)
+        key = ".".join(keys) or "model.weighting"
+        listed = f"`lit-diffusion fit --{key}.help CLASS` lists what a class takes."
+        cls = class_path[1].rpartition(".")[2] if class_path else "the class"
+        return f"{where}{cls} takes no argument {option[1]!r}. {listed}"
+    reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
+    if reasons:
+        return f"{where}{reasons[0]}"
+    kinds = [k for k in re.findall(r"Expected a <class '([\w.]+)'>", message) if k != "NoneType"]
+    if kinds and given:
+        return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"no argument is called {unknown[1]}; --help lists them."
+    return " ".join(message.split())[:500]
+
+
+class DiffusionParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, without the usage.
+
+        Args:
+            message: What the parser says.
+            ex: Where it comes from.
+        """
+        if os.environ.get("LIT_DIFFUSION_TRACEBACK"):
+            raise ValueError(message) from ex
+        fail(explain(str(message)))
+
+
+def import_plugins(argv: list[str]) -> None:
+    """Import the modules named by --plugins or a config's plugins:, before parsing needs them.
+
+    From then on the parser imports only what is allowed: our own modules, torch.optim, torch.nn,
+    lightning.pytorch, installed plug-in packages, and the modules named here.
+
+    Args:
+        argv: The command line.
+    """
+    named: list[str] = []
+
+    def add(value: Any) -> None:
+        if isinstance(value, str):
+            value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
+        named.extend(str(module).strip() for module in value or [])
+
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if not equals:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        if flag == "--plugins":
+            add(value)
+        elif flag in ("--config", "-c") and Path(value).is_file():
+            with contextlib.suppress(yaml.YAMLError):
+                config = yaml.safe_load(Path(value).read_text())
+                add(config.get("plugins") if isinstance(config, dict) else None)
+    load_plugins()
+    for module in named:
+        allow(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise
+            fail(f"no plug-in module {module!r}: expected {module}.py here, or a package.")
+    jsonargparse.set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=allowed_modules()
+    )
