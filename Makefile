@@ -20,6 +20,8 @@ help:  ## Show this list.
 demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop) and draw some.
 	$(BIN)/lit-diffusion fit --config configs/digits.yaml
 
+# Small tests on small tensors: a second thread only waits.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.dev  ## Run every test that is not marked slow.
 	$(BIN)/python -m pytest
 

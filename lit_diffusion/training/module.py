@@ -344,8 +344,8 @@ class LitDiffusion(L.LightningModule):
 
         if not any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
             raise ValueError(
-                "This checkpoint keeps an average of the weights, which would be lost: add the EMA "
-                "callback to trainer.callbacks to go on with it."
+                "This checkpoint keeps an average of the weights, which would be lost: add the "
+                "EMA callback to trainer.callbacks to go on with it."
             )
         checkpoint["average_model_state"] = checkpoint["state_dict"]
         checkpoint["state_dict"] = checkpoint["current_model_state"]

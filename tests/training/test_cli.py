@@ -236,14 +236,16 @@ def test_the_other_commands(cli, tmp_path):
     code, out, err = cli("sample", "--ckpt_path", ckpt, "--num_samples", 5, "--out", "grid.png")
     assert code == 0, err
     assert out.strip() == "grid.png"
-    assert Image.open("grid.png").size[0] > 100
+    with Image.open("grid.png") as grid:
+        assert grid.size[0] > 100
     code, _, err = cli(
         "sample", "--ckpt_path", ckpt, "--num_samples", 3, "--out", "folder", "--sampler",
         "AncestralSampler", "--sampler.steps", 2, "--seed", 3, "--label", 4, "--batch_size", 2,
     )  # fmt: skip
     assert code == 0, err
     assert len(list(Path("folder").glob("*.png"))) == 3
-    assert Image.open("folder/000000.png").size == (8, 8)
+    with Image.open("folder/000000.png") as image:
+        assert image.size == (8, 8)
     first = Path("folder/000002.png").read_bytes()
     cli(
         "sample", "--ckpt_path", ckpt, "--num_samples", 3, "--out", "again", "--sampler",
@@ -335,7 +337,8 @@ def test_a_config_can_name_the_plugins(cli, tmp_path):
 
 def test_quick_answers():
     def words(*argv):
-        code = "import sys; from lit_diffusion.__main__ import main; main(); print(sorted(sys.modules))"
+        code = "import sys; from lit_diffusion.__main__ import main; main()"
+        code += "; print(sorted(sys.modules))"
         done = subprocess.run(
             [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
         )

@@ -241,7 +241,7 @@ def test_labels_and_guidance_change_the_sample():
     without = LitDiffusion(network=UNet(channels=(8,), attention=()))
     with pytest.raises(ValueError, match="without classes"):
         without.sample(1, label=3)
-    with pytest.raises(ValueError, match="no|none"):
+    with pytest.raises(ValueError, match="Guidance needs classes"):
         without.sample(1, guidance=2.0)
 
 
@@ -322,7 +322,7 @@ def test_a_hostile_checkpoint_is_not_executed(tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint"):
         LitDiffusion.load_from_checkpoint(tmp_path / "none.ckpt")
     for class_path in ("os.system", "subprocess.Popen", "antigravity.geohash", "builtins.eval"):
-        with pytest.raises(ValueError, match="may not be imported|not a class"):
+        with pytest.raises(ValueError, match=r"may not be imported|not a class"):
             build({"class_path": class_path, "init_args": {}})
     assert "antigravity" not in sys.modules
 
@@ -484,10 +484,13 @@ from test_module import *
 if __name__ == "__main__":
     torch.manual_seed(0)
     record, model = Record(), tiny_model()
-    run = trainer({folder!r}, max_steps=3, callbacks=[record, EMA(0.9), LastCheckpoint()], devices=2,
-                  strategy="ddp", val_check_interval=3, check_val_every_n_epoch=None)
+    run = trainer(
+        {folder!r}, max_steps=3, callbacks=[record, EMA(0.9), LastCheckpoint()], devices=2,
+        strategy="ddp", val_check_interval=3, check_val_every_n_epoch=None,
+    )
     run.fit(model, tiny_data(batch_size=8))
-    out = [torch.cat(record.logsnr).tolist(), record.val, float(sum(p.sum() for p in model.parameters()))]
+    total = float(sum(p.sum() for p in model.parameters()))
+    out = [torch.cat(record.logsnr).tolist(), record.val, total]
     print("RANK", json.dumps([run.global_rank, *out]))
 """
 

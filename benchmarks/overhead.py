@@ -1,0 +1,186 @@
+"""What the framework costs: `lit-diffusion fit` against a bare PyTorch loop, step for step.
+
+    python benchmarks/overhead.py [--steps 600] [--block 20] [--device cpu]
+
+Both run in one process and take turns, a block of steps each, so that a noisy machine disturbs
+them alike. The bare loop has a copy of the same network, the same optimizer, batch and data
+loader, and does the same work: λ and ε, label drop, weighted loss, clipping, learning rate, EMA.
+On the other side stands everything a user gets: the trainer, callbacks, logging to metrics.csv,
+the progress bar. Reported are the medians over blocks, at two sizes of network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+RESULT = "OVERHEAD_RESULT"
+
+
+class BareLoop:
+    """The loop one would write by hand for configs/digits.yaml."""
+
+    def __init__(self, model: Any, datamodule: Any) -> None:
+        self.network = copy.deepcopy(model.denoiser.network)
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = model.optimizer(self.parameters)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1, step / 200)
+        )
+        twin = copy.copy(datamodule)
+        twin._forget()
+        twin.setup("fit")
+        self.loader = twin.train_dataloader()
+        self.batches = iter(self.loader)
+        self.device = model.device
+        self.low, self.high = model.loss.schedule.logsnr_min, model.loss.schedule.logsnr_max
+
+    def batch(self) -> dict[str, Tensor]:
+        """The next batch, epoch after epoch."""
+        try:
+            return next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.loader)
+            return next(self.batches)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        batch = self.batch()
+        x = batch["image"].to(self.device) / 127.5 - 1
+        label = batch["label"].to(self.device)
+        n = len(x)
+        label = torch.where(torch.rand(n, device=self.device) < 0.1, -1, label)
+        t = (torch.rand((), device=self.device) + torch.arange(n, device=self.device) / n) % 1
+        logsnr = self.high + (self.low - self.high) * t
+        alpha = logsnr.sigmoid().sqrt().reshape(-1, 1, 1, 1)
+        sigma = (-logsnr).sigmoid().sqrt().reshape(-1, 1, 1, 1)
+        eps = torch.randn_like(x)
+        z = alpha * x + sigma * eps
+        v = self.network(z, logsnr, label)
+        error = (sigma * z + alpha * v - eps).square().flatten(1).mean(1)
+        loss = (0.5 * (self.high - self.low) * error).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        self.rate.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1e-3)
+
+
+class Interleave(L.Callback):
+    """Stops the trainer after every block of steps and runs a block of the bare loop.
+
+    Args:
+        block: Steps in a block.
+        warmup: Blocks that are not counted.
+    """
+
+    def __init__(self, block: int = 20, warmup: int = 3) -> None:
+        self.block = block
+        self.warmup = warmup
+        self.trainer_ms: list[float] = []
+        self.bare_ms: list[float] = []
+        self.since = 0.0
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the bare loop."""
+        self.bare = BareLoop(pl_module, trainer.datamodule)
+        self.since = self._now()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Between two steps: close the trainer's block, and run a bare one."""
+        if trainer.global_step == 0 or trainer.global_step % self.block:
+            return
+        now = self._now()
+        self.trainer_ms.append((now - self.since) / self.block * 1e3)
+        for _ in range(self.block):
+            self.bare.step()
+        self.since = self._now()
+        self.bare_ms.append((self.since - now) / self.block * 1e3)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report."""
+        ours, bare = self.trainer_ms[self.warmup :], self.bare_ms[self.warmup :]
+        extra = [a - b for a, b in zip(ours, bare, strict=True)]
+        result = {
+            "blocks": len(ours),
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "fit_ms": statistics.median(ours),
+            "bare_ms": statistics.median(bare),
+            "extra_ms": statistics.median(extra),
+            "ratio": statistics.median(a / b for a, b in zip(ours, bare, strict=True)),
+        }
+        print(RESULT, json.dumps(result), flush=True)
+
+
+def measure(channels: str, steps: int, block: int, device: str) -> dict[str, float]:
+    """Run the real command once, in a process of its own."""
+    words = [
+        *(sys.executable, "-m", "lit_diffusion", "fit", "--plugins", "overhead"),
+        *("--config", str(ROOT / "configs" / "digits.yaml")),
+        *("--trainer.callbacks+=overhead.Interleave", f"--trainer.callbacks.block={block}"),
+        *(f"--trainer.max_steps={steps}", f"--data.steps_per_epoch={steps + 1}"),
+        *(f"--trainer.accelerator={device}", "--trainer.devices=1"),
+        f"--model.network.channels={channels}",
+    ]
+    environment = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT / "benchmarks")}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if RESULT in line:
+            return json.loads(line.partition(RESULT)[2])
+    raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+
+
+def main() -> None:
+    """Measure and print a table, and the same as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=600, help="steps of the trainer at each size")
+    parser.add_argument("--block", type=int, default=20, help="steps in a turn")
+    parser.add_argument("--device", default="cpu", help="cpu or gpu")
+    parser.add_argument("--json", default=None, help="also write the results here")
+    chosen = parser.parse_args()
+    device = torch.cuda.get_device_name() if chosen.device == "gpu" else platform.processor()
+    print(
+        f"{device or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}"
+    )
+    print("| network | parameters | bare ms/step | fit ms/step | extra ms | ratio | blocks |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    results = {}
+    for name, channels in (("configs/digits.yaml", "[32,64]"), ("small", "[8,8]")):
+        r = results[name] = measure(channels, chosen.steps, chosen.block, chosen.device)
+        print(
+            f"| {name} | {r['parameters']:,} | {r['bare_ms']:.2f} | {r['fit_ms']:.2f} "
+            f"| {r['extra_ms']:.2f} | {r['ratio']:.3f} | {r['blocks']} |",
+            flush=True,
+        )
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
