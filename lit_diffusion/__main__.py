@@ -6,8 +6,11 @@ and only a command that trains or samples waits for Lightning.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import importlib
 import os
+import signal
 import sys
 
 COMMANDS = ("fit", "validate", "test", "predict", "sample", "plugins")
@@ -48,7 +51,7 @@ def main() -> None:
     elif command in ("-h", "--help"):
         print(HELP, end="")
     elif command == "plugins":
-        _print_plugins()
+        _print_plugins(sys.argv[2:])
     elif command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(COMMANDS)}."
@@ -60,9 +63,21 @@ def main() -> None:
         run()
 
 
-def _print_plugins() -> None:
+def _print_plugins(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="lit-diffusion plugins",
+        description="List every schedule, weighting, prediction and sampler there is.",
+    )
+    parser.add_argument("--plugins", nargs="*", default=[], help="modules of your own to import")
+    for module in parser.parse_args(argv).plugins:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            sys.stderr.write(f"lit-diffusion: error: {module} cannot be imported: {error}\n")
+            raise SystemExit(2) from error
     from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `lit-diffusion plugins | head` just ends
     for family in (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS):
         print(f"{family.base.__name__}")
         for cls in family.classes():

@@ -218,7 +218,7 @@ class NoiseSchedule(nn.Module, ABC):
         return self._pinned(self._truncated(t), t)
 
     def time(self, logsnr: Tensor) -> Tensor:
-        """T at which the schedule passes λ: the survival function of p.
+        """Time t at which the schedule passes λ: the survival function of p.
 
         Args:
             logsnr: λ; beyond the range it gives 0 or 1.

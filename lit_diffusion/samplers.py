@@ -125,7 +125,8 @@ class AncestralSampler(Sampler):
     """Draws each level from the posterior of the one before: z_s ~ q(z_s | z_t, x = x̂).
 
     The sampler of DDPM and VDM. Forgiving of a denoiser's errors, because fresh noise covers
-    them, but its variance is biased low at few steps: give it hundreds.
+    them. Its variance is biased low at few steps, so the originals take hundreds; small images
+    are fine with 50.
 
     Args:
         steps: Number of network calls, at least 1.
@@ -155,7 +156,7 @@ class AncestralSampler(Sampler):
         memory: Any,
         generator: Generators,
     ) -> tuple[Tensor, Any]:
-        """Z ← mean + std·noise of the posterior."""
+        """Move: z ← mean + std·noise of the posterior."""
         mean, std = posterior(z, denoiser(z, logsnr).x, logsnr, logsnr_next)
         return mean + std * noise_like(z, generator), memory
 
@@ -204,7 +205,7 @@ class DDIMSampler(Sampler):
         memory: Any,
         generator: Generators,
     ) -> tuple[Tensor, Any]:
-        """Z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
+        """Move: z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(logsnr_next)
         fresh_share = self.eta**2 * -torch.expm1(logsnr - logsnr_next)

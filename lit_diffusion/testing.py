@@ -131,7 +131,9 @@ def check_schedule(schedule: NoiseSchedule) -> None:
 
     at_logsnr, at_log_prob = schedule.at(t)
     _law(_close(at_logsnr, logsnr, 1e-12), schedule, "at(t) and logsnr(t) agree.")
-    error = float((at_log_prob - schedule.log_prob(logsnr)).abs().quantile(0.99))
+    told = schedule.log_prob(logsnr)
+    positive = (at_log_prob > -100) & (told > -100)  # a density may vanish at an end
+    error = float((at_log_prob - told)[positive].abs().quantile(0.99))
     _law(error < 1e-4, schedule, f"at(t) and log_prob(λ) agree, off by {error:.3g}.")
     learns = any(p.requires_grad for p in schedule.parameters())
     _law(

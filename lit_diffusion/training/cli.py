@@ -65,6 +65,7 @@ class DiffusionCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,  # the optimizer is an argument of the model
             trainer_defaults={
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,

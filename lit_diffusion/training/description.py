@@ -42,8 +42,8 @@ def allow(module: str) -> None:
         module: Its dotted name.
 
     Example:
-        >>> allow("my_plugins")
-        >>> "my_plugins" in allowed_modules()
+        >>> allow("a_package")
+        >>> "a_package" in allowed_modules()
         True
     """
     if module not in _ALLOWED:
@@ -115,7 +115,10 @@ def _find(path: str) -> type:
                 f"{', '.join(_ALLOWED)} nor imported already. If you trust it, import it first "
                 f"(on the command line: --plugins {module or path})."
             )
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"{path} is needed by the checkpoint, but: {error}.") from error
     found = getattr(sys.modules[module], name, None)
     if not (inspect.isclass(found) and issubclass(found, _KINDS)):
         raise ValueError(f"{path} is not a class that a checkpoint may name, or it is gone.")

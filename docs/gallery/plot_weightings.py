@@ -1,0 +1,62 @@
+"""
+Weightings
+==========
+
+A weighting w(λ) says how much an error of the predicted noise counts at each noise level. It is
+the objective; all else in the loss is how to estimate it. Here is every weighting of the library
+with its default arguments.
+"""
+
+import matplotlib.pyplot as plt
+import torch
+
+import lit_diffusion
+
+ours = {
+    name: cls()
+    for name, cls in lit_diffusion.WEIGHTINGS.items()
+    if cls.__module__.startswith("lit_diffusion.")
+}
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.85"
+
+# %%
+# Monotone or not
+# ---------------
+#
+# A weighting that never rises with λ makes the loss a likelihood bound, of data with noise added
+# (see the theory). Those are blue. Where the others rise, on the shaded side, the bound does not
+# hold. A constant factor changes nothing but the scale of the loss, so each curve is divided by
+# its value at λ = 0.
+
+logsnr = torch.linspace(-15, 15, 3001, dtype=torch.float64)
+weight = {name: weighting(logsnr) for name, weighting in ours.items()}
+weight = {name: w / w[len(w) // 2] for name, w in weight.items()}
+
+columns = 4
+rows = -(-len(ours) // columns)
+size = (9, 0.5 + 2.0 * rows)
+options = {"sharex": True, "sharey": True, "layout": "constrained"}
+figure, axes = plt.subplots(rows, columns, figsize=size, **options)
+for axis in axes.flat[len(ours) :]:
+    axis.remove()
+for axis, (name, w) in zip(axes.flat, weight.items(), strict=False):
+    for other in weight.values():
+        axis.plot(logsnr, other, color=GREY, linewidth=0.8)
+    rises = w.diff() > 1e-9 * w[:-1]
+    monotone = not rises.any()
+    line = {"color": BLUE} if monotone else {"color": ORANGE, "linestyle": (0, (4, 1.5))}
+    axis.plot(logsnr, w, linewidth=2, **line)
+    if not monotone:
+        start, end = logsnr[:-1][rises][[0, -1]].tolist()
+        axis.axvspan(start, end, color=ORANGE, alpha=0.12, linewidth=0)
+    axis.set(yscale="log", xlim=(-15, 15), ylim=(1e-6, 1e6), xticks=(-10, 0, 10))
+    axis.set_yticks([1e-5, 1, 1e5])
+    axis.minorticks_off()
+    axis.set_title(name, fontsize=10)
+    said = "monotone" if monotone else "not monotone"
+    axis.text(0.96, 0.94, said, transform=axis.transAxes, ha="right", va="top", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelbottom=True, labelsize=8)
+figure.supxlabel("log signal-to-noise ratio λ", fontsize=10)
+figure.supylabel("weight w(λ) / w(0)", fontsize=10)
+plt.show()
