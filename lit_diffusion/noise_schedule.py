@@ -155,6 +155,12 @@ class NoiseSchedule(nn.Module, ABC):
     # What follows --------------------------------------------------------------------------
 
     @cached_property
+    def _has_tail(self) -> bool:
+        """Whether the noisy end has a formula of its own."""
+        own = type(self)._tail_logsnr is not NoiseSchedule._tail_logsnr
+        return own or self.centre is not None
+
+    @cached_property
     def _window(self) -> tuple[float, float]:
         """The probability the formula puts beyond logsnr_max, and below logsnr_min."""
         if (self.logsnr_min, self.logsnr_max) == self.support:
@@ -163,7 +169,9 @@ class NoiseSchedule(nn.Module, ABC):
         return float(self._time(ends)[0]), float(self._tail_time(ends)[1])
 
     def _quantile(self, t: Tensor, s: Tensor) -> Tensor:
-        """F at t = 1 − s from the nearer tail (the other branch is fed a harmless ½)."""
+        """Give f(t), t = 1 − s, from the nearer tail (the other is fed a harmless ½)."""
+        if not self._has_tail:
+            return self._logsnr(t)
         clean = t <= 0.5
         half = torch.full_like(t, 0.5)
         return torch.where(

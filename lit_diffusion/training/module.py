@@ -252,7 +252,9 @@ class LitDiffusion(L.LightningModule):
         """
         scaled = self.trainer.precision == "16-mixed"
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            # Not self.parameters(), which walks through every module of the network.
+            clipped = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(clipped, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
