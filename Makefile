@@ -1,7 +1,6 @@
 # The two commands of the README are `make demo` and `make test`; neither needs the other.
 PYTHON ?= python3
 BIN := .venv/bin
-export WANDB_MODE ?= offline
 
 .PHONY: help demo test lint check docs benchmark clean
 help:  ## Show this list.

@@ -29,6 +29,7 @@ from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.logging import (
     RunLogger,
     SaveConfig,
+    finish_wandb,
     last_checkpoint,
     new_run_folder,
     run_loggers,
@@ -162,9 +163,6 @@ class DiffusionCLI(LightningCLI):
         folder = self.run_folder
         if rank_zero_only.rank != 0 or folder is None or self.resume_step is not None:
             return
-        if "wandb" in sys.modules:
-            with contextlib.suppress(Exception):
-                sys.modules["wandb"].finish(exit_code=1, quiet=True)
         kept = ("checkpoints/*", "samples/*", "metrics.csv")
         if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
             shutil.rmtree(folder)
@@ -176,8 +174,10 @@ class DiffusionCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
+            finish_wandb(exit_code=1)
             self._discard_if_empty()
             raise
+        finish_wandb()
         self._summarise()
 
     def _summarise(self) -> None:

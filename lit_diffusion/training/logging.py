@@ -12,8 +12,10 @@ after the checkpoint, which will be logged again, are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -24,7 +26,14 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-__all__ = ["RunLogger", "SaveConfig", "last_checkpoint", "new_run_folder", "run_loggers"]
+__all__ = [
+    "RunLogger",
+    "SaveConfig",
+    "finish_wandb",
+    "last_checkpoint",
+    "new_run_folder",
+    "run_loggers",
+]
 
 
 def new_run_folder(root: Path) -> Path:
@@ -122,11 +131,24 @@ def run_loggers(folder: Path, resume_step: int | None = None) -> list[Logger]:
             save_dir=str(folder),
             resume="allow" if mode == "online" else None,
         )
+        # Lightning always hands this over, and W&B then warns of it.
+        getattr(logger, "_wandb_init", {}).pop("anonymous", None)
         _ = logger.experiment
         loggers.append(logger)
     except Exception as error:
         rank_zero_warn(f"Weights & Biases is left out of this run: {error}")
     return loggers
+
+
+def finish_wandb(exit_code: int = 0) -> None:
+    """Close the W&B run of this process, if it has one, so that the next run has its own.
+
+    Args:
+        exit_code: 0 if the run ended well.
+    """
+    if "wandb" in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].finish(exit_code=exit_code, quiet=True)
 
 
 class SaveConfig(SaveConfigCallback):

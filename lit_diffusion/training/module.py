@@ -130,16 +130,17 @@ class LitDiffusion(L.LightningModule):
         Args:
             **arguments: The arguments of `__init__`, as objects or as configs.
         """
-        self.hparams.clear()
+        described = {}
         for name, value in arguments.items():
             try:
-                self.hparams[name] = describe(value)
+                described[name] = describe(value)
             except TypeError as error:
                 warnings.warn(
                     f"{name} cannot be kept in checkpoints, load_from_checkpoint will need "
                     f"{name}=…: {error}",
                     stacklevel=3,
                 )
+        self.save_hyperparameters(described)
 
     # Training and validation ---------------------------------------------------------------
 
@@ -208,8 +209,9 @@ class LitDiffusion(L.LightningModule):
 
     def _finish(self, name: str) -> None:
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
-        self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, rank_zero_only=True)
-        self.log(f"{name}/eps_error", (total[1] / total[2]).float(), rank_zero_only=True)
+        # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
+        self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)
+        self.log(f"{name}/eps_error", (total[1] / total[2]).float(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Draw one image for each example, of its class if there are classes."""
