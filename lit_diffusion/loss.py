@@ -44,6 +44,9 @@ class DiffusionLoss(nn.Module):
         schedule: Density p that λ is drawn from; None means `CosineSchedule()`.
         weighting: Weight w on the error of ε; None means `ELBOWeighting()`.
 
+    Raises:
+        TypeError: If one of them is something else, such as a class without its brackets.
+
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
         Augmentation, arXiv:2303.00848, Eq. 5-6.
@@ -61,6 +64,12 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.schedule = CosineSchedule() if schedule is None else schedule
         self.weighting = ELBOWeighting() if weighting is None else weighting
+        for part, family in ((self.schedule, NoiseSchedule), (self.weighting, Weighting)):
+            if not isinstance(part, family):
+                raise TypeError(
+                    f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}; "
+                    "was its pair of brackets forgotten?"
+                )
 
     def forward(
         self,

@@ -103,7 +103,7 @@ class Sampler(ABC):
             denoiser: Called as denoiser(z, logsnr, **cond).
             z: Where to start: standard normal noise.
             generator: Source of noise for stochastic samplers: None, one, or one per example.
-            progress: Wraps the list of levels, such as tqdm.
+            progress: Wraps the list of steps, such as tqdm.
             **cond: Handed to the denoiser.
 
         Shapes:
@@ -115,9 +115,12 @@ class Sampler(ABC):
 
         levels = [level.to(z.device).expand(len(z)) for level in self.levels()]
         memory = None
-        for logsnr, logsnr_next in progress(list(pairwise(levels))):
-            z, memory = self.step(ask, z, logsnr, logsnr_next, memory, generator)
-        return ask(z, levels[-1]).x
+        for logsnr, logsnr_next in progress([*pairwise(levels), (levels[-1], None)]):
+            if logsnr_next is None:
+                z = ask(z, logsnr).x
+            else:
+                z, memory = self.step(ask, z, logsnr, logsnr_next, memory, generator)
+        return z
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def check_plugin(cls: type) -> None:
     except TypeError as error:
         raise AssertionError(str(error)) from error
     shown = repr(instance)
+    if isinstance(instance, nn.Module) and type(instance).extra_repr is nn.Module.extra_repr:
+        return  # a network: its repr is torch's
     _law(cls.__name__ in shown, cls, "repr shows the name of the class.")
     for name, value in values.items():
         if not isinstance(value, nn.Module):
@@ -101,6 +103,7 @@ def check_schedule(schedule: NoiseSchedule) -> None:
     Example:
         >>> check_schedule(CosineSchedule(logsnr_min=-10.0, logsnr_max=10.0))
     """
+    _law(isinstance(schedule, NoiseSchedule), schedule, "expected an instance of NoiseSchedule.")
     low, high = float(schedule.logsnr_min), float(schedule.logsnr_max)
     ends = schedule.logsnr(torch.tensor([0.0, 1.0])).tolist()
     _law(ends == [high, low], schedule, f"λ(0), λ(1) are {[high, low]} exactly, got {ends}.")
@@ -184,6 +187,7 @@ def check_weighting(weighting: Weighting) -> None:
     Example:
         >>> check_weighting(SigmoidWeighting(bias=-1.0))
     """
+    _law(isinstance(weighting, Weighting), weighting, "expected an instance of Weighting.")
     for dtype in (torch.float32, torch.float64):
         logsnr = torch.linspace(-_FAR, _FAR, 801, dtype=dtype)
         weight = weighting(logsnr)
@@ -208,6 +212,7 @@ def check_prediction(prediction: Prediction) -> None:
     Example:
         >>> check_prediction(EDMPrediction(data_std=0.3))
     """
+    _law(isinstance(prediction, Prediction), prediction, "expected an instance of Prediction.")
     _law(_is_frozen(prediction), prediction, "a prediction is a frozen dataclass.")
     generator = torch.Generator().manual_seed(0)
     for level in (-_FAR, -9.0, -2.0, 0.0, 2.0, 9.0, _FAR):
@@ -254,6 +259,7 @@ def check_sampler(sampler: Sampler) -> None:
     Example:
         >>> check_sampler(DDIMSampler())
     """
+    _law(isinstance(sampler, Sampler), sampler, "expected an instance of Sampler.")
     _law(_is_frozen(sampler), sampler, "a sampler is a frozen dataclass.")
     schedule = LinearSchedule(-8.0, 8.0)
     denoiser = GaussianDenoiser(std=0.5, mean=0.3)

@@ -160,6 +160,17 @@ def test_broken_samplers_are_caught():
         check_sampler(PromisesTooMuch())
 
 
+def test_a_check_on_the_wrong_thing_says_so():
+    for check, wrong in [
+        (check_schedule, SCHEDULES["CosineSchedule"]),
+        (check_weighting, SCHEDULES["CosineSchedule"]()),
+        (check_prediction, 3),
+        (check_sampler, DDIMSampler),
+    ]:
+        with pytest.raises(AssertionError, match="expected an instance of"):
+            check(wrong)
+
+
 def test_undocumented_argument_is_caught():
     class Undocumented(Weighting):
         """A weighting."""

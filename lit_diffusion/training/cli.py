@@ -59,6 +59,7 @@ class DiffusionCLI(LightningCLI):
     def __init__(self, model_class: type[LitDiffusion], data_class: type[ImageDataModule]) -> None:
         self.run_folder: Path | None = None
         self.resume_step: int | None = None
+        self.described: dict[str, Any] = {}
         super().__init__(
             model_class,
             data_class,
@@ -97,15 +98,18 @@ class DiffusionCLI(LightningCLI):
         if path is None:
             return
         if path == "last":
-            root = Path(config.trainer.default_root_dir) / config.name
-            found = last_checkpoint(root)
+            root = Path(config.trainer.default_root_dir)
+            found = last_checkpoint(root, config.name)
+            if found is None and self.config.subcommand != "fit":
+                fail(f"there is no checkpoint below {root / config.name}; train first.")
             if found is None:
-                _note(f"No checkpoint below {root} yet: starting afresh.")
+                _note(f"No checkpoint below {root / config.name} yet: starting afresh.")
                 config.ckpt_path = None
                 return
             _note(f"Going on from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
+        self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             self.resume_step = checkpoint["global_step"]
             if Path(path).parent.name == "checkpoints":
@@ -135,6 +139,12 @@ class DiffusionCLI(LightningCLI):
         model = yaml.safe_load(text)["model"]
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
+        loss, prediction = self.model.loss, self.model.denoiser.prediction
+        _note(f"Objective: {loss.weighting}, drawn from {loss.schedule}, {prediction}.")
+        for name in ("weighting", "schedule", "prediction"):
+            before, now = self.described.get(name), self.model.hparams[name]
+            if self.resume_step is not None and before != now:
+                _note(f"Note: the checkpoint was trained with another {name}: {before}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the trainer, with the run folder, its loggers, and the callbacks nobody misses."""
@@ -185,6 +195,8 @@ class DiffusionCLI(LightningCLI):
         if not self.trainer.is_global_zero or self.run_folder is None:
             return
         losses = {k: float(v) for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
+        if self.subcommand == "fit":
+            _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
@@ -209,7 +221,7 @@ def _quiet() -> None:
 
 @rank_zero_only
 def _note(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(" ".join(line.split()) + "\n")
     sys.stderr.flush()
 
 

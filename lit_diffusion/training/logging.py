@@ -49,15 +49,16 @@ def new_run_folder(root: Path) -> Path:
     return folder
 
 
-def last_checkpoint(root: Path) -> Path | None:
-    """The newest last.ckpt below root that can be read; None if there is none.
+def last_checkpoint(root: Path, name: str = "*") -> Path | None:
+    """The newest last.ckpt of the runs of a name that can be read; None if there is none.
 
     Args:
-        root: The folder of all runs of a name.
+        root: The folder of all runs.
+        name: The name of the runs; * for any.
     """
     from lit_diffusion.training.module import load_checkpoint
 
-    found = sorted(root.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(root.glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     for path in reversed(found):
         try:
             load_checkpoint(path)
@@ -170,9 +171,13 @@ class SaveConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                unfinished = folder / "config.yaml.tmp"
+                file = folder / "config.yaml"
+                if file.is_file() and file.read_text() != text:
+                    # A resumed run with other settings: what the first steps had stays on record.
+                    file = folder / f"config-{time.strftime('%Y-%m-%d_%H-%M-%S')}.yaml"
+                unfinished = file.with_suffix(".tmp")
                 unfinished.write_text(text)
-                unfinished.replace(folder / "config.yaml")
+                unfinished.replace(file)
             elif isinstance(logger, WandbLogger):
                 config = {"cli": yaml.safe_load(text)}
                 logger.experiment.config.update(config, allow_val_change=True)

@@ -63,6 +63,7 @@ class LitDiffusion(L.LightningModule):
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, or if label_dropout is no probability.
+        TypeError: If a part is not what it should be, such as a class without its brackets.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -97,6 +98,18 @@ class LitDiffusion(L.LightningModule):
         weighting = ELBOWeighting() if weighting is None else weighting
         prediction = VPrediction() if prediction is None else prediction
         sampler = DDIMSampler() if sampler is None else sampler
+        for part, family in (
+            (schedule, NoiseSchedule),
+            (weighting, Weighting),
+            (prediction, Prediction),
+            (sampler, Sampler),
+            (network, nn.Module),
+        ):
+            if not isinstance(part, family):
+                raise TypeError(
+                    f"LitDiffusion: expected an instance of {family.__name__}, got {part!r}; "
+                    "was its pair of brackets forgotten?"
+                )
         _agree_on_data_std(weighting, prediction)
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting)
@@ -221,7 +234,16 @@ class LitDiffusion(L.LightningModule):
     def _condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         if self.num_classes is None or "label" not in batch:
             return {}
-        return {"label": batch["label"]}
+        label = batch["label"]
+        # On a GPU a look at the labels would wait for the device, which refuses them by itself.
+        if label.device.type == "cpu" and (
+            int(label.max()) >= self.num_classes or label.min() < -1
+        ):
+            raise ValueError(
+                f"Expected labels from 0 to {self.num_classes - 1} (−1 for none), got "
+                f"{int(label.min())} to {int(label.max())}; set num_classes of the network."
+            )
+        return {"label": label}
 
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one."""
@@ -328,7 +350,7 @@ class LitDiffusion(L.LightningModule):
         if len(label) != n or bool((label < -1).any() | (label >= self.num_classes).any()):
             raise ValueError(
                 f"Expected {n} labels from 0 to {self.num_classes - 1} (−1 for none), "
-                f"got {label.tolist()}."
+                f"got {len(label)}: {label.unique().tolist()}."
             )
         return label
 
@@ -413,8 +435,7 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
             raise KeyError("schedule")
     except Exception as error:
         raise ValueError(
-            f"{path} is not a checkpoint of lit_diffusion that can be read safely "
-            f"({type(error).__name__})."
+            f"{path} is not a checkpoint of lit_diffusion, or not one that can be read safely."
         ) from error
     return checkpoint
 

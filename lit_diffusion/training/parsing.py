@@ -68,7 +68,7 @@ def _names(base: type) -> set[str]:
 
 def _suggest(name: str, known: set[str], otherwise: str) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
-    return f"Did you mean {' or '.join(near)}?" if near else otherwise
+    return f"Did you mean {' or '.join(near)}? Else: {otherwise}" if near else otherwise
 
 
 def explain(message: str) -> str:
@@ -91,6 +91,11 @@ def explain(message: str) -> str:
         ]
         known = _names(families[-1]) if families else set().union(*map(_names, _FAMILIES.values()))
         return f"{where}no class is named {name[1]!r}. {_suggest(name[1], known, _PLUGINS)}"
+    if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
+        allowed = ", ".join(allowed_modules())
+        return f"{where}{path[1]} may not be imported; allowed are {allowed}, and --plugins."
+    if "Expected an instantiatable class" in message:
+        return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
     if option := re.search(r"Option '([^']+)' is not accepted", message):
         class_path = re.search(r"'?class_path'?[:=] ?'([\w.]+)'", message)
         key = ".".join(keys) or "model.weighting"
@@ -104,6 +109,8 @@ def explain(message: str) -> str:
     if kinds and given:
         return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        if unknown[1].endswith(".ckpt"):
+            return f"one checkpoint, please: {unknown[1]} is another. `last` is the newest."
         return f"no argument is called {unknown[1]}; --help lists them."
     return " ".join(message.split())[:500]
 
@@ -151,6 +158,7 @@ def import_plugins(argv: list[str]) -> None:
                 add(config.get("plugins") if isinstance(config, dict) else None)
     load_plugins()
     for module in named:
+        module = module.removesuffix(".py")
         allow(module)
         try:
             importlib.import_module(module)

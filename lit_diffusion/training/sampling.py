@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.logging import last_checkpoint
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, fail
 
@@ -25,7 +27,13 @@ def sample(argv: list[str]) -> Path:
     parser = DiffusionParser(
         prog="lit-diffusion sample", description="Draw images from a checkpoint alone."
     )
-    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str,
+        required=True,
+        help="The checkpoint; `last` is the newest in runs/.",
+    )
+    parser.add_argument("--name", type=str, default="*", help="With `last`: runs of this name.")
     parser.add_argument("--num_samples", type=int, default=64, help="How many images.")
     parser.add_argument(
         "--out", type=str, default="samples.png", help="A .png for one grid, or a folder for many."
@@ -53,22 +61,28 @@ def sample(argv: list[str]) -> Path:
         )
     if out.suffix not in ("", ".png"):
         fail(f"--out must be a .png file or a folder, got {out}.")
+    path = config.ckpt_path
+    if path == "last":
+        path = last_checkpoint(Path("runs"), config.name)
+        if path is None:
+            fail(
+                f"there is no checkpoint below runs/{config.name}; train first, or give its path."
+            )
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LitDiffusion.load_from_checkpoint(config.ckpt_path).to(device)
+    model = LitDiffusion.load_from_checkpoint(path).to(device)
 
     images = []
     for indices in torch.arange(config.num_samples).split(config.batch_size):
         first, last = int(indices[0]), int(indices[-1])
-        bar = tqdm(desc=f"images {first}-{last}", total=0)
         batch = model.sample(
             len(indices),
             randomness.generators(config.seed, "sample", indices.tolist()),
             label=config.label,
             sampler=config.get("sampler"),
             guidance=config.guidance,
-            progress=lambda steps, bar=bar: _shown(steps, bar),
+            progress=partial(tqdm, desc=f"images {first}-{last}"),
         )
         images.append(batch.cpu())
     whole = torch.cat(images)
@@ -82,11 +96,3 @@ def sample(argv: list[str]) -> Path:
         pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         to_pil_image(pixels).save(out / f"{i:06d}.png")
     return out
-
-
-def _shown(steps: list, bar: tqdm) -> object:
-    bar.reset(total=len(steps))
-    for step in steps:
-        yield step
-        bar.update()
-    bar.close()

@@ -308,7 +308,15 @@ class BumpWeighting(Weighting):
 def test_a_local_plugin_by_bare_name_from_the_console_script(tmp_path):
     (tmp_path / "my_plugins.py").write_text(PLUGIN)
     script = Path(sys.executable).with_name("lit-diffusion")
-    words = [script, "fit", "--plugins", "my_plugins", "--config", CONFIGS / "digits.yaml", *FAST]
+    words = [
+        script,
+        "fit",
+        "--plugins",
+        "my_plugins.py",
+        "--config",
+        CONFIGS / "digits.yaml",
+        *FAST,
+    ]
     words += ["--model.weighting", "BumpWeighting", "--model.weighting.centre", "1.5"]
     done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -411,6 +419,9 @@ MISTAKES = {
         "trained on [-10, 13.3]",
     ),
     "no plug-in": (["--plugins=not_there"], "not_there"),
+    "label out of range": (["--model.network.num_classes=3"], "set num_classes of the network"),
+    "listed twice": (["--trainer.callbacks+=EMA"], "listed twice"),
+    "several checkpoints": (["--ckpt_path=junk.ckpt", "other.ckpt"], "one checkpoint, please"),
     "forbidden import": (["--model.weighting=subprocess.Popen"], "subprocess"),
 }
 
@@ -427,6 +438,42 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, mistake, tmp_path):
     assert "Traceback" not in err
     assert not list(tmp_path.glob("runs/**/*"))
     assert not Path("runs").exists()
+
+
+def test_another_objective_on_resume_is_said_and_recorded(cli):
+    _, out, err = fit(cli, CONFIGS / "digits.yaml")
+    assert "Objective: ELBOWeighting(), drawn from LinearSchedule" in err
+    folder = run_folder(out)
+    before = (folder / "config.yaml").read_text()
+    code, _, err = fit(
+        cli,
+        CONFIGS / "digits.yaml",
+        extra=[
+            "--ckpt_path=last",
+            "--trainer.max_steps=4",
+            "--model.weighting=SigmoidWeighting",
+        ],
+    )
+    assert code == 0
+    assert "another weighting" in err
+    assert "ELBOWeighting" in err
+    assert (folder / "config.yaml").read_text() == before
+    (second,) = folder.glob("config-*.yaml")
+    assert "SigmoidWeighting" in second.read_text()
+
+
+def test_last_needs_a_checkpoint_unless_one_trains(cli):
+    for words in (
+        ["validate", "--config", CONFIGS / "digits.yaml", "--ckpt_path=last"],
+        ["sample", "--ckpt_path=last"],
+    ):
+        code, _, err = cli(*words)
+        assert code == 2
+        assert "there is no checkpoint" in err
+        assert not Path("runs").exists()
+    fit(cli, CONFIGS / "digits.yaml")
+    code, _, err = cli("sample", "--ckpt_path=last", "--num_samples=1")
+    assert code == 0, err
 
 
 def test_an_empty_data_set_is_refused(cli, tmp_path):

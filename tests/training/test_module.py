@@ -188,6 +188,20 @@ def test_one_data_std():
             LitDiffusion(weighting=weighting, prediction=ld.EDMPrediction(0.3))
 
 
+def test_forgotten_brackets():
+    for arguments in (
+        {"weighting": ld.EDMWeighting},
+        {"schedule": ld.CosineSchedule},
+        {"prediction": ld.VPrediction},
+        {"sampler": ld.DDIMSampler},
+        {"network": UNet},
+    ):
+        with pytest.raises(TypeError, match="brackets"):
+            LitDiffusion(**arguments)
+    with pytest.raises(TypeError, match="brackets"):
+        ld.DiffusionLoss(weighting=ld.EDMWeighting)
+
+
 def test_the_sampler_stays_in_the_trained_range():
     schedule = ld.CosineSchedule(-10.0, 10.0)
     model = LitDiffusion(schedule=schedule)
