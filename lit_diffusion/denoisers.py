@@ -53,7 +53,9 @@ class Denoiser(nn.Module):
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *), float32 or better even under autocast.
         """
-        scaled = expand(self.prediction.input_scale(logsnr), z) * z
+        scaled = z
+        if type(self.prediction).input_scale is not Prediction.input_scale:  # it is 1 for most
+            scaled = expand(self.prediction.input_scale(logsnr), z) * z
         out = self.network(scaled, logsnr.to(scaled.dtype), **cond)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         return self.prediction.decode(out, z, logsnr)

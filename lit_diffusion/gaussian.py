@@ -81,8 +81,7 @@ def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
         tensor([1.0000, 1.0000, 1.0000])
     """
     logsnr = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
-    log_sigmoid = torch.nn.functional.logsigmoid
-    return torch.exp(0.5 * log_sigmoid(logsnr)), torch.exp(0.5 * log_sigmoid(-logsnr))
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
 
 def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:

@@ -183,6 +183,8 @@ class NoiseSchedule(nn.Module, ABC):
     def _truncated(self, t: Tensor) -> Tensor:
         above, below = self._window
         inside = 1 - above - below
+        if not self._has_tail:
+            return self._logsnr(t if inside == 1 else above + inside * t)
         return self._quantile(above + inside * t, below + inside * (1 - t))
 
     def _pinned(self, logsnr: Tensor, t: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class NoiseSchedule(nn.Module, ABC):
             logsnr = self._truncated(t)
             (slope,) = torch.autograd.grad(logsnr.sum(), t, create_graph=learns)
             log_prob = -torch.log(-slope)
-            logsnr = self._pinned(logsnr, t)
+            logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)
         return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
 
     def logsnr(self, t: Tensor) -> Tensor:
