@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.training.callbacks import LastCheckpoint, SampleGrid
+from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.logging import (
     RunLogger,
@@ -34,7 +35,7 @@ from lit_diffusion.training.logging import (
     new_run_folder,
     run_loggers,
 )
-from lit_diffusion.training.module import LitDiffusion, load_checkpoint
+from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
 from lit_diffusion.training.sampling import sample
 

@@ -26,6 +26,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_diffusion.training.checkpoints import load_checkpoint
+
 __all__ = [
     "RunLogger",
     "SaveConfig",
@@ -56,8 +58,6 @@ def last_checkpoint(root: Path, name: str = "*") -> Path | None:
         root: The folder of all runs.
         name: The name of the runs; * for any.
     """
-    from lit_diffusion.training.module import load_checkpoint
-
     found = sorted(root.glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     for path in reversed(found):
         try:

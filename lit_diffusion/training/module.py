@@ -30,10 +30,11 @@ from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
+from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.description import build, describe
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
-__all__ = ["LitDiffusion", "load_checkpoint"]
+__all__ = ["LitDiffusion"]
 
 
 class LitDiffusion(L.LightningModule):
@@ -412,32 +413,6 @@ class LitDiffusion(L.LightningModule):
             model = cls(**kept, **arguments)
         model.load_state_dict(checkpoint["state_dict"], strict=strict)
         return model.eval()
-
-
-def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
-
-    Args:
-        path: The file.
-        map_location: Device for its tensors; None means the CPU.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of this library.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
-        if not {"schedule", "weighting", "prediction"} <= set(described):
-            raise KeyError("schedule")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of lit_diffusion, or not one that can be read safely."
-        ) from error
-    return checkpoint
 
 
 def _unknown_optimizer(parameters: Any) -> Any:

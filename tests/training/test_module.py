@@ -21,8 +21,8 @@ from lit_diffusion.training import (
     SampleGrid,
     WarmupDecayLR,
 )
+from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.description import build, describe
-from lit_diffusion.training.module import load_checkpoint
 
 
 def tiny_model(**arguments):
