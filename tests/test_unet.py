@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_diffusion.nn import UNet
-from lit_diffusion.nn.embeddings import FourierFeatures, LabelEmbedding, LogSNREmbedding
+from lit_diffusion.nn.embeddings import FourierWaves, LabelEmbedding, LogSNREmbedding
 
 B, C, H, W = 5, 3, 12, 10
 ARGUMENTS = tuple(inspect.signature(UNet).parameters)
@@ -182,7 +182,7 @@ def test_without_downsampling_nothing_is_halved():
 
 def test_waves_show_the_distance_to_the_grey_level():
     level = torch.arange(17) / 8 - 1
-    wave = FourierFeatures((4,))((level + 0.01).view(1, 1, 1, 17))
+    wave = FourierWaves((4,))((level + 0.01).view(1, 1, 1, 17))
     torch.testing.assert_close(wave[0, 1, 0], torch.full((17,), 0.16 * torch.pi).sin())
 
 

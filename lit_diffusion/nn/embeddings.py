@@ -92,36 +92,48 @@ class LogSNREmbedding(nn.Module):
         )
 
 
-class FourierFeatures(nn.Module):
+class FourierWaves(nn.Module):
     """The image beside fine waves of itself: z, then sin(2ⁿπz) and cos(2ⁿπz) for each exponent n.
 
     At small noise a pixel is known up to its grey level, and the noise is what is left over: its
     distance to the nearest level, a thousandth of the pixel's range. A convolution cannot see that
     much finer than the picture; a wave with the period of the levels shows it at full size.
+    Computed in float32 at least, under autocast too: 2⁷π has no digit of its phase in bfloat16.
 
     Args:
         exponents: The n, integers of at least 0. A wave has period 2¹⁻ⁿ: for 256 levels on [−1, 1]
             the finest of use is n = 7, for 17 levels n = 4.
 
     Shapes:
-        z (B, C, H, W) → (B, C·(1 + 2·len(exponents)), H, W).
+        z (B, C, H, W) → (B, C·(1 + 2·len(exponents)), H, W), of the type of z.
+
+    Raises:
+        ValueError: If an exponent is negative.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Appendix C.
 
     Example:
-        >>> FourierFeatures((3,))(torch.full((1, 1, 1, 1), 0.5 + 1 / 32)).flatten()
+        >>> FourierWaves((3,))(torch.full((1, 1, 1, 1), 0.5 + 1 / 32)).flatten()
         tensor([0.5312, 0.7071, 0.7071])
     """
 
     def __init__(self, exponents: tuple[int, ...] = ()) -> None:
         super().__init__()
+        if any(n < 0 for n in exponents):
+            raise ValueError(
+                f"exponents must be integers of at least 0, got {tuple(exponents)}; the wave of "
+                "exponent 0 already is as long as the range [−1, 1]."
+            )
         self.exponents = tuple(exponents)
 
     def forward(self, z: Tensor) -> Tensor:
         """Append the waves as further channels."""
-        waves = [z * (2**n * math.pi) for n in self.exponents]
-        return torch.cat([z, *(w.sin() for w in waves), *(w.cos() for w in waves)], dim=1)
+        with torch.autocast(z.device.type, enabled=False):
+            exact = z if z.dtype in (torch.float32, torch.float64) else z.float()
+            waves = [exact * (2**n * math.pi) for n in self.exponents]
+            seen = [exact, *(w.sin() for w in waves), *(w.cos() for w in waves)]
+            return torch.cat(seen, dim=1).to(z.dtype)
 
     def extra_repr(self) -> str:
         """The arguments."""

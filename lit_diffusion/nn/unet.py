@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import FourierFeatures, LabelEmbedding, LogSNREmbedding
+from lit_diffusion.nn.embeddings import FourierWaves, LabelEmbedding, LogSNREmbedding
 
 
 def _group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
@@ -253,7 +253,7 @@ class UNet(nn.Module):
             return Block(channels_in, channels_out, features, dropout, heads)
 
         # Down. Each step leaves a skip; `skips` remembers its level and how many channels it has.
-        self.waves = FourierFeatures(self.fourier)
+        self.waves = FourierWaves(self.fourier)
         seen = image_channels * (1 + 2 * len(self.fourier))
         width = channels[0]
         steps: list[nn.Module] = [nn.Conv2d(seen, width, 3, padding=1)]

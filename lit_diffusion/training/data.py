@@ -51,7 +51,8 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
-            lit_diffusion (digits8x8), or a name on the Hugging Face hub; looked up in that order.
+            lit_diffusion (digits8x8, swirl, toy1d), or a name on the Hugging Face hub; looked up
+            in that order.
         data_files: Files of each split, as paths, globs or URLs; by default found from `path`.
         config_name: Which configuration of the data set, if it has several.
         image_shape: (channels, height, width) of every image.

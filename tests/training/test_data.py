@@ -579,7 +579,7 @@ def test_other_bad_places(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         FileNotFoundError,
-        match=r"neither a local path nor shipped \(digits8x8\), and on the hub it cannot be",
+        match=r"neither a local path nor shipped \(digits8x8, swirl, toy1d\), and on the hub it",
     ):
         module("someone/something")
 

@@ -1,0 +1,129 @@
+"""The multilayer perceptron: for points on a line or a plane, where there is nothing to convolve.
+
+Legend: B batch, D = C·H·W numbers of an example, F features.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_diffusion.nn.embeddings import LabelEmbedding, LogSNREmbedding
+
+
+class MLPBlock(nn.Module):
+    """Two linear layers beside an identity, steered by the embedding: h ← h + f(h; e).
+
+    Between the layers the features are scaled by 1 + s(e) and shifted by b(e). The last layer
+    starts at zero.
+
+    Args:
+        features: Width F, at least 1.
+
+    Shapes:
+        h (B, F), embedding (B, F) → (B, F).
+    """
+
+    def __init__(self, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.norm = nn.LayerNorm(features)
+        self.layer_in = nn.Linear(features, features)
+        self.modulation = nn.Linear(features, 2 * features)
+        self.layer_out = nn.Linear(features, features)
+        nn.init.zeros_(self.layer_out.weight)
+        nn.init.zeros_(self.layer_out.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Add to ``h`` what the layers make of it at this noise level."""
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        branch = torch.addcmul(shift, self.layer_in(F.silu(self.norm(h))), 1 + scale)
+        return h + self.layer_out(F.silu(branch))
+
+
+class ResidualMLP(nn.Module):
+    """A residual perceptron, steered by λ and label: out = W·norm(h), h ← h + f(h; λ, label).
+
+    For data of a few numbers, up to some hundreds: toy densities, tables, codes. Every number
+    sees every other, and their order means nothing. For images take `UNet`, which knows that
+    neighbours belong together. The output starts at exactly zero.
+
+    Args:
+        image_shape: (C, H, W) of the examples, of which C·H·W numbers are seen as one vector.
+        features: Width F, at least 1.
+        layers: Number of residual blocks, at least 1.
+        num_classes: Number of classes, for a class-conditional network; None for none.
+
+    Shapes:
+        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
+        Label −1 means "no label", None means all −1.
+
+    Raises:
+        ValueError: If a number is below 1, or if z has another shape than ``image_shape``.
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630: a perceptron of two
+        layers is the network of its two-dimensional example.
+
+    Example:
+        >>> net = ResidualMLP(image_shape=(2, 1, 1), features=64)
+        >>> net(torch.randn(5, 2, 1, 1), torch.zeros(5)).abs().max().item()  # says nothing yet
+        0.0
+        >>> sum(p.numel() for p in net.parameters())
+        42306
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        features: int = 256,
+        layers: int = 2,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(
+                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+            )
+        if min(features, layers) < 1:
+            raise ValueError(
+                f"features and layers must be at least 1, got {features} and {layers}."
+            )
+        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.features = features
+        self.layers = layers
+        self.num_classes = num_classes
+        size = image_shape[0] * image_shape[1] * image_shape[2]
+        self.embed_logsnr = LogSNREmbedding(features)
+        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
+        self.layer_in = nn.Linear(size, features)
+        self.blocks = nn.ModuleList(MLPBlock(features) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(features)
+        self.layer_out = nn.Linear(features, size)
+        nn.init.zeros_(self.layer_out.weight)
+        nn.init.zeros_(self.layer_out.bias)
+
+    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map noisy examples to a prediction of the same shape and type."""
+        if z.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"this ResidualMLP was built for examples of shape {self.image_shape}, got "
+                f"{tuple(z.shape[1:])}; give image_shape={tuple(z.shape[1:])}."
+            )
+        embedding = self.embed_logsnr(logsnr)
+        if self.embed_label is not None:
+            embedding = embedding + self.embed_label(label, z.shape[0])
+        elif label is not None:
+            raise ValueError(
+                "this ResidualMLP was built without classes (num_classes=None) but got a label; "
+                "give num_classes, or pass no label."
+            )
+        embedding = F.silu(embedding)
+        h = self.layer_in(z.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.layer_out(self.norm_out(h)).view_as(z).to(z.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        names = ("image_shape", "features", "layers", "num_classes")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
