@@ -12,24 +12,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lit_diffusion.chain_weightings import *
+    from lit_diffusion.decoders import *
     from lit_diffusion.denoisers import *
     from lit_diffusion.gaussian import *
+    from lit_diffusion.learned_schedule import *
+    from lit_diffusion.levels import *
+    from lit_diffusion.likelihood import *
     from lit_diffusion.loss import *
     from lit_diffusion.noise_schedule import *
     from lit_diffusion.predictions import *
+    from lit_diffusion.probability_flow import *
     from lit_diffusion.registry import *
+    from lit_diffusion.sampler import *
     from lit_diffusion.samplers import *
     from lit_diffusion.schedules import *
+    from lit_diffusion.weighting import *
     from lit_diffusion.weightings import *
 
 _ROOMS = (
     "gaussian",
     "noise_schedule",
+    "learned_schedule",
     "schedules",
+    "weighting",
+    "chain_weightings",
     "weightings",
     "predictions",
     "denoisers",
+    "levels",
+    "decoders",
     "loss",
+    "likelihood",
+    "probability_flow",
+    "sampler",
     "samplers",
     "registry",
 )

@@ -25,7 +25,7 @@ commands:
   test       test loss         lit-diffusion test --ckpt_path X --config C
   predict    an image of the class of each validation example
   sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
-  plugins    list every schedule, weighting, prediction and sampler there is
+  plugins    list every schedule, weighting, prediction, sampler and decoder there is
 
   lit-diffusion COMMAND --help              all arguments of a command
   lit-diffusion fit --model.weighting.help SigmoidWeighting    the arguments of a plug-in
@@ -66,7 +66,7 @@ def main() -> None:
 def _print_plugins(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-diffusion plugins",
-        description="List every schedule, weighting, prediction and sampler there is.",
+        description="List every schedule, weighting, prediction, sampler and decoder there is.",
     )
     parser.add_argument("--plugins", nargs="*", default=[], help="modules of your own to import")
     for module in parser.parse_args(argv).plugins:
@@ -75,10 +75,10 @@ def _print_plugins(argv: list[str]) -> None:
         except ImportError as error:
             sys.stderr.write(f"lit-diffusion: error: {module} cannot be imported: {error}\n")
             raise SystemExit(2) from error
-    from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
+    from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `lit-diffusion plugins | head` just ends
-    for family in (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS):
+    for family in (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS, DECODERS):
         print(f"{family.base.__name__}")
         for cls in family.classes():
             package = cls.__module__.partition(".")[0]

@@ -29,7 +29,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "alpha_sigma", "diffuse", "expand", "noise_like", "posterior"]
+__all__ = [
+    "Generators",
+    "alpha_sigma",
+    "diffuse",
+    "expand",
+    "noise_like",
+    "posterior",
+    "prior_divergence",
+]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """No generator (the global one), one for the batch, or one for each example of it."""
@@ -134,6 +142,34 @@ def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tupl
     c = -torch.expm1(logsnr - logsnr_next)
     mean = expand(alpha_next * (1 - c) / alpha, z) * z + expand(alpha_next * c, z) * x
     return mean, expand(sigma_next * c.sqrt(), z)
+
+
+def prior_divergence(x: Tensor, logsnr: Tensor) -> Tensor:
+    """What z at λ still knows of x: KL(q(z|x) ‖ N(0, I)) = ½ mean(α²x² + σ² − log σ² − 1).
+
+    In nats per dimension. It is the price of starting a sampler from pure noise.
+
+    Args:
+        x: Data.
+        logsnr: λ of each example, the smallest of the process.
+
+    Shapes:
+        x (B, *); logsnr (B,); result (B,), float64.
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 11.
+
+    Example:
+        >>> prior_divergence(torch.full((1, 4), 0.5), torch.tensor([-5.0]))
+        tensor([0.0008], dtype=torch.float64)
+    """
+    logsnr = logsnr.to(torch.float64)
+    mean_square = x.to(torch.float64).square().flatten(1).mean(1)
+    # −log σ² = softplus(λ) and σ² − 1 = −α²: no difference of nearly equal numbers remains but
+    # softplus(λ) − α² ≈ α⁴/2, for which float64 has digits enough.
+    alpha_squared = torch.sigmoid(logsnr)
+    softplus = torch.nn.functional.softplus(logsnr)
+    return 0.5 * (alpha_squared * mean_square + softplus - alpha_squared)
 
 
 def noise_like(z: Tensor, generator: Generators = None) -> Tensor:

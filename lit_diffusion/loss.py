@@ -5,28 +5,38 @@
 The weighting w is what is optimised. The schedule's density p is only where the integral is
 sampled: it divides out, so the value and its gradient do not depend on it, but their variance
 does. What the network predicts does not enter at all, for the loss sees only x̂ and ε̂.
+
+A chain of T steps replaces the integral by a sum over its levels, each counted with the width
+expm1(λ_s − λ_t) of the step that leads from it, λ_t, to the next cleaner one, λ_s. There the
+levels do matter: the sum is an upper one, larger than the integral for every T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.gaussian import diffuse, expand
+from lit_diffusion.decoders import Decoder
+from lit_diffusion.gaussian import Generators, diffuse, expand, noise_like, prior_divergence
+from lit_diffusion.learned_schedule import LearnedSchedule
 from lit_diffusion.noise_schedule import NoiseSchedule, lattice
+from lit_diffusion.predictions import Denoised
 from lit_diffusion.schedules import CosineSchedule
-from lit_diffusion.weightings import ELBOWeighting, Weighting
+from lit_diffusion.weighting import Weighting
+from lit_diffusion.weightings import ELBOWeighting
 
-__all__ = ["DiffusionLoss", "LossTerms"]
+__all__ = ["DiffusionLoss", "LossTerms", "draw_times", "weighted_error"]
 
 
 class LossTerms(NamedTuple):
     """The loss of each example, and what it was made of.
 
     `loss` is ½ w/p · eps_error; at w = 1 it estimates the diffusion term of the bound in nats
-    per dimension. `eps_error` is the *mean* of (ε̂ − ε)² over the dimensions of the data.
+    per dimension, or with a decoder the whole bound. `eps_error` is the *mean* of (ε̂ − ε)² over
+    the dimensions of the data.
 
     Shapes:
         loss, logsnr and eps_error (B,).
@@ -37,19 +47,104 @@ class LossTerms(NamedTuple):
     eps_error: Tensor
 
 
+def draw_times(x: Tensor, generator: Generators = None) -> Tensor:
+    """A time for each example, on one lattice with a random offset.
+
+    Args:
+        x: The batch.
+        generator: Source of the offset: None or one.
+
+    Shapes:
+        x (B, *); result (B,), float64.
+
+    Raises:
+        ValueError: If there is one generator for each example: they cannot share an offset.
+
+    Example:
+        >>> draw_times(torch.zeros(2, 1), torch.Generator().manual_seed(0))
+        tensor([0.9701, 0.4701], dtype=torch.float64)
+    """
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError("With one generator for each example there is no common lattice: give t.")
+    device = x.device if generator is None else generator.device
+    return lattice(len(x), torch.rand((), dtype=torch.float64, generator=generator, device=device))
+
+
+def weighted_error(
+    denoiser: Callable[..., Denoised],
+    x: Tensor,
+    schedule: NoiseSchedule,
+    weighting: Weighting,
+    steps: int | None,
+    t: Tensor,
+    eps: Tensor,
+    **cond: Any,
+) -> LossTerms:
+    """The estimator itself: ½ w(λ)/p(λ) · mean (ε̂ − ε)², or T/2 · expm1(λ_s − λ) w(λ) · mean (…)².
+
+    Args:
+        denoiser: Called as denoiser(z, logsnr, **cond).
+        x: Data.
+        schedule: Gives λ.
+        weighting: Gives w.
+        steps: Number T of steps of a discrete chain; None means continuous time.
+        t: Times; in discrete time t stands for the end of the step that it falls into.
+        eps: Noise.
+        **cond: Handed to the denoiser.
+
+    Shapes:
+        x and eps (B, *); t (B,); terms (B,).
+
+    Example:
+        >>> x, t, eps = torch.zeros(2, 3), torch.tensor([0.2, 0.7]), torch.ones(2, 3)
+        >>> schedule, denoiser = LinearSchedule(-1.0, 1.0), GaussianDenoiser(0.5)
+        >>> weighted_error(denoiser, x, schedule, ELBOWeighting(), None, t, eps).eps_error
+        tensor([0.0979, 0.0206])
+    """
+    # Filled in below; until the backward pass nobody reads it.
+    shape_gradient = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    if steps is not None:
+        # Here the value does depend on the levels, so a learned shape follows the bound.
+        index = (t.double() * steps).floor().clamp(max=steps - 1)
+        logsnr = schedule.logsnr((index + 1) / steps)
+        width = steps * torch.expm1(schedule.logsnr(index / steps) - logsnr)
+    else:
+        if isinstance(schedule, LearnedSchedule):
+            logsnr, log_prob = schedule.at(t, shape_gradient)
+        else:
+            logsnr, log_prob = schedule.at(t)
+        width = torch.exp(-log_prob)
+    # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
+    z = diffuse(x, eps, logsnr)
+    error = denoiser(z, logsnr, **cond).eps - eps
+    eps_error = error.square().flatten(1).mean(1)
+    loss = 0.5 * expand(weighting(logsnr) * width, eps_error) * eps_error
+    if schedule.learns_shape:
+        shape_gradient.copy_(2 * loss.detach())
+    return LossTerms(loss, logsnr, eps_error)
+
+
 class DiffusionLoss(nn.Module):
     """The weighted loss ½ w(λ)/p(λ) · mean (ε̂ − ε)², with λ drawn from the schedule.
 
     Args:
-        schedule: Density p that λ is drawn from; None means `CosineSchedule()`.
+        schedule: Density p that λ is drawn from; None means `CosineSchedule()`. If its ends are
+            learned a decoder is needed, and w = 1.
         weighting: Weight w on the error of ε; None means `ELBOWeighting()`.
+        steps: Number T of steps of a discrete chain, at least 1: then λ is one of its levels and
+            1/p is T·expm1(λ_s − λ). None means continuous time.
+        decoder: Adds the two other terms of the bound, prior and reconstruction; None leaves them
+            out.
 
     Raises:
         TypeError: If one of them is something else, such as a class without its brackets.
+        ValueError: If steps is below 1, or the ends of the schedule are learned by a loss that is
+            not the whole bound.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
-        Augmentation, arXiv:2303.00848, Eq. 5-6.
+        Augmentation, arXiv:2303.00848, Eq. 5-6; Kingma et al. (2021), Variational Diffusion
+        Models, arXiv:2107.00630, Eq. 14 (discrete) and 17; Ho et al. (2020), arXiv:2006.11239.
 
     Example:
         >>> loss = DiffusionLoss(LinearSchedule(-10.0, 10.0), SigmoidWeighting())
@@ -59,17 +154,41 @@ class DiffusionLoss(nn.Module):
     """
 
     def __init__(
-        self, schedule: NoiseSchedule | None = None, weighting: Weighting | None = None
+        self,
+        schedule: NoiseSchedule | None = None,
+        weighting: Weighting | None = None,
+        steps: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
         self.schedule = CosineSchedule() if schedule is None else schedule
         self.weighting = ELBOWeighting() if weighting is None else weighting
-        for part, family in ((self.schedule, NoiseSchedule), (self.weighting, Weighting)):
+        self.steps = steps
+        self.decoder = decoder
+        parts = [(self.schedule, NoiseSchedule), (self.weighting, Weighting)]
+        for part, family in [*parts, *([] if decoder is None else [(decoder, Decoder)])]:
             if not isinstance(part, family):
                 raise TypeError(
                     f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}; "
                     "was its pair of brackets forgotten?"
                 )
+        if steps is not None and steps < 1:
+            raise ValueError(f"A chain has at least 1 step, got steps={steps}.")
+        if self.schedule.learns_ends:
+            name = type(self.schedule).__name__
+            if decoder is None:
+                raise ValueError(
+                    f"{name}: its ends are learned, and the diffusion term alone would make them "
+                    "collapse into one. Give a decoder, so that prior and reconstruction hold "
+                    "them apart, or fix the ends."
+                )
+            if not isinstance(self.weighting, ELBOWeighting):
+                raise ValueError(
+                    f"{name}: its ends are learned by the bound, which is w = 1; under "
+                    f"{self.weighting} they would run away. Use ELBOWeighting, or fix the ends."
+                )
+        elif decoder is not None:
+            decoder.warn_if_costly(self.schedule.ends[1])
 
     def forward(
         self,
@@ -77,6 +196,7 @@ class DiffusionLoss(nn.Module):
         x: Tensor,
         t: Tensor | None = None,
         eps: Tensor | None = None,
+        generator: Generators = None,
         **cond: Any,
     ) -> LossTerms:
         """Estimate the loss of each example by one draw of λ and ε.
@@ -86,13 +206,16 @@ class DiffusionLoss(nn.Module):
             x: Data.
             t: Times at which the schedule gives λ; None draws a stratified lattice.
             eps: Noise; None draws it.
+            generator: Source of all that is drawn here: None, one, or one per example (which
+                cannot share a lattice, so t must be given).
             **cond: Handed to the denoiser (label=…).
 
         Shapes:
             x and eps (B, *); t (B,); terms (B,).
 
         Raises:
-            ValueError: If x has no dimension beside the batch, or is not floating point.
+            ValueError: If x has no dimension beside the batch, is not floating point, or is not
+                what the decoder decodes (looked at on the CPU only).
         """
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(
@@ -100,13 +223,34 @@ class DiffusionLoss(nn.Module):
                 f"the batch, got {x.dtype} of shape {tuple(x.shape)}; images go to [−1, 1] first."
             )
         if t is None:
-            t = lattice(len(x), torch.rand((), dtype=torch.float64, device=x.device))
+            t = draw_times(x, generator)
         if eps is None:
-            eps = torch.randn_like(x)
-        logsnr, log_prob = self.schedule.at(t.to(x.device))
-        # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
-        z = diffuse(x, eps, logsnr)
-        error = denoiser(z, logsnr, **cond).eps - eps
-        eps_error = error.square().flatten(1).mean(1)
-        ratio = self.weighting(logsnr) * torch.exp(-log_prob)
-        return LossTerms(0.5 * expand(ratio, eps_error) * eps_error, logsnr, eps_error)
+            eps = noise_like(x, generator)
+        terms = weighted_error(
+            denoiser, x, self.schedule, self.weighting, self.steps, t.to(x.device), eps, **cond
+        )
+        if self.decoder is None:
+            return terms
+        rest = self._rest(self.decoder, denoiser, x, generator, cond)
+        return terms._replace(loss=terms.loss + rest.to(terms.loss.dtype))
+
+    def _rest(
+        self,
+        decoder: Decoder,
+        denoiser: nn.Module,
+        x: Tensor,
+        generator: Generators,
+        cond: dict[str, Any],
+    ) -> Tensor:
+        """Prior and reconstruction."""
+        if x.device.type == "cpu":
+            decoder.check(x)
+        ends = self.schedule.logsnr(torch.tensor([0.0, 1.0], device=x.device))
+        cleanest, noisiest = (end.expand(len(x)) for end in ends)
+        eps = noise_like(x, generator)
+        reconstruction = decoder.reconstruction(denoiser, x, cleanest, eps, **cond)
+        return prior_divergence(x, noisiest) + reconstruction
+
+    def extra_repr(self) -> str:
+        """The arguments that are not modules."""
+        return f"steps={self.steps}, decoder={self.decoder}"

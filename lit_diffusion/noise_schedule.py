@@ -73,6 +73,8 @@ class NoiseSchedule(nn.Module, ABC):
         logsnr_min: Smallest λ (most noise); None means the formula's own end, else −20.
         logsnr_max: Largest λ (least noise); None means the formula's own end, else 20.
         support: The range of λ that the formula itself covers, from the leaf.
+        learn_ends: Whether both ends are parameters, to be learned; a leaf whose formula follows
+            its ends may offer that.
 
     Raises:
         ValueError: If the range is empty, infinite, or wider than the formula's own.
@@ -91,11 +93,18 @@ class NoiseSchedule(nn.Module, ABC):
     centre: float | None = None
     """Where a symmetric density is symmetric about; None for the others."""
 
+    learns_shape: bool = False
+    """Whether what lies between the ends is learned."""
+
+    logsnr_min: float | Tensor
+    logsnr_max: float | Tensor
+
     def __init__(
         self,
         logsnr_min: float | None = None,
         logsnr_max: float | None = None,
         support: tuple[float, float] = (-math.inf, math.inf),
+        learn_ends: bool = False,
     ) -> None:
         super().__init__()
         low, high = support
@@ -123,6 +132,11 @@ class NoiseSchedule(nn.Module, ABC):
         self.support = support
         self.logsnr_min = max(float(logsnr_min), low)
         self.logsnr_max = min(float(logsnr_max), high)
+        if learn_ends:
+            self.logsnr_min, self.logsnr_max = (
+                nn.Parameter(torch.tensor(end, dtype=torch.float32))
+                for end in (self.logsnr_min, self.logsnr_max)
+            )
 
     # What a leaf gives ---------------------------------------------------------------------
 
@@ -154,6 +168,18 @@ class NoiseSchedule(nn.Module, ABC):
 
     # What follows --------------------------------------------------------------------------
 
+    @property
+    def learns_ends(self) -> bool:
+        """Whether the ends of the range are learned."""
+        return isinstance(self.logsnr_min, nn.Parameter)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(logsnr_min, logsnr_max) as numbers, of today if they are learned."""
+        if isinstance(self.logsnr_min, Tensor) and isinstance(self.logsnr_max, Tensor):
+            return float(self.logsnr_min.detach()), float(self.logsnr_max.detach())
+        return self.logsnr_min, self.logsnr_max  # type: ignore[return-value]
+
     @cached_property
     def _has_tail(self) -> bool:
         """Whether the noisy end has a formula of its own."""
@@ -163,7 +189,7 @@ class NoiseSchedule(nn.Module, ABC):
     @cached_property
     def _window(self) -> tuple[float, float]:
         """The probability the formula puts beyond logsnr_max, and below logsnr_min."""
-        if (self.logsnr_min, self.logsnr_max) == self.support:
+        if self.learns_ends or self.ends == self.support:
             return 0.0, 0.0
         ends = torch.tensor([self.logsnr_max, self.logsnr_min], dtype=torch.float64)
         return float(self._time(ends)[0]), float(self._tail_time(ends)[1])
@@ -189,9 +215,9 @@ class NoiseSchedule(nn.Module, ABC):
 
     def _pinned(self, logsnr: Tensor, t: Tensor) -> Tensor:
         """λ(0) = logsnr_max and λ(1) = logsnr_min exactly, whatever the rounding."""
-        logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)
-        logsnr = torch.where(t <= 0, torch.full_like(logsnr, self.logsnr_max), logsnr)
-        return torch.where(t >= 1, torch.full_like(logsnr, self.logsnr_min), logsnr)
+        logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)  # type: ignore[arg-type]
+        logsnr = torch.where(t <= 0, self.logsnr_max, logsnr)
+        return torch.where(t >= 1, self.logsnr_min, logsnr)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """λ and log p(λ) at time t: what training draws.
@@ -212,7 +238,7 @@ class NoiseSchedule(nn.Module, ABC):
             logsnr = self._truncated(t)
             (slope,) = torch.autograd.grad(logsnr.sum(), t, create_graph=learns)
             log_prob = -torch.log(-slope)
-            logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+            logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)  # type: ignore[arg-type]
         return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
 
     def logsnr(self, t: Tensor) -> Tensor:
@@ -239,10 +265,12 @@ class NoiseSchedule(nn.Module, ABC):
         logsnr = logsnr.to(torch.float64)
         above, below = self._window
         inside = 1 - above - below
-        inner = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+        inner = logsnr.clamp(*self.ends)
         t = (self._time(inner) - above) / inside
-        s = (self._tail_time(inner) - below) / inside
-        t = torch.where(t <= 0.5, t, 1 - s).clamp(0, 1)
+        if self._has_tail:
+            s = (self._tail_time(inner) - below) / inside
+            t = torch.where(t <= 0.5, t, 1 - s)
+        t = t.clamp(0, 1)
         t = torch.where(logsnr >= self.logsnr_max, torch.zeros_like(t), t)
         return torch.where(logsnr <= self.logsnr_min, torch.ones_like(t), t)
 
@@ -257,7 +285,7 @@ class NoiseSchedule(nn.Module, ABC):
         """
         logsnr = logsnr.detach().to(torch.float64)
         above, below = self._window
-        inner = logsnr.clamp(self.logsnr_min, self.logsnr_max)
+        inner = logsnr.clamp(*self.ends)
         with torch.inference_mode(False), torch.enable_grad():
             inner = inner.clone()
             t, s = self._time(inner).detach(), self._tail_time(inner).detach()

@@ -147,7 +147,12 @@ def arguments(instance: object) -> dict[str, Any]:
                 f"{type(instance).__name__} does not keep its argument {name!r}: "
                 f"set self.{name} in __init__."
             )
-        found[name] = getattr(instance, name)
+        value = getattr(instance, name)
+        if hasattr(
+            value, "detach"
+        ):  # a number that is learned: as it is today, in float32's digits
+            value = float(f"{float(value.detach()):.7g}")
+        found[name] = value
     return found
 
 

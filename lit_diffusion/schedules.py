@@ -10,6 +10,7 @@ them share. As densities over λ the well-known names are::
     Laplace              LaplaceSchedule    improved noise schedule
     from linear betas    BetaSchedule       DDPM
     exponential          KarrasSchedule     EDM's sampling grid
+    learned              LearnedSchedule    VDM
     any of them, moved   ShiftedSchedule    larger images
 
 To add one: subclass `NoiseSchedule`, give `_logsnr`; `testing.check_schedule` proves it.
@@ -22,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_diffusion.learned_schedule import LearnedSchedule  # noqa: F401 (one of the family)
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.registry import Registry
 
@@ -47,6 +49,8 @@ class LinearSchedule(NoiseSchedule):
     Args:
         logsnr_min: Smallest λ; None means −20.
         logsnr_max: Largest λ; None means 20.
+        learn: Whether both ends are learned, from the values above (the "scalar" schedule of VDM);
+            the loss then needs a decoder.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix H.
@@ -56,16 +60,24 @@ class LinearSchedule(NoiseSchedule):
         tensor([ 10.,   5., -10.], dtype=torch.float64)
     """
 
-    def __init__(self, logsnr_min: float | None = None, logsnr_max: float | None = None) -> None:
+    def __init__(
+        self,
+        logsnr_min: float | None = None,
+        logsnr_max: float | None = None,
+        learn: bool = False,
+    ) -> None:
         low = -20.0 if logsnr_min is None else float(logsnr_min)
         high = 20.0 if logsnr_max is None else float(logsnr_max)
-        super().__init__(low, high, support=(low, high))
+        super().__init__(low, high, support=(low, high), learn_ends=learn)
+        self.learn = learn
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self.logsnr_max + (self.logsnr_min - self.logsnr_max) * t
+        # Learned ends are float32 numbers: each meets a float64 one before they meet one another.
+        return self.logsnr_max * (1 - t) + self.logsnr_min * t
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return (logsnr - self.logsnr_max) / (self.logsnr_min - self.logsnr_max)
+        low, high = self.ends
+        return (high - logsnr) / (high - low)
 
 
 class CosineSchedule(NoiseSchedule):
@@ -387,11 +399,16 @@ class ShiftedSchedule(NoiseSchedule):
         logsnr_max: float | None = None,
     ) -> None:
         base = CosineSchedule() if base is None else base
+        if base.learns_ends or base.learns_shape:
+            raise ValueError(
+                f"ShiftedSchedule: {type(base).__name__} is learned, shift and all: give it the "
+                "shifted ends instead."
+            )
         low, high = (end + shift for end in base.support)
         if logsnr_min is None:
-            logsnr_min = low if math.isfinite(low) else base.logsnr_min
+            logsnr_min = low if math.isfinite(low) else base.ends[0]
         if logsnr_max is None:
-            logsnr_max = high if math.isfinite(high) else base.logsnr_max
+            logsnr_max = high if math.isfinite(high) else base.ends[1]
         super().__init__(logsnr_min, logsnr_max, support=(low, high))
         self.base = base
         self.shift = shift

@@ -19,16 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import GaussianDenoiser
 from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
+from lit_diffusion.levels import level_values
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import LinearSchedule
-from lit_diffusion.weightings import Weighting
+from lit_diffusion.weighting import Weighting
 
 __all__ = [
+    "check_decoder",
     "check_plugin",
     "check_prediction",
     "check_sampler",
@@ -104,14 +107,14 @@ def check_schedule(schedule: NoiseSchedule) -> None:
         >>> check_schedule(CosineSchedule(logsnr_min=-10.0, logsnr_max=10.0))
     """
     _law(isinstance(schedule, NoiseSchedule), schedule, "expected an instance of NoiseSchedule.")
-    low, high = float(schedule.logsnr_min), float(schedule.logsnr_max)
+    low, high = schedule.ends
     ends = schedule.logsnr(torch.tensor([0.0, 1.0])).tolist()
     _law(ends == [high, low], schedule, f"λ(0), λ(1) are {[high, low]} exactly, got {ends}.")
 
     edge = torch.logspace(-12, -3, 50, dtype=torch.float64)
     inner = torch.linspace(0, 1, 1003, dtype=torch.float64)
     t = torch.cat([edge, inner, 1 - edge]).unique()
-    logsnr = schedule.logsnr(t)
+    logsnr = schedule.logsnr(t).detach()
     _law(logsnr.dtype == torch.float64, schedule, f"λ is float64, got {logsnr.dtype}.")
     falls = logsnr[1:-1].diff()
     _law(bool((falls < 0).all()), schedule, f"λ(t) falls, got a step of {float(falls.max()):.3g}.")
@@ -136,7 +139,7 @@ def check_schedule(schedule: NoiseSchedule) -> None:
     _law(_close(at_logsnr, logsnr, 1e-12), schedule, "at(t) and logsnr(t) agree.")
     told = schedule.log_prob(logsnr)
     positive = (at_log_prob > -100) & (told > -100)  # a density may vanish at an end
-    error = float((at_log_prob - told)[positive].abs().quantile(0.99))
+    error = float((at_log_prob - told)[positive].abs().quantile(0.99).detach())
     _law(error < 1e-4, schedule, f"at(t) and log_prob(λ) agree, off by {error:.3g}.")
     learns = any(p.requires_grad for p in schedule.parameters())
     _law(
@@ -146,19 +149,19 @@ def check_schedule(schedule: NoiseSchedule) -> None:
     )
 
     n = 20_000
-    draws = schedule.sample(n, torch.Generator().manual_seed(0)).sort().values
+    draws = schedule.sample(n, torch.Generator().manual_seed(0)).detach().sort().values
     steps = torch.arange(1, n + 1, dtype=torch.float64) / n
     distance = float((1 - schedule.time(draws) - steps).abs().max())
     _law(distance < 2 / n, schedule, f"draws follow the density (KS {distance:.2g}).")
 
-    quartiles = schedule.logsnr(torch.tensor([0.25, 0.5, 0.75]))
+    quartiles = schedule.logsnr(torch.tensor([0.25, 0.5, 0.75])).detach()
     middle, spread = quartiles[1], (quartiles[0] - quartiles[2]) / 2
 
     def bump(value: Tensor) -> Tensor:
         return torch.exp(-0.5 * ((value - middle) / spread) ** 2)
 
     logsnr, log_prob = schedule.at((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    estimate = float((bump(logsnr) / log_prob.exp()).mean())
+    estimate = float((bump(logsnr) / log_prob.exp()).mean().detach())
     integral = float(bump(borders[:-1] + width / 2).sum() * width)
     error = abs(estimate / integral - 1)
     _law(error < 2e-3, schedule, f"E[f/p] = ∫f, off by a factor of 1 + {error:.2g}.")
@@ -241,6 +244,59 @@ def check_prediction(prediction: Prediction) -> None:
         _law(_close(back, z, 1e-6), prediction, f"α x̂ + σ ε̂ = z at λ = {level}.")
         positive = bool((prediction.input_scale(logsnr) > 0).all())
         _law(positive, prediction, "input_scale is positive.")
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """A decoder is a distribution of each number, given z: it adds up to one, and z decides.
+
+    Over its levels, or as a density; at every λ; finite wherever z is; better the higher λ;
+    differentiable in λ, which a learned schedule needs.
+
+    Args:
+        decoder: The decoder, of any arguments.
+
+    Raises:
+        AssertionError: Naming the law that is broken, with numbers.
+
+    Example:
+        >>> check_decoder(SoftmaxDecoder(levels=17))
+    """
+    _law(isinstance(decoder, Decoder), decoder, "expected an instance of Decoder.")
+    _law(_is_frozen(decoder), decoder, "a decoder is a frozen dataclass.")
+    levels = getattr(decoder, "levels", None)
+    discrete = levels is not None
+    denoiser = GaussianDenoiser(std=0.5)
+    for level in (-5.0, 0.0, 5.0, 10.0):
+        # A row for each z; along the row every value that x can take.
+        z = torch.tensor([-1.5, -0.2, 0.0, 0.9], dtype=torch.float64)
+        logsnr = torch.full((len(z),), level, dtype=torch.float64)
+        reach = 12 * math.exp(-level / 2)
+        values = torch.linspace(-6 - reach, 6 + reach, 100_001, dtype=torch.float64)
+        if discrete:
+            values = level_values(levels)
+        x = values.expand(len(z), -1)
+        log_prob = decoder.log_prob(x, z[:, None].expand_as(x), logsnr, denoiser)
+        _law(bool(log_prob.isfinite().all()), decoder, f"log p is finite at λ = {level}.")
+        total = log_prob.exp().sum(1) if discrete else torch.trapezoid(log_prob.exp(), values)
+        worst = float((total - 1).abs().max())
+        _law(worst < 1e-6, decoder, f"p(x|z) adds up to 1 at λ = {level}, off by {worst:.3g}.")
+
+    # Four different sizes: a coefficient that lands on the wrong axis cannot go unseen.
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(2, 3, 4, 5, generator=generator)
+    x = 0.5 * torch.randn(2, 3, 4, 5, generator=generator)
+    if discrete:
+        values = level_values(levels).float()
+        x = values[torch.randint(len(values), (2, 3, 4, 5), generator=generator)]
+    decoder.check(x)
+    logsnr = torch.tensor([2.0, 12.0], dtype=torch.float64, requires_grad=True)
+    cost = decoder.reconstruction(denoiser, x, logsnr, eps)
+    _law(cost.shape == (2,), decoder, f"one cost for each example, got {tuple(cost.shape)}.")
+    _law(bool(cost[1] < cost[0]), decoder, f"a higher λ costs less, got {cost.tolist()}.")
+    (slope,) = torch.autograd.grad(cost.sum(), logsnr)
+    _law(bool(slope.isfinite().all()), decoder, "the cost has finite gradients in λ.")
+    alone = decoder.reconstruction(denoiser, x[:1], logsnr[:1], eps[:1])
+    _law(_close(alone, cost[:1], 1e-5), decoder, "an example does not depend on the batch.")
 
 
 def check_sampler(sampler: Sampler) -> None:

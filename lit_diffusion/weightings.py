@@ -1,31 +1,24 @@
-"""Weightings: how much each noise level counts.
+"""The family of weightings: which published objective is which w(λ).
 
-Letters: logsnr = λ, w the weight. One convention holds everywhere: w(λ) weighs the squared error
-of the noise in
-
-    L_w(x) = ½ ∫ w(λ) E‖ε̂ − ε‖² dλ
-
-so w says *what* is optimised, whatever the network predicts and whatever schedule draws λ. To
-read a published loss as a weighting, multiply its weight on its own target by the target's
-error in units of ε (`Prediction.eps_error_scale`, inverted) and by the density p(λ) it drew
-from; the constants dropped here scale the loss and nothing else. In particular a plain ε-loss
-under the density p has w = p (`DensityWeighting`).
-
-If w never rises with λ the loss is the ELBO of data with Gaussian noise added (Kingma & Gao
-2023, theorem 1); w = 1 is the ELBO of the data themselves.
+Letters: logsnr = λ, w the weight; see `weighting` for the one convention. To read a published loss
+as a weighting, multiply its weight on its own target by the target's error in units of ε
+(`Prediction.eps_error_scale`, inverted) and by the density p(λ) it drew from; the constants
+dropped here scale the loss and nothing else. In particular a plain ε-loss under the density p has
+w = p (`DensityWeighting`). Those that only a discrete chain has are in `chain_weightings`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_diffusion.chain_weightings import chain_step
 from lit_diffusion.noise_schedule import NoiseSchedule
-from lit_diffusion.registry import Registry, plain_arguments
+from lit_diffusion.registry import Registry
 from lit_diffusion.schedules import CosineSchedule
+from lit_diffusion.weighting import Weighting
 
 __all__ = [
     "WEIGHTINGS",
@@ -41,7 +34,6 @@ __all__ = [
     "ShiftedWeighting",
     "SigmoidWeighting",
     "SoftMinSNRWeighting",
-    "Weighting",
 ]
 
 
@@ -52,38 +44,6 @@ def _sech(u: Tensor) -> Tensor:
 def _normal(logsnr: Tensor, mean: float, std: float) -> Tensor:
     scale = 1 / (std * math.sqrt(2 * math.pi))
     return scale * torch.exp(-0.5 * ((logsnr - mean) / std) ** 2)
-
-
-class Weighting(nn.Module, ABC):
-    """The weight w(λ) > 0 on ‖ε̂ − ε‖² in ½ ∫ w(λ) … dλ.
-
-    A leaf gives `forward`.
-
-    Example:
-        >>> class MyWeighting(Weighting):
-        ...     def forward(self, logsnr):
-        ...         return torch.exp(-logsnr.abs())
-        >>> MyWeighting()(torch.tensor([0.0]))
-        tensor([1.])
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    @abstractmethod
-    def forward(self, logsnr: Tensor) -> Tensor:
-        """w(λ).
-
-        Args:
-            logsnr: λ.
-
-        Shapes:
-            logsnr (B,); result (B,), positive, of the same dtype.
-        """
-
-    def extra_repr(self) -> str:
-        """The arguments, as they would be written."""
-        return plain_arguments(self)
 
 
 class ELBOWeighting(Weighting):
@@ -372,10 +332,15 @@ class DensityWeighting(Weighting):
 
     DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is drawn from the same schedule,
     w/p = 1 and the loss is literally the mean squared error; drawn from any other it is the
-    same objective still.
+    same objective still. With steps=T it is the density of the discrete chain,
+    1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with steps=T.
 
     Args:
         schedule: Whose density; None means `CosineSchedule()`.
+        steps: Number T of steps of the chain; None means continuous time.
+
+    Raises:
+        ValueError: If steps is below 1.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 14;
@@ -386,13 +351,19 @@ class DensityWeighting(Weighting):
         tensor([0.1031, 0.1592, 0.1031])
     """
 
-    def __init__(self, schedule: NoiseSchedule | None = None) -> None:
+    def __init__(self, schedule: NoiseSchedule | None = None, steps: int | None = None) -> None:
         super().__init__()
+        if steps is not None and steps < 1:
+            raise ValueError(f"DensityWeighting: steps must be at least 1, got {steps}.")
         self.schedule = CosineSchedule() if schedule is None else schedule
+        self.steps = steps
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """p(λ)."""
-        return self.schedule.log_prob(logsnr).exp().to(logsnr.dtype)
+        if self.steps is None:
+            return self.schedule.log_prob(logsnr).exp().to(logsnr.dtype)
+        step = chain_step(self.schedule, self.steps, logsnr)
+        return (1 / (self.steps * torch.expm1(step))).to(logsnr.dtype)
 
 
 class ShiftedWeighting(Weighting):

@@ -5,24 +5,26 @@ import dataclasses
 import pytest
 import torch
 
-from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
+from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.testing import (
+    check_decoder,
     check_plugin,
     check_prediction,
     check_sampler,
     check_schedule,
     check_weighting,
 )
-from lit_diffusion.weightings import Weighting
+from lit_diffusion.weighting import Weighting
 
 CHECKS = [
     (SCHEDULES, check_schedule),
     (WEIGHTINGS, check_weighting),
     (PREDICTIONS, check_prediction),
     (SAMPLERS, check_sampler),
+    (DECODERS, check_decoder),
 ]
 OURS = [
     pytest.param(cls, check, id=cls.__name__)
@@ -39,7 +41,7 @@ def test_contract(cls, check):
 
 
 def test_every_family_is_covered():
-    assert len(OURS) >= 8 + 12 + 6 + 2
+    assert len(OURS) >= 9 + 14 + 6 + 4 + 3
 
 
 @pytest.mark.parametrize(

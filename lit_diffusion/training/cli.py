@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_diffusion.training.callbacks import LastCheckpoint, SampleGrid
+from lit_diffusion.training.callbacks import LastCheckpoint, Likelihood, SampleGrid
 from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.logging import (
@@ -125,13 +125,7 @@ class DiffusionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Hand the shape of the data to the network, if it takes one."""
         config = self.config[self.subcommand]
-        network = config.model.get("network")
-        if network is not None:
-            module, _, name = network.class_path.rpartition(".")
-            cls = getattr(importlib.import_module(module), name)
-            if "image_shape" in inspect.signature(cls).parameters:
-                network.init_args = network.get("init_args") or jsonargparse.Namespace()
-                network.init_args.image_shape = tuple(config.data.image_shape)
+        _hand_shape(config.model.get("network"), tuple(config.data.image_shape))
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model keeps its config."""
@@ -200,12 +194,34 @@ class DiffusionCLI(LightningCLI):
             _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Likelihood) and callback.summary is not None:
+                _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return
         for callback in self.trainer.callbacks:
             if isinstance(callback, SampleGrid) and callback.last_path is not None:
                 _say(f"Samples: {callback.last_path}")
         _say(f"Run folder: {self.run_folder}")
+
+
+def _hand_shape(network: Any, shape: tuple[int, int, int]) -> None:
+    """Set image_shape in a network's config, and in those of the networks that it wraps.
+
+    A wrapper says by `inner_shapes` what its own arguments must be built for.
+    """
+    if network is None:
+        return
+    module, _, name = network.class_path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    if "image_shape" in inspect.signature(cls).parameters:
+        network.init_args = network.get("init_args") or jsonargparse.Namespace()
+        network.init_args.image_shape = shape
+    if hasattr(cls, "inner_shapes"):
+        given = dict(vars(network.get("init_args") or jsonargparse.Namespace()))
+        given["image_shape"] = shape
+        for argument, inner in cls.inner_shapes(**given).items():
+            _hand_shape(given.get(argument), inner)
 
 
 def _quiet() -> None:

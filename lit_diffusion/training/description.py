@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_diffusion.decoders import Decoder
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments, load_plugins
 from lit_diffusion.samplers import Sampler
@@ -30,6 +31,7 @@ _KINDS = (
     nn.Module,
     Prediction,
     Sampler,
+    Decoder,
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
 )

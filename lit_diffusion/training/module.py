@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss, LossTerms
@@ -32,7 +33,8 @@ from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
 from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.description import build, describe
-from lit_diffusion.weightings import ELBOWeighting, Weighting
+from lit_diffusion.weighting import Weighting
+from lit_diffusion.weightings import ELBOWeighting
 
 __all__ = ["LitDiffusion"]
 
@@ -48,10 +50,16 @@ class LitDiffusion(L.LightningModule):
         network: Maps (z, logsnr, label) to z's shape; None means a `UNet` for image_shape.
         schedule: Density p(λ) that training draws from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
+        steps: Number T of steps of a discrete chain, whose levels are then the only ones; None
+            means continuous time.
+        decoder: Makes the loss the whole bound, with prior and reconstruction; None leaves them
+            out. A schedule that learns its ends needs it.
         prediction: What the network outputs; None means `VPrediction()`.
         sampler: Draws images; None means `DDIMSampler()`. If it names no schedule of its own it
-            walks a cosine over the trained range of λ.
+            walks its default one over the trained range of λ.
         optimizer: Makes the optimizer from the parameters.
+        schedule_lr: Learning rate of a learned schedule, which has no weight decay; None means
+            the optimizer's.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped at each
             optimizer step; None means a constant rate.
         image_shape: Channels, height and width of the data; the command line sets it to the
@@ -63,7 +71,8 @@ class LitDiffusion(L.LightningModule):
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
-            the trained range of λ, or if label_dropout is no probability.
+            the trained range of λ, if the schedule learns its ends and there is no decoder, or if
+            label_dropout is no probability.
         TypeError: If a part is not what it should be, such as a class without its brackets.
 
     References:
@@ -83,8 +92,11 @@ class LitDiffusion(L.LightningModule):
         weighting: Weighting | None = None,
         prediction: Prediction | None = None,
         sampler: Sampler | None = None,
+        steps: int | None = None,
+        decoder: Decoder | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        schedule_lr: float | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
         label_dropout: float = 0.1,
         clip: bool = True,
@@ -113,10 +125,18 @@ class LitDiffusion(L.LightningModule):
                 )
         _agree_on_data_std(weighting, prediction)
         self.denoiser = Denoiser(network, prediction)
-        self.loss = DiffusionLoss(schedule, weighting)
-        self.sampler = _within(sampler, schedule)
+        self.loss = DiffusionLoss(schedule, weighting, steps, decoder)
+        if schedule.learns_ends and sampler.schedule is not None:
+            raise ValueError(
+                f"{type(schedule).__name__} learns its ends, and {type(sampler).__name__} walks a "
+                "schedule with ends of its own: leave the sampler's schedule out, so that it "
+                "follows."
+            )
+        _within(sampler, schedule)
+        self._sampler = sampler
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.schedule_lr = schedule_lr
         self.image_shape = image_shape
         self.label_dropout = label_dropout
         self.clip = clip
@@ -128,8 +148,11 @@ class LitDiffusion(L.LightningModule):
             weighting=weighting,
             prediction=prediction,
             sampler=sampler,
+            steps=steps,
+            decoder=decoder,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
+            schedule_lr=schedule_lr,
             image_shape=image_shape,
             label_dropout=label_dropout,
             clip=clip,
@@ -170,7 +193,7 @@ class LitDiffusion(L.LightningModule):
         first, total = (micro * world + rank) * n, trainer.accumulate_grad_batches * world * n
         t = lattice(n, offset.to(x.device, non_blocking=True), first, total)
         randomness.reseed(x.device, self.seed, "step", step, micro, rank)
-        cond = self._condition(batch)
+        cond = self.condition(batch)
         if "label" in cond and self.label_dropout > 0:
             hidden = torch.rand(n, device=x.device) < self.label_dropout
             cond["label"] = torch.where(hidden, -1, cond["label"])
@@ -198,8 +221,8 @@ class LitDiffusion(L.LightningModule):
             self.denoiser,
             x,
             t=randomness.strata(index, int(batch["total"])),
-            eps=noise_like(x, noise),
-            **self._condition(batch),
+            generator=noise,
+            **self.condition(batch),
         )
         sums = torch.stack(
             [terms.loss.sum(), terms.eps_error.sum(), terms.loss.new_tensor(len(x))]
@@ -230,9 +253,17 @@ class LitDiffusion(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Draw one image for each example, of its class if there are classes."""
         noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
-        return self.sample(len(noise), noise, **self._condition(batch))
+        return self.sample(len(noise), noise, **self.condition(batch))
 
-    def _condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What of a batch the network is told beside the image: the label, if it knows classes.
+
+        Args:
+            batch: A batch of the data.
+
+        Raises:
+            ValueError: If a label is no class of the network (looked at on the CPU only).
+        """
         if self.num_classes is None or "label" not in batch:
             return {}
         label = batch["label"]
@@ -247,8 +278,17 @@ class LitDiffusion(L.LightningModule):
         return {"label": label}
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over what learns, and its schedule if there is one."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        """One optimizer over what learns, and its schedule if there is one.
+
+        A learned noise schedule is a group of its own, without weight decay.
+        """
+        shape = {p for p in self.loss.schedule.parameters() if p.requires_grad}
+        network = [p for p in self.parameters() if p.requires_grad and p not in shape]
+        groups: Any = network
+        if shape:
+            rate = {} if self.schedule_lr is None else {"lr": self.schedule_lr}
+            groups = [{"params": network}, {"params": list(shape), "weight_decay": 0.0, **rate}]
+        optimizer = self.optimizer(groups)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -277,13 +317,19 @@ class LitDiffusion(L.LightningModule):
         """
         scaled = self.trainer.precision == "16-mixed"
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
-            # Not self.parameters(), which walks through every module of the network.
-            clipped = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(clipped, gradient_clip_val)
+            # Not self.parameters(), which walks through every module of the network. Each group
+            # alone: a learned schedule must not shorten the network's steps.
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Sampling ------------------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> Sampler:
+        """How images are drawn, over the range of λ as it is now."""
+        return _within(self._sampler, self.loss.schedule)
 
     @property
     def num_classes(self) -> int | None:
@@ -434,9 +480,9 @@ def _agree_on_data_std(weighting: Weighting, prediction: Prediction) -> None:
 
 def _within(sampler: Sampler, schedule: NoiseSchedule) -> Sampler:
     """The sampler with its schedule filled in, refused if it leaves the trained range."""
-    low, high = float(schedule.logsnr_min), float(schedule.logsnr_max)
+    low, high = schedule.ends
     if sampler.schedule is None:
-        return dataclasses.replace(sampler, schedule=CosineSchedule(low, high))
+        return dataclasses.replace(sampler, schedule=sampler.default_schedule(low, high))
     levels = sampler.levels()
     if float(levels[0]) < low - 1e-6 or float(levels[-1]) > high + 1e-6:
         raise ValueError(

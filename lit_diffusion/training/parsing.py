@@ -22,12 +22,13 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_diffusion.decoders import Decoder
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import load_plugins
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.description import allow, allowed_modules
-from lit_diffusion.weightings import Weighting
+from lit_diffusion.weighting import Weighting
 
 __all__ = ["DiffusionParser", "explain", "fail", "import_plugins"]
 
@@ -36,6 +37,7 @@ _FAMILIES = {
     "weighting": Weighting,
     "prediction": Prediction,
     "sampler": Sampler,
+    "decoder": Decoder,
     "network": torch.nn.Module,
     "optimizer": torch.optim.Optimizer,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,

@@ -1,0 +1,157 @@
+"""Bits per dimension along the run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_diffusion.decoders import Decoder, SoftmaxDecoder
+from lit_diffusion.likelihood import BoundTerms, variational_bound
+from lit_diffusion.noise_schedule import NoiseSchedule
+from lit_diffusion.schedules import LinearSchedule
+from lit_diffusion.training import randomness
+
+__all__ = ["Likelihood"]
+
+
+class Likelihood(L.Callback):
+    """Computes the variational bound in validation and test: bits per dimension, in three terms.
+
+    Logged are …/bpd and what it is made of, …/bpd_prior, …/bpd_diffusion, …/bpd_reconstruction,
+    all in bits per dimension, whatever weighting the model is trained with. The noise is keyed by
+    example and the noise levels are spread evenly over the whole set, so the number is the same
+    for the same weights, whatever the batches and ranks. With an `EMA` it is that of the average.
+
+    Args:
+        decoder: The distribution of the data given the cleanest z; None means the model's own,
+            else `SoftmaxDecoder()` over the 256 bytes.
+        steps: Number T of steps of the chain whose bound it is, at least 1; None means the model's
+            own, continuous time if it has none.
+        draws: Noise levels for each example, at least 1; more make the number more certain.
+        schedule: Where λ is drawn, over the model's range; None means uniform, or the model's own
+            if that is learned or the time discrete.
+
+    Raises:
+        ValueError: If steps or draws is below 1.
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder | None = None,
+        steps: int | None = None,
+        draws: int = 1,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        if draws < 1 or (steps is not None and steps < 1):
+            raise ValueError(
+                f"Likelihood: steps and draws must be at least 1, got {steps} and {draws}."
+            )
+        self.decoder = decoder
+        self.steps = steps
+        self.draws = draws
+        self.schedule = schedule
+        self.summary: str | None = None
+        self._sums = torch.zeros(0)
+
+    def protocol(self, pl_module: Any) -> dict[str, Any]:
+        """What the number means: decoder, steps, and where λ is drawn.
+
+        Args:
+            pl_module: The LitDiffusion whose bound it is.
+        """
+        loss = pl_module.loss
+        decoder = self.decoder or loss.decoder or SoftmaxDecoder()
+        steps = loss.steps if self.steps is None else self.steps
+        schedule = self.schedule
+        if schedule is None:
+            learned = loss.schedule.learns_ends or loss.schedule.learns_shape
+            own = learned or steps is not None
+            schedule = loss.schedule if own else LinearSchedule(*loss.schedule.ends)
+        elif schedule.ends != loss.schedule.ends:
+            raise ValueError(
+                f"Likelihood: the model covers λ in {list(loss.schedule.ends)} and the schedule "
+                f"{list(schedule.ends)}: give it that range, or leave it out."
+            )
+        return {"decoder": decoder, "steps": steps, "schedule": schedule.to(pl_module.device)}
+
+    def bound(self, pl_module: Any, batch: dict[str, Any]) -> BoundTerms:
+        """The terms of each example, averaged over the draws.
+
+        Args:
+            pl_module: The LitDiffusion whose bound it is.
+            batch: A batch of the validation data.
+
+        Shapes:
+            terms (B,), float64.
+        """
+        x, index, total = batch["image"], batch["index"], int(batch["total"])
+        protocol = self.protocol(pl_module)
+        found = []
+        for draw in range(self.draws):
+            noise = randomness.generators(pl_module.seed, f"bound {draw}", index.tolist())
+            t = (randomness.strata(index, total) + draw / (self.draws * total)) % 1
+            terms = variational_bound(
+                pl_module.denoiser,
+                x,
+                **protocol,
+                generator=noise,
+                t=t,
+                **pl_module.condition(batch),
+            )
+            found.append(torch.stack(terms))
+        return BoundTerms(*torch.stack(found).mean(0))
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64, device=pl_module.device)
+
+    def _add(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch, in a hook where the average weights are in place."""
+        if trainer.sanity_checking:
+            return
+        terms = BoundTerms(*(term / math.log(2) for term in self.bound(pl_module, batch)))
+        rows = [*terms, terms.total**2, torch.ones_like(terms.total)]
+        self._sums += torch.stack([row.sum() for row in rows])
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means over the whole set, the same on every rank."""
+        if trainer.sanity_checking:
+            return
+        total: Tensor = trainer.strategy.reduce(self._sums, reduce_op="sum")  # type: ignore[assignment]
+        stage = "test" if trainer.state.fn == "test" else "val"
+        n = int(total[-1])
+        if n == 0:
+            return
+        terms = BoundTerms(*(total[:3] / n))
+        bits = terms.total
+        error = float(((total[3] / n - bits**2).clamp(min=0) / n).sqrt())
+        pl_module.log(f"{stage}/bpd", bits.float(), prog_bar=True, sync_dist=True)
+        for name, value in terms._asdict().items():
+            pl_module.log(f"{stage}/bpd_{name}", value.float(), sync_dist=True)
+        protocol = self.protocol(pl_module)
+        chain = "continuous time" if protocol["steps"] is None else f"{protocol['steps']} steps"
+        low, high = pl_module.loss.schedule.ends  # type: ignore[union-attr, operator]
+        parts = ", ".join(f"{name} {float(value):.4f}" for name, value in terms._asdict().items())
+        self.summary = (
+            f"{stage}/bpd: {float(bits):.4f} bits per dimension at most ({parts}); ± {error:.4f} "
+            f"over {n} examples, {self.draws} draw(s) each, {chain}, "
+            f"λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
+        )
+
+    on_validation_epoch_start = on_test_epoch_start = _start
+    on_validation_batch_end = on_test_batch_end = _add
+    on_validation_epoch_end = on_test_epoch_end = _finish
