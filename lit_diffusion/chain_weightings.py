@@ -14,7 +14,8 @@ a step of the bound with σ² = β̃ has w = 1, because with c = 1 − e^(λ_t �
     ‖μ̃ − μ‖² / 2β̃ = ½ c e^(λ_s − λ_t) ‖ε̂ − ε‖² = ½ expm1(λ_s − λ_t) ‖ε̂ − ε‖²
 
 From there the others are one factor away: w = β̃/σ² for a step of variance σ², w = β̃ for the mean
-itself, and L_simple is 1/(T expm1(λ_s − λ_t)), the chain's own density (`DensityWeighting`).
+itself, and L_simple is 1/(T expm1(λ_s − λ_t)), which is the density p(λ) where steps are short
+(`DensityWeighting`, given the steps).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Decoder(ABC):
 
     Example:
         >>> round(SoftmaxDecoder(levels=256).cost(13.3), 4)  # bits per dimension
-        0.0102
+        0.01
     """
 
     @abstractmethod
@@ -117,7 +117,9 @@ class Decoder(ABC):
             logsnr: λ_max.
         """
         if hasattr(self, "levels") and (bits := self.cost(logsnr)) > 1:
-            enough = logsnr + 2 * math.ceil(bits + 1)
+            enough = (
+                logsnr + 2 * math.log(2) * bits + 0.8
+            )  # 4 times the SNR for each bit, and some
             warnings.warn(
                 f"logsnr_max={logsnr:.4g} is too low for levels={self.levels!r:.40}: the "
                 f"reconstruction alone costs about {bits:.2f} bits per dimension; "

@@ -146,7 +146,7 @@ class LearnedSchedule(NoiseSchedule):
         logsnr = logsnr.to(torch.float64)
         parts = [self._shape(part)[1] for part in self.time(logsnr).split(4096)]
         log_prob = -torch.log((high - low) * torch.cat(parts))
-        return torch.where((logsnr < low) | (logsnr > high), -torch.inf, log_prob)
+        return torch.where(self._outside(logsnr), -torch.inf, log_prob)
 
     def at(self, t: Tensor, shape_gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """λ and log p(λ) at time t, differentiable.

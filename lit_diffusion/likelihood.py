@@ -11,8 +11,8 @@ three terms, all in nats per dimension here (divide by ln 2 for bits)::
                      T/2 E_t[ expm1(λ_s − λ_t) ‖ε̂ − ε‖² ]   … of a chain of T steps
     reconstruction   −E log p(x | z_λmax)                   naming the data, see `decoders`
 
-The integral depends on the schedule only through its ends. The sum is an upper one and falls to
-the integral as T grows.
+The integral depends on the schedule only through its ends. The sum, for a good denoiser, is an
+upper one and falls to the integral as T grows.
 """
 
 from __future__ import annotations
@@ -143,10 +143,11 @@ def consistency_bound(
     One term for each level i of the chain compares q(z_i | z_{i−1}), the step from the cleaner
     neighbour, with the model's p(z_i | z_{i+1}), the step from the noisier one. (z_{i−1}, z_{i+1})
     are drawn jointly from q, and z_i, of which both are functions, is integrated out in closed
-    form. The two steps are *different* Gaussians whatever the model does, so each term is a number
-    of the order of one, of which the sum of T must cancel all but a little: the expectation of the
-    total is that of `variational_bound`, and the variance of one draw grows like T². That is why
-    nobody trains on it, and what it is here to show.
+    form. The two steps are *different* Gaussians whatever the model does, so the terms do not
+    vanish for a perfect model but must cancel: the expectation of the total is that of
+    `variational_bound`, and the variance of one draw grows without bound, like T ln² T (the first
+    term, of the order of ln T, is met once in T draws). That is why nobody trains on it, and what
+    it is here to show.
 
     (Written as KL(q(z_i | z_{i−1}) ‖ p(z_i | z_{i+1})), as one often sees it, the term would draw
     z_i without regard to z_{i+1}, and would not be the bound.)

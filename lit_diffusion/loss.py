@@ -8,7 +8,7 @@ does. What the network predicts does not enter at all, for the loss sees only x�
 
 A chain of T steps replaces the integral by a sum over its levels, each counted with the width
 expm1(λ_s − λ_t) of the step that leads from it, λ_t, to the next cleaner one, λ_s. There the
-levels do matter: the sum is an upper one, larger than the integral for every T.
+levels do matter: for a good denoiser the sum is an upper one, and falls to the integral with T.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def weighted_error(
         >>> weighted_error(denoiser, x, schedule, ELBOWeighting(), None, t, eps).eps_error
         tensor([0.0979, 0.0206])
     """
-    # Filled in below; until the backward pass nobody reads it.
-    shape_gradient = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    shape_gradient = None
     if steps is not None:
         # Here the value does depend on the levels, so a learned shape follows the bound.
         index = (t.double() * steps).floor().clamp(max=steps - 1)
@@ -110,6 +109,8 @@ def weighted_error(
         width = steps * torch.expm1(schedule.logsnr(index / steps) - logsnr)
     else:
         if isinstance(schedule, LearnedSchedule):
+            # Filled in below; until the backward pass nobody reads it.
+            shape_gradient = torch.ones(len(x), dtype=torch.float64, device=x.device)
             logsnr, log_prob = schedule.at(t, shape_gradient)
         else:
             logsnr, log_prob = schedule.at(t)
@@ -119,7 +120,7 @@ def weighted_error(
     error = denoiser(z, logsnr, **cond).eps - eps
     eps_error = error.square().flatten(1).mean(1)
     loss = 0.5 * expand(weighting(logsnr) * width, eps_error) * eps_error
-    if schedule.learns_shape:
+    if shape_gradient is not None:
         shape_gradient.copy_(2 * loss.detach())
     return LossTerms(loss, logsnr, eps_error)
 

@@ -293,8 +293,13 @@ class NoiseSchedule(nn.Module, ABC):
             move = torch.zeros_like(t).requires_grad_()
             (slope,) = torch.autograd.grad(self._quantile(t + move, s - move).sum(), move)
         log_prob = -torch.log(-slope) - math.log1p(-above - below)
-        outside = (logsnr < self.logsnr_min) | (logsnr > self.logsnr_max)
-        return torch.where(outside, torch.full_like(log_prob, -math.inf), log_prob.detach())
+        return torch.where(self._outside(logsnr), -math.inf, log_prob.detach())
+
+    def _outside(self, logsnr: Tensor) -> Tensor:
+        """Whether λ is beyond an end by more than its rounding to float32."""
+        low, high = self.ends
+        slack = 1e-6 * max(1.0, abs(low), abs(high))
+        return (logsnr < low - slack) | (logsnr > high + slack)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n noise levels, stratified over the density.

@@ -86,7 +86,7 @@ class UniformDequantiser(Dequantiser):
     Example:
         >>> z, weight = UniformDequantiser(256).draw(torch.ones(1, 1), torch.tensor([15.0]), None)
         >>> weight / math.log(2)  # log₂ of the width
-        tensor([[-6.9944]])
+        tensor([[-6.9943]])
     """
 
     levels: Levels = 256

@@ -266,6 +266,12 @@ def test_regression_on_the_posterior_mean():
     assert torch.allclose(ours, published, rtol=1e-7)
 
 
+@pytest.mark.parametrize("weighting", [ld.VariationalWeighting(), ld.PosteriorMeanWeighting()])
+def test_both_are_monotone_on_the_table(weighting):
+    weight = weighting(torch.logit(ABAR).flip(0))  # from noise to data
+    assert bool((weight.diff() <= 1e-9 * weight[:-1]).all())
+
+
 def test_simple_loss_on_the_table():
     schedule = ld.BetaSchedule()
     loss = ld.DiffusionLoss(schedule, ld.DensityWeighting(schedule, steps=999), steps=999)

@@ -69,7 +69,7 @@ figure.supylabel("density p(λ)", fontsize=10)
 # cosine until it is given a shift.
 
 t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-level = {name: schedule.logsnr(t) for name, schedule in ours.items()}
+level = {name: schedule.logsnr(t).detach() for name, schedule in ours.items()}
 
 figure, axes = panels(len(ours))
 for axis, name in zip(axes, ours, strict=True):

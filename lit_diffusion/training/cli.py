@@ -135,8 +135,12 @@ class DiffusionCLI(LightningCLI):
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
-        _note(f"Objective: {loss.weighting}, drawn from {loss.schedule}, {prediction}.")
-        for name in ("weighting", "schedule", "prediction"):
+        chain = "" if loss.steps is None else f" in {loss.steps} steps"
+        whole = "" if loss.decoder is None else f", whole bound with {loss.decoder}"
+        _note(
+            f"Objective: {loss.weighting}, drawn from {loss.schedule}{chain}, {prediction}{whole}."
+        )
+        for name in ("weighting", "schedule", "prediction", "steps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 _note(f"Note: the checkpoint was trained with another {name}: {before}")

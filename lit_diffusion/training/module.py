@@ -282,12 +282,13 @@ class LitDiffusion(L.LightningModule):
 
         A learned noise schedule is a group of its own, without weight decay.
         """
-        shape = {p for p in self.loss.schedule.parameters() if p.requires_grad}
-        network = [p for p in self.parameters() if p.requires_grad and p not in shape]
+        schedule = [p for p in self.loss.schedule.parameters() if p.requires_grad]
+        apart = set(schedule)
+        network = [p for p in self.parameters() if p.requires_grad and p not in apart]
         groups: Any = network
-        if shape:
+        if schedule:
             rate = {} if self.schedule_lr is None else {"lr": self.schedule_lr}
-            groups = [{"params": network}, {"params": list(shape), "weight_decay": 0.0, **rate}]
+            groups = [{"params": network}, {"params": schedule, "weight_decay": 0.0, **rate}]
         optimizer = self.optimizer(groups)
         if self.lr_scheduler is None:
             return optimizer

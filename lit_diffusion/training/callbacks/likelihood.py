@@ -81,6 +81,24 @@ class Likelihood(L.Callback):
             )
         return {"decoder": decoder, "steps": steps, "schedule": schedule.to(pl_module.device)}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second one, which would write over the numbers of the first."""
+        count = sum(isinstance(callback, Likelihood) for callback in trainer.callbacks)
+        if count > 1:
+            raise ValueError(
+                f"Likelihood is listed {count} times and their numbers have one name: keep one."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse data that are not what the decoder decodes now, not after the first hour."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        protocol = self.protocol(pl_module)
+        for batch in [] if data is None else data.val_dataloader():
+            x = data.on_after_batch_transfer(dict(batch), 0)["image"]
+            protocol["decoder"].check(x)
+            protocol["decoder"].warn_if_costly(protocol["schedule"].ends[1])
+            break
+
     def bound(self, pl_module: Any, batch: dict[str, Any]) -> BoundTerms:
         """The terms of each example, averaged over the draws.
 

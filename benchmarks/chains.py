@@ -1,0 +1,72 @@
+"""The bound of a trained model as a chain of T steps, and in continuous time.
+
+    python benchmarks/chains.py CHECKPOINT --path DATA
+
+Each row is the whole bound on held-out data, along the model's own schedule and with its decoder
+(bytes, if it has none), the noise levels stratified over all examples and draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import torch
+
+from lit_diffusion import BoundTerms, SoftmaxDecoder, variational_bound
+from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training.randomness import generators, strata
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--path", default="digits8x8", help="Data of the checkpoint.")
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=100)
+    args = parser.parse_args()
+    model = LitDiffusion.load_from_checkpoint(args.checkpoint)
+    data = ImageDataModule(
+        args.path,
+        image_shape=model.image_shape,
+        batch_size=args.batch,
+        val_examples=args.examples,
+    )
+    data.setup("validate")
+    decoder = model.loss.decoder or SoftmaxDecoder()
+    result: dict[str, object] = {"λ": model.loss.schedule.ends, "decoder": repr(decoder)}
+    for steps in (10, 100, 1000, None):
+        found = []
+        for draw in range(args.draws):
+            for batch in data.val_dataloader():
+                batch = data.on_after_batch_transfer(batch, 0)
+                index, total = batch["index"], int(batch["total"])
+                t = (strata(index, total) + draw / (args.draws * total)) % 1
+                noise = generators(draw, "chain", index.tolist())
+                terms = variational_bound(
+                    model.denoiser,
+                    batch["image"],
+                    model.loss.schedule,
+                    decoder,
+                    steps,
+                    noise,
+                    t,
+                    **model.condition(batch),
+                )
+                found.append(torch.stack(terms) / math.log(2))
+        every = torch.cat(found, 1)
+        terms = BoundTerms(*every.mean(1))
+        result["continuous" if steps is None else f"T = {steps}"] = {
+            "bits per dimension": float(terms.total),
+            "± (as if not stratified)": float(every.sum(0).std() / every.shape[1] ** 0.5),
+            **{name: float(value) for name, value in terms._asdict().items()},
+        }
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
