@@ -103,7 +103,8 @@ def main() -> None:
     if args.checkpoint is None:
         ends, dims = (-5.0, 13.3), 192
         denoiser: Any = ld.GaussianDenoiser(0.5)
-        x = 0.5 * torch.randn(args.examples, dims)
+        x = torch.randn(args.examples, dims)
+        x = 0.5 * x / x.square().mean(1, keepdim=True).sqrt()  # so that the mean is known exactly
 
         def data(n: int) -> Examples:
             return 0.5 * torch.randn(n, dims), {}
@@ -134,12 +135,17 @@ def main() -> None:
         "cosine, cut": ld.CosineSchedule(*ends),
         "linear betas": StretchedSchedule(ld.BetaSchedule(), *ends),
     }
-    result = {
+    result: dict[str, Any] = {
         name: moments(denoiser, schedule, examples, args.draws) for name, schedule in rows.items()
     }
     for row in result.values():
         row["variance over learned"] = row["variance"] / result["learned"]["variance"]
-    print(json.dumps({"ends": ends, **result}, indent=1, ensure_ascii=False))
+    exact = None
+    if args.checkpoint is None:
+        low, high = (torch.nn.functional.softplus(torch.tensor(e - 2 * math.log(2))) for e in ends)
+        exact = float(high - low) / 2 / math.log(2)
+    result["ends"], result["exact mean"] = ends, exact
+    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Each step is a pure function of (seed, step, micro-batch, rank); see `randomness
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
@@ -253,7 +255,8 @@ class LitDiffusion(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Draw one image for each example, of its class if there are classes."""
         noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
-        return self.sample(len(noise), noise, **self.condition(batch))
+        cond = self.condition(batch)
+        return self.sample(len(noise), noise, progress=self.watch(), **cond)
 
     def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What of a batch the network is told beside the image: the label, if it knows classes.
@@ -331,6 +334,13 @@ class LitDiffusion(L.LightningModule):
     def sampler(self) -> Sampler:
         """How images are drawn, over the range of λ as it is now."""
         return _within(self._sampler, self.loss.schedule)
+
+    def watch(self) -> Callable[[Any], Iterable[Any]]:
+        """A progress bar for a walk of more than 100 levels, where the trainer shows bars."""
+        long = len(self.sampler.levels()) > 100
+        if long and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None:
+            return functools.partial(tqdm, desc="Samples", leave=False)
+        return iter
 
     @property
     def num_classes(self) -> int | None:

@@ -224,7 +224,7 @@ def test_images_are_a_grid_as_ever(tmp_path):
 
 @pytest.mark.parametrize(("steps", "bar"), [(101, True), (100, True), (101, False)])
 def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, steps, bar):
-    from lit_diffusion.training.callbacks import sample_grid
+    from lit_diffusion.training import module
 
     shown = []
 
@@ -232,7 +232,7 @@ def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, step
         shown.append((len(levels), settings["leave"]))
         return iter(levels)
 
-    monkeypatch.setattr(sample_grid, "tqdm", watch)
+    monkeypatch.setattr(module, "tqdm", watch)
     model = LitDiffusion(
         ResidualMLP((2, 1, 1), features=4),
         image_shape=(2, 1, 1),
@@ -250,4 +250,7 @@ def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, step
     )  # fmt: skip
     trainer.fit(model, data)
     assert len(list(tmp_path.glob("samples/*.png"))) == 1
-    assert shown == ([(101, False)] if bar and steps > 100 else [])
+    once = [(101, False)] if bar and steps > 100 else []
+    assert shown == once
+    trainer.predict(model, data)  # `predict` as well
+    assert shown == 2 * once

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lit_diffusion.training import randomness
 
@@ -20,7 +18,6 @@ __all__ = ["SampleGrid", "save_grid"]
 MARGIN = 12  # white around a picture of points
 BAR = 256  # height of the highest bar
 COLOUR = torch.tensor([0.09, 0.24, 0.47])  # what full ink looks like
-LONG_WALK = 100  # levels above which drawing shows how far it is
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
@@ -156,11 +153,7 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero or folder is None:
             return
         path = Path(folder) / "samples" / f"step-{trainer.global_step:07d}.png"
-        progress: Callable[[Any], Iterable[Any]] = iter
-        long = len(pl_module.sampler.levels()) > LONG_WALK
-        if long and trainer.progress_bar_callback is not None:
-            progress = partial(tqdm, desc="Samples", leave=False)
-        picture = save_grid(self.draw(pl_module, progress), path, self.columns)
+        picture = save_grid(self.draw(pl_module, pl_module.watch()), path, self.columns)
         self.last_path = path
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
