@@ -55,6 +55,14 @@ class Decoder(ABC):
             x and z (B, *); logsnr (B,); result (B, *), float32 or better.
         """
 
+    def __post_init__(self) -> None:
+        """Refuse levels that are none, here and not at their first use."""
+        levels = getattr(self, "levels", None)
+        if isinstance(levels, list):
+            object.__setattr__(self, "levels", tuple(levels))  # so that it can be looked up
+        if levels is not None:
+            level_values(self.levels)  # type: ignore[attr-defined]
+
     def check(self, x: Tensor) -> None:
         """Make sure that the data are what this decoder decodes.
 
@@ -214,6 +222,7 @@ class BinDecoder(Decoder):
     std: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.std is not None and not self.std > 0:
             raise ValueError(f"BinDecoder: std must be above 0, got {self.std}.")
 

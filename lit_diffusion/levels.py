@@ -43,6 +43,10 @@ def level_values(levels: Levels) -> Tensor:
         >>> level_values(3)  # the bytes 0, 128, 255
         tensor([-1.0000,  0.0039,  1.0000], dtype=torch.float64)
     """
+    if not isinstance(levels, int | tuple):
+        raise ValueError(
+            f"Expected a number of levels or a tuple of their values, got {levels!r:.60}."
+        )
     if isinstance(levels, int):
         if levels < 2:
             raise ValueError(f"Expected at least 2 levels, got {levels}.")

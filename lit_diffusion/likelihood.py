@@ -244,8 +244,10 @@ def _prepare(
     schedule: NoiseSchedule, decoder: Decoder | None, x: Tensor, steps: int | None
 ) -> None:
     """Refuse what would give a wrong number."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"A chain has at least 1 step, got steps={steps}.")
+    if steps is not None and (steps < 1 or steps != int(steps)):
+        raise ValueError(f"A chain has a whole number of steps, at least 1 step, got {steps}.")
+    if decoder is not None and not isinstance(decoder, Decoder):
+        raise TypeError(f"Expected a Decoder, such as SoftmaxDecoder(256), got {decoder!r}.")
     if decoder is not None:
         decoder.check(x)
         decoder.warn_if_costly(schedule.ends[1])

@@ -139,8 +139,8 @@ class DiffusionLoss(nn.Module):
 
     Raises:
         TypeError: If one of them is something else, such as a class without its brackets.
-        ValueError: If steps is below 1, or the ends of the schedule are learned by a loss that is
-            not the whole bound.
+        ValueError: If steps is below 1 or not those of the weighting, or the ends of the schedule
+            are learned by a loss that is not the whole bound.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -173,8 +173,15 @@ class DiffusionLoss(nn.Module):
                     f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}; "
                     "was its pair of brackets forgotten?"
                 )
-        if steps is not None and steps < 1:
-            raise ValueError(f"A chain has at least 1 step, got steps={steps}.")
+        if steps is not None and (steps < 1 or steps != int(steps)):
+            raise ValueError(f"A chain has a whole number of steps, at least 1 step, got {steps}.")
+        for each in self.weighting.modules():
+            chain = getattr(each, "steps", None)
+            if isinstance(each, Weighting) and chain is not None and chain != steps:
+                raise ValueError(
+                    f"{type(each).__name__} weighs a chain of {chain} steps, and the loss has "
+                    f"steps={steps}: give both the same."
+                )
         if self.schedule.learns_ends:
             name = type(self.schedule).__name__
             if decoder is None:

@@ -170,8 +170,8 @@ class NoiseSchedule(nn.Module, ABC):
 
     @property
     def learns_ends(self) -> bool:
-        """Whether the ends of the range are learned."""
-        return isinstance(self.logsnr_min, nn.Parameter)
+        """Whether the ends of the range are learned, and not frozen."""
+        return isinstance(self.logsnr_min, nn.Parameter) and self.logsnr_min.requires_grad
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -189,7 +189,7 @@ class NoiseSchedule(nn.Module, ABC):
     @cached_property
     def _window(self) -> tuple[float, float]:
         """The probability the formula puts beyond logsnr_max, and below logsnr_min."""
-        if self.learns_ends or self.ends == self.support:
+        if isinstance(self.logsnr_min, nn.Parameter) or self.ends == self.support:
             return 0.0, 0.0
         ends = torch.tensor([self.logsnr_max, self.logsnr_min], dtype=torch.float64)
         return float(self._time(ends)[0]), float(self._tail_time(ends)[1])

@@ -47,6 +47,12 @@ class Dequantiser(ABC):
 
     levels: Levels
 
+    def __post_init__(self) -> None:
+        """Refuse levels that are none."""
+        if isinstance(self.levels, list):
+            object.__setattr__(self, "levels", tuple(self.levels))
+        level_values(self.levels)
+
     @abstractmethod
     def draw(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """A z at λ within the bin of each number, and −log q(z | x).
@@ -244,6 +250,10 @@ def _check(
     probes: int | None,
     samples: int,
 ) -> None:
+    if dequantise is not None and not isinstance(dequantise, Dequantiser):
+        raise TypeError(
+            f"Expected a Dequantiser, such as UniformDequantiser(256), got {dequantise!r}."
+        )
     if not logsnr_min < logsnr_max:
         raise ValueError(
             f"logsnr_min must be below logsnr_max, got {logsnr_min} and {logsnr_max}."

@@ -212,6 +212,7 @@ def test_ends_that_would_collapse_are_refused(make):
     with pytest.raises(ValueError, match="is learned, shift and all"):
         ld.ShiftedSchedule(make(), shift=1.0)
     ld.DiffusionLoss(make(), decoder=ld.SoftmaxDecoder())
+    ld.DiffusionLoss(make().requires_grad_(False))  # frozen, it is a schedule like any other
 
 
 def test_they_would_collapse_indeed():

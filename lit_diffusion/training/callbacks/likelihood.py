@@ -164,8 +164,11 @@ class Likelihood(L.Callback):
         chain = "continuous time" if protocol["steps"] is None else f"{protocol['steps']} steps"
         low, high = pl_module.loss.schedule.ends  # type: ignore[union-attr, operator]
         parts = ", ".join(f"{name} {float(value):.4f}" for name, value in terms._asdict().items())
+        density = not hasattr(protocol["decoder"], "levels")
+        what = ", of a density in units of x, not of grey levels" if density else ""
         self.summary = (
-            f"{stage}/bpd: {float(bits):.4f} bits per dimension at most ({parts}); ± {error:.4f} "
+            f"{stage}/bpd: {float(bits):.4f} bits per dimension at most{what} ({parts}); "
+            f"± {error:.4f} "
             f"over {n} examples, {self.draws} draw(s) each, {chain}, "
             f"λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
         )
