@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lit_diffusion.adaptive_schedule import *
     from lit_diffusion.chain_weightings import *
     from lit_diffusion.decoders import *
     from lit_diffusion.denoisers import *
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from lit_diffusion.likelihood import *
     from lit_diffusion.loss import *
     from lit_diffusion.noise_schedule import *
+    from lit_diffusion.objective import *
     from lit_diffusion.predictions import *
     from lit_diffusion.probability_flow import *
+    from lit_diffusion.published import *
     from lit_diffusion.registry import *
     from lit_diffusion.sampler import *
     from lit_diffusion.samplers import *
@@ -34,6 +37,7 @@ _ROOMS = (
     "gaussian",
     "noise_schedule",
     "learned_schedule",
+    "adaptive_schedule",
     "schedules",
     "weighting",
     "chain_weightings",
@@ -43,6 +47,8 @@ _ROOMS = (
     "levels",
     "decoders",
     "loss",
+    "objective",
+    "published",
     "likelihood",
     "probability_flow",
     "sampler",

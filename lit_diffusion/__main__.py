@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "plugins")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "compare", "objective", "plugins")
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
 
@@ -25,6 +25,8 @@ commands:
   test       test loss         lit-diffusion test --ckpt_path X --config C
   predict    an image of the class of each validation example
   sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
+  compare    runs over λ       lit-diffusion compare RUN1 RUN2 --out compare.png
+  objective  what it does      lit-diffusion objective --config C --out objective.png
   plugins    list every schedule, weighting, prediction, sampler and decoder there is
 
   lit-diffusion COMMAND --help              all arguments of a command

@@ -11,6 +11,7 @@ them share. As densities over λ the well-known names are::
     from linear betas    BetaSchedule       DDPM
     exponential          KarrasSchedule     EDM's sampling grid
     learned              LearnedSchedule    VDM
+    a histogram          AdaptiveSchedule   VDM++
     any of them, moved   ShiftedSchedule    larger images
 
 To add one: subclass `NoiseSchedule`, give `_logsnr`; `testing.check_schedule` proves it.
@@ -23,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_diffusion.adaptive_schedule import AdaptiveSchedule  # noqa: F401 (one of the family)
 from lit_diffusion.learned_schedule import LearnedSchedule  # noqa: F401 (one of the family)
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.registry import Registry
@@ -399,7 +401,7 @@ class ShiftedSchedule(NoiseSchedule):
         logsnr_max: float | None = None,
     ) -> None:
         base = CosineSchedule() if base is None else base
-        if base.learns_ends or base.learns_shape:
+        if any(p.requires_grad for p in base.parameters()):
             raise ValueError(
                 f"ShiftedSchedule: {type(base).__name__} is learned, shift and all: give it the "
                 "shifted ends instead."

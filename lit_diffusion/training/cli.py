@@ -26,7 +26,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.training.callbacks import LastCheckpoint, Likelihood, SampleGrid
 from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.comparison import compare
 from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.explain import objective
 from lit_diffusion.training.logging import (
     RunLogger,
     SaveConfig,
@@ -116,6 +118,7 @@ class DiffusionCLI(LightningCLI):
             if Path(path).parent.name == "checkpoints":
                 self.run_folder = Path(path).parents[1]
             return
+        _note("The model is the checkpoint's; what the command says of the model does not count.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         described.pop("image_shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
@@ -136,7 +139,7 @@ class DiffusionCLI(LightningCLI):
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
         chain = "" if loss.steps is None else f" in {loss.steps} steps"
-        whole = "" if loss.decoder is None else f", whole bound with {loss.decoder}"
+        whole = "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
         _note(
             f"Objective: {loss.weighting}, drawn from {loss.schedule}{chain}, {prediction}{whole}."
         )
@@ -267,6 +270,10 @@ def main(
         import_plugins(argv)
         if argv[:1] == ["sample"]:
             _say(str(sample(argv[1:])))
+        elif argv[:1] == ["compare"]:
+            _say(compare(argv[1:]))
+        elif argv[:1] == ["objective"]:
+            _say(objective(argv[1:], model_class, data_class))
         else:
             DiffusionCLI(model_class, data_class)
     except MISTAKES as error:

@@ -74,7 +74,7 @@ class LitDiffusion(L.LightningModule):
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
-            label_dropout is no probability.
+            label_dropout is no probability, or schedule_lr not above 0.
         TypeError: If a part is not what it should be, such as a class without its brackets.
 
     References:
@@ -107,6 +107,8 @@ class LitDiffusion(L.LightningModule):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must be in [0, 1], got {label_dropout}.")
+        if schedule_lr is not None and not 0 < schedule_lr < float("inf"):
+            raise ValueError(f"schedule_lr must be above 0, got {schedule_lr}.")
         image_shape = tuple(image_shape)
         network = UNet(image_shape=image_shape) if network is None else network
         schedule = CosineSchedule() if schedule is None else schedule
@@ -433,6 +435,17 @@ class LitDiffusion(L.LightningModule):
             )
         checkpoint["average_model_state"] = checkpoint["state_dict"]
         checkpoint["state_dict"] = checkpoint["current_model_state"]
+        self._keep_schedule(checkpoint["state_dict"])
+
+    def _keep_schedule(self, state: dict[str, Any]) -> None:
+        """A run may go on under another schedule, which is only where the integral is sampled."""
+        prefix = "loss.schedule."
+        own = {k: v for k, v in self.state_dict().items() if k.startswith(prefix)}
+        kept = {k: v for k, v in state.items() if k.startswith(prefix)}
+        if own.keys() != kept.keys():
+            for name in kept:
+                del state[name]
+            state.update(own)
 
     @classmethod
     def load_from_checkpoint(

@@ -1,0 +1,374 @@
+"""What an objective does: its curves over λ, the likelihood that it is, and how it scatters.
+
+Letters: logsnr = λ, w the weight, p the density that λ is drawn from, h(λ) the mean squared error
+per dimension of the best denoiser there is for Gaussian data of variance c²,
+
+    h(λ) = α²c²/(α²c² + σ²) = sigmoid(λ + 2 ln c)
+
+It stands for the share of the noise that cannot be seen at λ, so w h says where the loss is. By
+parts, with B(λ) = ½∫h up to λ, the bound on data seen at λ,
+
+    ½∫ w h dλ = w(λ_max) B(λ_max) − w(λ_min) B(λ_min) + ∫ (−dw/dλ) B(λ) dλ
+
+Where w never rises all coefficients but the constant one are positive: a mixture of bounds over
+noise levels, that is, the bound of data with noise added (Kingma & Gao 2023, theorem 1). All of
+this is read off the curves; no class is ever asked for its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.chain_weightings import chain_step
+from lit_diffusion.noise_schedule import NoiseSchedule
+from lit_diffusion.predictions import Prediction
+from lit_diffusion.weighting import Weighting
+
+__all__ = ["NoiseMixture", "NoisePart", "Objective", "gaussian_error"]
+
+_POINTS = 8001
+_FLAT = 1e-6  # a relative rise up to this is rounding
+_NAMED = 1e-2  # a density whose distribution function is closer than this has the name
+
+
+class NoisePart(NamedTuple):
+    """One sign of the mixture: how much of it there is, and where on λ.
+
+    Shapes:
+        mass, mean and std are numbers; mean and std are nan where there is no mass.
+    """
+
+    mass: float
+    mean: float
+    std: float
+
+
+class NoiseMixture(NamedTuple):
+    """The objective by parts: which noise levels the bound is taken at, with which sign.
+
+    `falls` is where w falls, −dw/dλ > 0; `rises` where it rises, which counts negatively; `clean`
+    is the point mass at λ_max. They are scaled so that `falls.mass + clean` is 1; if w is monotone
+    that divides by w(λ_min), `rises.mass` is 0, and the mixture is a distribution.
+    """
+
+    falls: NoisePart
+    rises: NoisePart
+    clean: float
+
+
+def gaussian_error(logsnr: Tensor, data_std: float = 0.5) -> Tensor:
+    """The least E(ε̂ − ε)² per dimension for Gaussian data: h(λ) = sigmoid(λ + 2 ln c).
+
+    Args:
+        logsnr: λ.
+        data_std: Standard deviation c of the data, above 0.
+
+    Shapes:
+        logsnr (B,); result (B,), of the same dtype.
+
+    Example:
+        >>> gaussian_error(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.0327, 0.2000, 0.6488])
+    """
+    return torch.sigmoid(logsnr + 2 * math.log(data_std))
+
+
+def _moments(mass: Tensor, logsnr: Tensor) -> NoisePart:
+    total = float(mass.sum())
+    if not total > 0:
+        return NoisePart(0.0, math.nan, math.nan)
+    mean = float((mass * logsnr).sum()) / total
+    variance = float((mass * (logsnr - mean) ** 2).sum()) / total
+    return NoisePart(total, mean, math.sqrt(variance))
+
+
+def _number(value: float) -> str:
+    """Two digits after the point and no zeros at the end, with a proper minus sign."""
+    text = f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")
+    return text.replace("-", "−")
+
+
+def _quantiles(share: Tensor, logsnr: Tensor, at: tuple[float, ...]) -> list[float]:
+    """Where a distribution function on the grid reaches each value, linearly in its cell."""
+    wanted = torch.tensor(at, dtype=share.dtype)
+    after = torch.searchsorted(share, wanted).clamp(1, len(share) - 1)
+    below, above = share[after - 1], share[after]
+    inside = (wanted - below) / (above - below)
+    found: list[float] = torch.lerp(logsnr[after - 1], logsnr[after], inside).tolist()
+    return found
+
+
+class Objective:
+    """A schedule, a weighting and a prediction, and what follows from them.
+
+    Ask it before a GPU is asked: which errors it counts, whether it is a likelihood and of what,
+    how much its estimate scatters (`published` says whose it is). It works on copies of its parts
+    on the CPU, learned ones as they are now.
+
+    Args:
+        schedule: Density p that λ is drawn from; its range is the range of all curves.
+        weighting: Weight w on the error of ε.
+        prediction: What the network outputs.
+        steps: Number T of steps of a discrete chain, at least 1; None means continuous time.
+
+    Raises:
+        ValueError: If steps is below 1.
+
+    References:
+        Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
+        Augmentation, arXiv:2303.00848, theorem 1 and table 1.
+
+    Example:
+        >>> objective = Objective(CosineSchedule(), SigmoidWeighting(bias=2.0), EpsPrediction())
+        >>> objective.monotone, round(objective.std_over_mean(), 2)
+        (True, 0.84)
+        >>> print(objective.meaning())
+        Training on this objective maximises the ELBO of data with Gaussian noise at
+            λ ~ Logistic(2, 1) added. A share of 1.5e-08 stays clean.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        weighting: Weighting,
+        prediction: Prediction,
+        steps: int | None = None,
+    ) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"Objective: a chain has at least 1 step, got steps={steps}.")
+        self.schedule = copy.deepcopy(schedule).cpu()
+        self.weighting = copy.deepcopy(weighting).cpu()
+        self.prediction = prediction
+        self.steps = steps
+
+    # Curves --------------------------------------------------------------------------------
+
+    @cached_property
+    def logsnr(self) -> Tensor:
+        """λ, 8001 values over the schedule's range, (N,), as are all curves."""
+        return torch.linspace(*self.schedule.ends, _POINTS, dtype=torch.float64)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """w(λ), the weight on ‖ε̂ − ε‖²."""
+        return self.weight_at(self.logsnr)
+
+    @torch.no_grad()
+    def weight_at(self, logsnr: Tensor) -> Tensor:
+        """w(λ) at any λ.
+
+        Args:
+            logsnr: λ.
+
+        Shapes:
+            logsnr (B,); result (B,), float64, detached.
+        """
+        return self.weighting(logsnr).double()
+
+    @cached_property
+    def density(self) -> Tensor:
+        """p(λ), where λ is drawn; of a chain, the density of its levels."""
+        return self.schedule.log_prob(self.logsnr).exp()
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """w/p, what a drawn error is multiplied by; in a chain w·T·expm1(λ_s − λ)."""
+        return self._ratio(self.logsnr)
+
+    @torch.no_grad()
+    def _ratio(self, logsnr: Tensor) -> Tensor:
+        if self.steps is None:
+            return self.weight_at(logsnr) * torch.exp(-self.schedule.log_prob(logsnr))
+        step = chain_step(self.schedule, self.steps, logsnr)
+        return self.weight_at(logsnr) * self.steps * torch.expm1(step)
+
+    def weight_on(self, prediction: Prediction) -> Tensor:
+        """The weight on the error of another target: w·`eps_error_scale`.
+
+        Args:
+            prediction: Whose target.
+
+        Example:
+            >>> objective = Objective(LinearSchedule(-2.0, 2.0), ELBOWeighting(), VPrediction())
+            >>> objective.weight_on(XPrediction())[[0, 4000, 8000]]  # e^λ
+            tensor([0.1353, 1.0000, 7.3891], dtype=torch.float64)
+        """
+        return self.weight * prediction.eps_error_scale(self.logsnr)
+
+    def loss_density(self, data_std: float = 0.5) -> Tensor:
+        """Where the loss is, for Gaussian data and the best denoiser: w h/∫ w h.
+
+        Args:
+            data_std: Standard deviation c of the data, above 0.
+        """
+        loss = self.weight * gaussian_error(self.logsnr, data_std)
+        return loss / torch.trapezoid(loss, self.logsnr)
+
+    # Likelihood ----------------------------------------------------------------------------
+
+    def rises(self) -> list[tuple[float, float]]:
+        """The intervals of λ in which w rises, none if it is monotone; to a 8000th of the range.
+
+        Rises by less than one part in a million are rounding: what is flat is monotone.
+
+        Example:
+            >>> rises = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction()).rises()
+            >>> [(round(low, 2), round(high, 2)) for low, high in rises]
+            [(-20.0, -3.31)]
+        """
+        up = torch.nn.functional.pad((self.weight.diff() > 0).int(), (1, 1)).diff()
+        runs = zip(up.eq(1).nonzero().tolist(), up.eq(-1).nonzero().tolist(), strict=True)
+        return [
+            (float(self.logsnr[first]), float(self.logsnr[last]))
+            for (first,), (last,) in runs
+            if float(self.weight[last]) > (1 + _FLAT) * float(self.weight[first])
+        ]
+
+    @property
+    def monotone(self) -> bool:
+        """Whether w never rises with λ, so that the loss is a bound on a likelihood."""
+        return not self.rises()
+
+    def augmentation_density(self) -> Tensor:
+        """−dw/dλ in the scale of `mixture`, at the middles of the grid's cells, (N − 1,).
+
+        If w is monotone it is, but for the point mass on clean data, the density of the noise
+        that the data are seen through; where w rises it is negative.
+        """
+        return -self.weight.diff() / self._whole / self.logsnr.diff()
+
+    @cached_property
+    def _whole(self) -> float:
+        """What falls, and what is left at λ_max; w(λ_min) if w is monotone."""
+        return float((-self.weight.diff()).clamp(min=0).sum() + self.weight[-1])
+
+    def mixture(self) -> NoiseMixture:
+        """The mixture of noise levels that the loss is a bound at; signed if w rises.
+
+        Example:
+            >>> mixture = Objective(CosineSchedule(), SigmoidWeighting(), VPrediction()).mixture()
+            >>> f"{mixture.falls.mean:.2f} ± {mixture.falls.std:.2f}, clean {mixture.clean:.1e}"
+            '2.00 ± 1.81, clean 1.5e-08'
+        """
+        middle = (self.logsnr[1:] + self.logsnr[:-1]) / 2
+        mass = -self.weight.diff() / self._whole
+        rises = (-mass).clamp(min=0) if not self.monotone else torch.zeros_like(mass)
+        return NoiseMixture(
+            _moments(mass.clamp(min=0), middle),
+            _moments(rises, middle),
+            float(self.weight[-1]) / self._whole,
+        )
+
+    def augmentation_name(self) -> str:
+        """The noise of a monotone objective, by the name of its density if it has one.
+
+        Named are Logistic(mean, scale), Normal(mean, std) and Exponential(scale) from λ_min up,
+        if the distribution functions are within 0.01 of each other; else mean and std are told.
+
+        Example:
+            >>> objective = Objective(CosineSchedule(), ExponentialWeighting(), VPrediction())
+            >>> objective.augmentation_name()
+            'λ ~ −20 + Exponential(2)'
+        """
+        fall = (-self.weight.diff()).clamp(min=0)
+        share = torch.nn.functional.pad(fall.cumsum(0) / fall.sum(), (1, 0))
+        first, median, third = _quantiles(share, self.logsnr, (0.25, 0.5, 0.75))
+        low = float(self.logsnr[0])
+        logistic, std = (third - first) / (2 * math.log(3)), (third - first) / 1.3489795
+        scale = (median - low) / math.log(2)
+        candidates = {
+            f"Logistic({_number(median)}, {_number(logistic)})": torch.sigmoid(
+                (self.logsnr - median) / logistic
+            ),
+            f"Normal({_number(median)}, {_number(std)})": torch.special.ndtr(
+                (self.logsnr - median) / std
+            ),
+            f"{_number(low)} + Exponential({_number(scale)})": -torch.expm1(
+                -(self.logsnr - low) / scale
+            ),
+        }
+        away = {name: float((cdf - share).abs().max()) for name, cdf in candidates.items()}
+        name = min(away, key=lambda name: away[name])
+        if away[name] < _NAMED:
+            return f"λ ~ {name}"
+        part = self.mixture().falls
+        return f"λ of mean {_number(part.mean)} and std {_number(part.std)}"
+
+    def meaning(self) -> str:
+        """What training on it does, in words: whose ELBO it maximises, or that it is none."""
+        mixture = self.mixture()
+        if self.monotone and mixture.falls.mass < _FLAT:
+            return "Training on this objective maximises the ELBO of the data themselves."
+        if self.monotone:
+            return (
+                "Training on this objective maximises the ELBO of data with Gaussian noise at "
+                f"{self.augmentation_name()} added. A share of {mixture.clean:.2g} stays clean."
+            )
+        where = ", ".join(f"[{_number(low)}, {_number(high)}]" for low, high in self.rises())
+        parts = [
+            f"mass {sign}{_number(part.mass)} (mean {_number(part.mean)}, std {_number(part.std)})"
+            for sign, part in (("+", mixture.falls), ("−", mixture.rises))
+        ]
+        return (
+            f"This objective is no ELBO of data with noise added: w rises with λ on {where}, "
+            f"where {self.share_of_rises():.1%} of the expected loss is. By parts it is a signed "
+            f"mixture of ELBOs, with noise at λ of {' and '.join(parts)}; the share of clean data "
+            f"is {mixture.clean:.2g}."
+        )
+
+    def share_of_rises(self, data_std: float = 0.5) -> float:
+        """The share of the expected loss where w rises: Gaussian data, best denoiser.
+
+        Args:
+            data_std: Standard deviation c of the data, above 0.
+
+        Example:
+            >>> edm = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction())
+            >>> f"{edm.share_of_rises():.1%}"
+            '0.9%'
+        """
+        loss = self.loss_density(data_std)
+        share = 0.0
+        for low, high in self.rises():
+            inside = (self.logsnr >= low) & (self.logsnr <= high)
+            share += float(torch.trapezoid(loss[inside], self.logsnr[inside]))
+        return share
+
+    # The estimate --------------------------------------------------------------------------
+
+    def std_over_mean(self, data_std: float = 0.5, dims: int = 192) -> float:
+        """Standard deviation over mean of the loss of one draw: Gaussian data, best denoiser.
+
+        The mean is ∫ w h dλ and the second moment (1 + 2/D) ∫ w²h²/p dλ, as D Gaussian errors are
+        averaged; of a chain they are means over its levels. No schedule gets below √(2/D). This
+        is what a schedule can change.
+
+        Args:
+            data_std: Standard deviation c of the data, above 0.
+            dims: Number D of dimensions, at least 1.
+
+        Example:
+            >>> cosine = Objective(CosineSchedule(), ELBOWeighting(), EpsPrediction())
+            >>> uniform = Objective(LinearSchedule(), ELBOWeighting(), EpsPrediction())
+            >>> round(cosine.std_over_mean(), 1), round(uniform.std_over_mean(), 2)
+            (20.1, 1.03)
+        """
+        if self.steps is None:
+            loss = self.weight * gaussian_error(self.logsnr, data_std)
+            mean = torch.trapezoid(loss, self.logsnr)
+            # Where p is 0 nothing is drawn; where w is, too, nothing is missed.
+            square = torch.where(loss > 0, loss * self.ratio, 0.0)
+            square = square * gaussian_error(self.logsnr, data_std)
+            second = torch.trapezoid(square, self.logsnr)
+        else:
+            with torch.no_grad():
+                levels = self.schedule.grid(self.steps)[:-1]
+            draw = self._ratio(levels) * gaussian_error(levels, data_std)
+            mean, second = draw.mean(), draw.square().mean()
+        return math.sqrt(max(0.0, float(second * (1 + 2 / dims) / mean**2) - 1))

@@ -1,0 +1,170 @@
+"""The adaptive schedule along a run: fed, shared by the ranks, resumed, switched on later."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_bound import cli, tiny_data, tiny_model, trainer  # noqa: F401 (cli is a fixture)
+
+import lit_diffusion as ld
+from lit_diffusion.training import EMA, AdaptiveScheduleUpdate, LastCheckpoint, LitDiffusion
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def adaptive_model(**arguments):
+    schedule = ld.AdaptiveSchedule(-10.0, 13.3, bins=20, decay=0.9)
+    return tiny_model(schedule=schedule, weighting=ld.SigmoidWeighting(), **arguments)
+
+
+def fit(folder, steps, ckpt_path=None, stop=None, model=None, update=None, **arguments):
+    last = LastCheckpoint(**({} if stop is None else {"every_n_steps": stop}))
+    model = adaptive_model() if model is None else model
+    update = AdaptiveScheduleUpdate(every_n_steps=3) if update is None else update
+    run = trainer(folder, [EMA(0.9), *([update] if update else []), last],
+                  max_steps=stop or steps, **arguments)  # fmt: skip
+    run.fit(model, tiny_data(steps_per_epoch=6), ckpt_path=ckpt_path)
+    return model, last._path
+
+
+def test_it_follows_the_weighted_loss(tmp_path):
+    model, _ = fit(tmp_path, 30)
+    schedule = model.loss.schedule
+    assert int(schedule.updates) == 10
+    # A fresh network says nothing, so its error of ε is about σ² + …: w makes it fall with λ.
+    density = schedule.log_prob(torch.tensor([-5.0, 10.0])).exp()
+    assert float(density[0]) > 1.5 * float(density[1])
+
+
+def test_without_the_weight_it_follows_the_error(tmp_path):
+    weighted, _ = fit(tmp_path / "a", 12)
+    plain, _ = fit(tmp_path / "b", 12, update=AdaptiveScheduleUpdate(3, weighted=False))
+    high = [float(m.loss.schedule.log_prob(torch.tensor([10.0])).exp()) for m in (weighted, plain)]
+    assert high[1] > high[0]
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_a_resumed_run_is_the_same_run(tmp_path, stop):
+    # 4 is between two updates: what was added up until then must come along.
+    whole, _ = fit(tmp_path / "whole", 9)
+    _, half = fit(tmp_path / "half", 9, stop=stop)
+    again, _ = fit(tmp_path / "half", 9, ckpt_path=half)
+    ours, theirs = again.state_dict(), whole.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_saving_does_not_change_it(tmp_path):
+    often, _ = fit(tmp_path / "often", 6, stop=None)
+    seldom = adaptive_model()
+    run = trainer(tmp_path / "seldom", [EMA(0.9), AdaptiveScheduleUpdate(3),
+                                        LastCheckpoint(every_n_steps=1)], max_steps=6)  # fmt: skip
+    run.fit(seldom, tiny_data(steps_per_epoch=6))
+    assert torch.equal(often.loss.schedule.beyond, seldom.loss.schedule.beyond)
+
+
+def test_it_can_be_switched_on_and_off_in_the_middle(tmp_path):
+    plain = tiny_model(schedule=ld.CosineSchedule(-10.0, 13.3), weighting=ld.SigmoidWeighting())
+    _, path = fit(tmp_path, 4, model=plain, update=False)
+    model, path = fit(tmp_path, 10, ckpt_path=path)
+    assert int(model.loss.schedule.updates) == 2
+    loaded = LitDiffusion.load_from_checkpoint(path)
+    assert torch.equal(loaded.loss.schedule.beyond, model.loss.schedule.beyond)
+    back = tiny_model(schedule=ld.CosineSchedule(-10.0, 13.3), weighting=ld.SigmoidWeighting())
+    fit(tmp_path, 12, ckpt_path=path, model=back, update=False)
+
+
+def test_accumulated_steps_count_once(tmp_path):
+    model, _ = fit(tmp_path, 6, accumulate_grad_batches=2)
+    assert int(model.loss.schedule.updates) == 2
+    # 12 micro-batches of 8: what the bins weigh says how many examples they saw.
+    seen = torch.log1p(-model.loss.schedule.weight) / torch.log(
+        torch.tensor(0.9, dtype=torch.float64)
+    )
+    assert float(seen.sum()) == pytest.approx(96, abs=1e-6)
+
+
+TWO_RANKS = """
+import sys, json
+sys.path.insert(0, {tests!r})
+from test_adaptive import *
+if __name__ == "__main__":
+    run = trainer({folder!r}, [EMA(0.9), AdaptiveScheduleUpdate(2), LastCheckpoint()], devices=2,
+                  strategy="ddp", max_steps=5)
+    model = adaptive_model()
+    seen = []
+    absorb = model.loss.schedule.absorb
+    model.loss.schedule.absorb = lambda sums: (seen.append(sums.tolist()), absorb(sums))
+    run.fit(model, tiny_data(batch_size=4))
+    state = model.loss.schedule.beyond.tolist()
+    print("RANK", json.dumps([run.global_rank, state, seen]))
+"""
+
+
+def test_two_ranks_share_one_schedule(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(s.partition("RANK")[2]) for s in done.stdout.splitlines() if "RANK" in s]
+    (_, one, sums), (_, other, other_sums) = told
+    assert one == other
+    assert sums == other_sums
+    # Every example of both ranks was counted, and one schedule fed with the sums is that schedule.
+    assert [sum(update[0]) for update in sums] == [16, 16]
+    alone = adaptive_model().loss.schedule
+    for update in sums:
+        alone.absorb(torch.tensor(update, dtype=torch.float64))
+    assert alone.beyond.tolist() == pytest.approx(one, abs=1e-12)
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    waiting = kept["adaptive_schedule_sums"]
+    assert waiting.shape == (2, 4, 20)
+    assert waiting[:, 0].sum(1).tolist() == [4, 4]  # the fifth step, of both ranks
+
+
+def test_it_needs_its_schedule(tmp_path):
+    with pytest.raises(ValueError, match=r"needs model\.schedule to be an AdaptiveSchedule"):
+        fit(tmp_path, 2, model=tiny_model())
+    with pytest.raises(ValueError, match="at least 1"):
+        AdaptiveScheduleUpdate(every_n_steps=0)
+
+
+def test_not_finite_losses_are_reported(tmp_path):
+    class Breaks(ld.ELBOWeighting):
+        def forward(self, logsnr):
+            return torch.where(logsnr > 12, torch.inf, 1.0)
+
+    model = adaptive_model()
+    update = AdaptiveScheduleUpdate(1)
+    run = trainer(tmp_path, [update], max_steps=1)
+    batch = {"logsnr": torch.tensor([0.0, 13.0]), "eps_error": torch.ones(2)}
+    model.loss.weighting = Breaks()
+    run.strategy.connect(model)
+    update.on_fit_start(run, model)
+    run.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 1
+    update._last_step = -1
+    update.on_train_batch_end(run, model, batch, None, 0)
+    model.loss.schedule.absorb(update._sums)
+    assert int(model.loss.schedule.rejected) == 1
+    with pytest.warns(UserWarning, match="1 losses were not finite"):
+        update.on_train_end(run, model)
+
+
+@pytest.mark.parametrize("base", ["digits", "swirl"])
+def test_the_overlay_works_on_top(cli, base):  # noqa: F811
+    words = ["--config", CONFIGS / f"{base}.yaml", "--config", CONFIGS / "with" / "adaptive.yaml"]
+    code, out, err = cli(
+        "fit", *words, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--data.steps_per_epoch=2",
+        "--data.batch_size=4", "--data.val_examples=4", "--data.num_workers=0",
+        "--model.sampler.steps=2",
+    )  # fmt: skip
+    assert code == 0, err
+    folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
+    model = LitDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
+    expected = {"digits": (-10.0, 13.3), "swirl": (-5.0, 13.3)}[base]
+    assert model.loss.schedule.ends == expected  # the range of the config below
