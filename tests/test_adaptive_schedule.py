@@ -175,3 +175,12 @@ def test_levels_outside_are_refused():
     with pytest.raises(ValueError, match="as many values as λ"):
         schedule.update(torch.zeros(3), torch.ones(2))
     schedule.update(torch.tensor([10.0, -10.0]), torch.ones(2))  # the ends belong to it
+
+
+def test_an_update_does_not_look_at_the_device():
+    """On meta tensors there is nothing to look at: whoever asks for a value raises."""
+    for arguments in ({}, {"rms": True}, {"initial": ld.CosineSchedule(), "warmup": 3}):
+        schedule = ld.AdaptiveSchedule(**arguments).to("meta")
+        logsnr = torch.empty(8, dtype=F64, device="meta")
+        schedule.update(logsnr, torch.empty(8, device="meta"))
+        assert schedule.at(torch.empty(8, device="meta"))[0].shape == (8,)

@@ -231,3 +231,14 @@ def test_wrong_arguments():
         ld.LearnedSchedule(learn="ends")
     with pytest.raises(ValueError, match="must be below"):
         ld.LearnedSchedule(5.0, -5.0)
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.BinDecoder(17)])
+def test_a_training_step_does_not_look_at_the_device(decoder, steps):
+    """On meta tensors there is nothing to look at: whoever asks for a value raises."""
+    schedule = ld.LearnedSchedule(-5.0, 13.3, learn="both")
+    loss = ld.DiffusionLoss(schedule, decoder=decoder, steps=steps).to("meta")
+    x = torch.empty(4, 1, 2, 3, device="meta")
+    loss(ld.GaussianDenoiser(), x).loss.mean().backward()
+    assert schedule.bias.grad.shape == (1024,)
