@@ -312,14 +312,7 @@ class DPMSolverSampler(Sampler):
     steps: int = 20
     schedule: NoiseSchedule | None = None
 
-    def default_schedule(self, logsnr_min: float, logsnr_max: float) -> NoiseSchedule:
-        """EDM's grid within the range.
-
-        Args:
-            logsnr_min: Smallest λ the denoiser knows.
-            logsnr_max: Largest λ the denoiser knows.
-        """
-        return _karras(logsnr_min, logsnr_max)
+    default_schedule = HeunSampler.default_schedule
 
     def step(
         self,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_diffusion.training.noise_levels import NoiseLevels, read_table, save_figure
+from lit_diffusion.training.figures import save_figure
+from lit_diffusion.training.noise_levels import NoiseLevels, read_table
 from lit_diffusion.training.parsing import DiffusionParser, fail
 
 __all__ = ["compare"]

@@ -24,6 +24,7 @@ from lit_diffusion.predictions import Prediction, VPrediction, XPrediction
 from lit_diffusion.published import PUBLISHED, nearest_published
 from lit_diffusion.registry import arguments
 from lit_diffusion.training.description import build
+from lit_diffusion.training.figures import save_figure
 from lit_diffusion.training.logging import last_checkpoint
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, fail
@@ -96,7 +97,9 @@ def objective(
         )
     loss = model.loss
     found = Objective(loss.schedule, loss.weighting, model.denoiser.prediction, loss.steps)
-    text = _report(found, "" if loss.decoder is None else f", whole bound with {loss.decoder}")
+    text = _report(
+        found, "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
+    )
     if out is not None:
         save_objective(found, out)
         text += f"\n\nFigure: {out}"
@@ -212,7 +215,7 @@ def save_objective(found: Objective, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True).flatten()
     logsnr = found.logsnr
@@ -230,13 +233,7 @@ def save_objective(found: Objective, path: Path) -> None:
     chain = "" if found.steps is None else f", {found.steps} steps"
     lines = [_call(found.weighting), f"{_call(found.schedule)}{chain}, {_call(found.prediction)}"]
     figure.suptitle("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    try:
-        figure.savefig(unfinished, format=path.suffix.removeprefix("."), dpi=120)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_figure(figure, path)
 
 
 def _draw_density(axis: Any, found: Objective) -> None:

@@ -422,9 +422,10 @@ class LitDiffusion(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training goes on from the raw weights; everything else uses the average."""
-        if "current_model_state" not in checkpoint or self._trainer is None:
+        if self._trainer is None or not self.trainer.training:
             return
-        if not self.trainer.training:
+        self._keep_schedule(checkpoint["state_dict"])
+        if "current_model_state" not in checkpoint:
             return
         from lit_diffusion.training.callbacks import EMA
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseLevels", "draw", "read_table", "save_figure", "table_text"]
+__all__ = ["NoiseLevels", "draw", "read_table", "table_text"]
 
 MEANS = ("eps_error", "eps_error_variance", "loss", "loss_variance")
 COLUMNS = (
@@ -140,19 +140,6 @@ def _record(step: int, stage: str, lines: list[dict[str, str]]) -> NoiseLevels:
 
 
 # Pictures ----------------------------------------------------------------------------------------
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, whole or not at all; the folder is made.
-
-    Args:
-        figure: Of matplotlib.
-        path: The file; its ending says the format.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format=path.suffix[1:])
-    unfinished.replace(path)
 
 
 def draw(records: list[NoiseLevels]) -> Any:

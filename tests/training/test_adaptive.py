@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bound import cli, tiny_data, tiny_model, trainer  # noqa: F401 (cli is a fixture)
+from test_bound import tiny_data, tiny_model, trainer
 
 import lit_diffusion as ld
 from lit_diffusion.training import EMA, AdaptiveScheduleUpdate, LastCheckpoint, LitDiffusion
@@ -20,11 +20,11 @@ def adaptive_model(**arguments):
     return tiny_model(schedule=schedule, weighting=ld.SigmoidWeighting(), **arguments)
 
 
-def fit(folder, steps, ckpt_path=None, stop=None, model=None, update=None, **arguments):
+def fit(folder, steps, ckpt_path=None, stop=None, model=None, update=None, ema=True, **arguments):
     last = LastCheckpoint(**({} if stop is None else {"every_n_steps": stop}))
     model = adaptive_model() if model is None else model
     update = AdaptiveScheduleUpdate(every_n_steps=3) if update is None else update
-    run = trainer(folder, [EMA(0.9), *([update] if update else []), last],
+    run = trainer(folder, [*([EMA(0.9)] if ema else []), *([update] if update else []), last],
                   max_steps=stop or steps, **arguments)  # fmt: skip
     run.fit(model, tiny_data(steps_per_epoch=6), ckpt_path=ckpt_path)
     return model, last._path
@@ -65,15 +65,16 @@ def test_saving_does_not_change_it(tmp_path):
     assert torch.equal(often.loss.schedule.beyond, seldom.loss.schedule.beyond)
 
 
-def test_it_can_be_switched_on_and_off_in_the_middle(tmp_path):
+@pytest.mark.parametrize("ema", [True, False])
+def test_it_can_be_switched_on_and_off_in_the_middle(tmp_path, ema):
     plain = tiny_model(schedule=ld.CosineSchedule(-10.0, 13.3), weighting=ld.SigmoidWeighting())
-    _, path = fit(tmp_path, 4, model=plain, update=False)
-    model, path = fit(tmp_path, 10, ckpt_path=path)
+    _, path = fit(tmp_path, 4, model=plain, update=False, ema=ema)
+    model, path = fit(tmp_path, 10, ckpt_path=path, ema=ema)
     assert int(model.loss.schedule.updates) == 2
     loaded = LitDiffusion.load_from_checkpoint(path)
     assert torch.equal(loaded.loss.schedule.beyond, model.loss.schedule.beyond)
     back = tiny_model(schedule=ld.CosineSchedule(-10.0, 13.3), weighting=ld.SigmoidWeighting())
-    fit(tmp_path, 12, ckpt_path=path, model=back, update=False)
+    fit(tmp_path, 12, ckpt_path=path, model=back, update=False, ema=ema)
 
 
 def test_accumulated_steps_count_once(tmp_path):
@@ -157,7 +158,7 @@ def test_not_finite_losses_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["digits", "swirl"])
-def test_the_overlay_works_on_top(cli, base):  # noqa: F811
+def test_the_overlay_works_on_top(cli, base):
     words = ["--config", CONFIGS / f"{base}.yaml", "--config", CONFIGS / "with" / "adaptive.yaml"]
     code, out, err = cli(
         "fit", *words, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false",

@@ -14,7 +14,6 @@ import torch
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import EMA, ImageDataModule, LastCheckpoint, Likelihood, LitDiffusion
-from lit_diffusion.training.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = ld.SoftmaxDecoder(17)
@@ -275,24 +274,6 @@ def test_bf16_leaves_the_schedule_in_full_precision(tmp_path):
 
 
 # From the shell -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lit-diffusion", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 SMALL = (

@@ -15,7 +15,6 @@ import yaml
 
 from lit_diffusion import SCHEDULES
 from lit_diffusion.training import LitDiffusion
-from lit_diffusion.training.cli import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -34,24 +33,6 @@ FAST = [
     "--model.network.attention=[]",
     "--model.network.blocks=1",
 ]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lit-diffusion", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def fit(cli, *configs, extra=()):

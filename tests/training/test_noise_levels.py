@@ -11,19 +11,18 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from test_bound import tiny_data, trainer
 from torch import nn
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import (
     EMA,
-    ImageDataModule,
     LastCheckpoint,
     LitDiffusion,
     NoiseLevelLoss,
 )
 from lit_diffusion.training.callbacks import noise_level_loss
-from lit_diffusion.training.cli import main
 from lit_diffusion.training.noise_levels import NoiseLevels, read_table, table_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,27 +36,6 @@ def tiny_model(**arguments):
         "optimizer": functools.partial(torch.optim.AdamW, lr=1e-3),
     }
     return LitDiffusion(**{**defaults, **arguments})
-
-
-def tiny_data(**arguments):
-    defaults = {"batch_size": 8, "steps_per_epoch": 5, "val_examples": 20, "streaming": False}
-    return ImageDataModule(**{**defaults, **arguments})
-
-
-def trainer(folder, callbacks=(), **arguments):
-    defaults = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in callbacks),
-        "max_epochs": -1,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    return L.Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
 
 
 class Keep(L.Callback):
@@ -474,24 +452,6 @@ def test_two_ranks_tell_the_numbers_of_one_and_resume(tmp_path):
 
 
 # From the shell ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lit-diffusion", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 DIGITS = ("--config", CONFIGS / "digits.yaml")

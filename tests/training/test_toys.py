@@ -1,7 +1,6 @@
 """Data of one and two numbers: the sets that are shipped, their lessons, and their pictures."""
 
 import re
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +11,6 @@ import lit_diffusion as ld
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid
 from lit_diffusion.training.callbacks.sample_grid import BAR, MARGIN, save_grid
-from lit_diffusion.training.cli import main
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "lit_diffusion" / "data"
@@ -88,24 +86,6 @@ def test_the_readme_names_the_files(name):
 
 
 # Lessons -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lit-diffusion", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 FAST = [

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
-from lit_diffusion.training.noise_levels import (
-    NoiseLevels,
-    draw,
-    read_table,
-    save_figure,
-    table_text,
-)
+from lit_diffusion.training.figures import save_figure
+from lit_diffusion.training.noise_levels import NoiseLevels, draw, read_table, table_text
 
 __all__ = ["NoiseLevelLoss"]
 
@@ -49,7 +44,7 @@ class NoiseLevelLoss(L.Callback):
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
-        Augmentation, arXiv:2303.00848, appendix F; Nichol & Dhariwal (2021), arXiv:2102.09672.
+        Augmentation, arXiv:2303.00848; Nichol & Dhariwal (2021), arXiv:2102.09672.
     """
 
     # One buffer: a row for the count and each sum of training and validation, and one for the
