@@ -28,13 +28,13 @@ from lit_diffusion.training.randomness import generators, strata
 class Classifier(nn.Module):
     """Three convolutions and 32 features."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 8) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 32)),
+            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(16 * size**2, 32)),
         )
         self.head = nn.Linear(32, 10)
 
@@ -54,12 +54,12 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 def train_classifier(x: Tensor, label: Tensor, steps: int = 1000) -> Classifier:
     """Train on noisy digits, so that small flaws of samples do not fool it."""
     torch.manual_seed(0)
-    model = Classifier()
+    model = Classifier(x.shape[-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in range(steps):
         chosen = torch.randint(len(x), (64,))
-        noise = 0.2 * torch.rand(64, 1, 1, 1) * torch.randn(64, 1, 8, 8)
+        noise = 0.2 * torch.rand(64, 1, 1, 1) * torch.randn_like(x[chosen])
         loss = F.cross_entropy(model(x[chosen] + noise), label[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()

@@ -14,6 +14,8 @@ schedule is exchanged for this one in the middle of a run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class AdaptiveSchedule(NoiseSchedule):
         rms: Follow √E[h²], under which a single draw scatters least, in the place of E[h].
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or a state has another number of bins.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -139,8 +141,8 @@ class AdaptiveSchedule(NoiseSchedule):
             values: h of each.
 
         Shapes:
-            logsnr and values (B,); result (4, bins), float64: number, Σh, Σh², and in its first
-            column how many were not finite.
+            logsnr and values (B,); result (4, bins), float64: number, Σh, Σh², and how many were
+            not finite.
 
         Raises:
             ValueError: If a λ is outside the range (looked at on the CPU only), or shapes differ.
@@ -157,14 +159,11 @@ class AdaptiveSchedule(NoiseSchedule):
                 f"AdaptiveSchedule: λ = {float(worst):.6g} is outside its range "
                 f"{list(self.ends)}; it can only learn from levels that it covers."
             )
+        index = ((logsnr - self.ends[0]) / self.width).long().clamp_(0, self.bins - 1)
         finite = values.isfinite()
-        values = torch.where(finite, values, 0.0)
-        index = ((logsnr - self.ends[0]) / self.width).long().clamp(0, self.bins - 1)
-        sums = torch.zeros(4, self.bins, dtype=torch.float64, device=logsnr.device)
-        rows = torch.stack([finite.to(torch.float64), values, values.square()])
-        sums[:3].index_add_(1, index, rows)
-        sums[3, 0] = (~finite).sum()
-        return sums
+        values, count = torch.where(finite, values, 0.0), finite.to(torch.float64)
+        rows = torch.stack([count, values, values.square(), 1 - count])
+        return rows.new_zeros(4, self.bins).index_add_(1, index, rows)
 
     @torch.no_grad()
     def absorb(self, sums: Tensor) -> None:
@@ -208,6 +207,15 @@ class AdaptiveSchedule(NoiseSchedule):
         borders = torch.linspace(*self.ends, self.bins + 1, dtype=torch.float64)
         mass = -self.initial.time(borders.to(flat.device)).detach().diff()
         return mass / mass.sum()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        kept = state.get(f"{prefix}first")
+        if kept is not None and len(kept) != self.bins:
+            raise ValueError(
+                f"AdaptiveSchedule: the checkpoint has {len(kept)} bins, and bins={self.bins}: "
+                f"set bins to {len(kept)} to go on with them."
+            )
+        super()._load_from_state_dict(state, prefix, *args)
 
     # The schedule ------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from lit_diffusion.training.cli import main
 
@@ -23,3 +24,34 @@ def cli(tmp_path, monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+def write_images(folder, image_key, shape):
+    """A small data set in the hub's own layout: random images and ten classes."""
+    import datasets
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    features = datasets.Features(
+        {image_key: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    for split, n in (("train", 24), ("test", 8)):
+        pixels = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
+        rows = {
+            image_key: [Image.fromarray(p.numpy()) for p in pixels],
+            "label": [i % 10 for i in range(n)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rgb(tmp_path_factory):
+    """A small data set that looks like CIFAR-10."""
+    return write_images(tmp_path_factory.mktemp("rgb"), "img", (32, 32, 3))
+
+
+@pytest.fixture(scope="session")
+def grey(tmp_path_factory):
+    """A small data set that looks like MNIST."""
+    return write_images(tmp_path_factory.mktemp("grey"), "image", (28, 28))

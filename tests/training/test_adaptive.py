@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_bound import tiny_data, tiny_model, trainer
 
 import lit_diffusion as ld
@@ -95,13 +96,16 @@ if __name__ == "__main__":
     run = trainer({folder!r}, [EMA(0.9), AdaptiveScheduleUpdate(2), LastCheckpoint()], devices=2,
                   strategy="ddp", max_steps=5)
     model = adaptive_model()
-    seen = []
-    absorb = model.loss.schedule.absorb
+    seen, fed = [], []
+    absorb, tally = model.loss.schedule.absorb, model.loss.schedule.tally
     model.loss.schedule.absorb = lambda sums: (seen.append(sums.tolist()), absorb(sums))
+    model.loss.schedule.tally = lambda *pair: (
+        fed.append([values.tolist() for values in pair]), tally(*pair)
+    )[1]
     run.fit(model, tiny_data(batch_size=4))
     state = model.loss.schedule.beyond.tolist()
     Path({folder!r}, f"rank{{run.global_rank}}.json").write_text(
-        json.dumps([run.global_rank, state, seen])
+        json.dumps([run.global_rank, state, seen, fed])
     )
 """
 
@@ -114,7 +118,7 @@ def test_two_ranks_share_one_schedule(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
-    (_, one, sums), (_, other, other_sums) = told
+    (_, one, sums, fed), (_, other, other_sums, other_fed) = told
     assert one == other
     assert sums == other_sums
     # Every example of both ranks was counted, and one schedule fed with the sums is that schedule.
@@ -123,6 +127,14 @@ def test_two_ranks_share_one_schedule(tmp_path):
     for update in sums:
         alone.absorb(torch.tensor(update, dtype=torch.float64))
     assert alone.beyond.tolist() == pytest.approx(one, abs=1e-12)
+    # And one rank that sees what both saw, two steps at a time, comes to the same schedule.
+    single = adaptive_model().loss.schedule
+    for first in (0, 2):
+        pairs = [*fed[first : first + 2], *other_fed[first : first + 2]]
+        both = zip(*pairs, strict=True)
+        single.update(*(torch.cat([torch.tensor(v) for v in values]) for values in both))
+    assert single.beyond.tolist() == pytest.approx(one, abs=1e-6)
+    assert single.beyond.tolist() != adaptive_model().loss.schedule.beyond.tolist()
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     waiting = kept["adaptive_schedule_sums"]
     assert waiting.shape == (2, 4, 20)
@@ -157,17 +169,42 @@ def test_not_finite_losses_are_reported(tmp_path):
         update.on_train_end(run, model)
 
 
-@pytest.mark.parametrize("base", ["digits", "swirl"])
-def test_the_overlay_works_on_top(cli, base):
-    words = ["--config", CONFIGS / f"{base}.yaml", "--config", CONFIGS / "with" / "adaptive.yaml"]
-    code, out, err = cli(
-        "fit", *words, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false",
-        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--data.steps_per_epoch=2",
-        "--data.batch_size=4", "--data.val_examples=4", "--data.num_workers=0",
-        "--model.sampler.steps=2",
-    )  # fmt: skip
+BASES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in CONFIGS.glob("objective/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("base", "overlay"),
+    [*((base, None) for base in BASES), *(("digits", name) for name in OVERLAYS)],
+)
+def test_the_overlay_works_on_top(cli, base, overlay, grey, rgb):
+    files = [f"{base}.yaml", *([f"objective/{overlay}.yaml"] if overlay else [])]
+    words = [word for file in files for word in ("--config", CONFIGS / file)]
+    data = {"cifar10": rgb, "mnist": grey, "vdm-mnist": grey}.get(base)
+    small = ["--model.network.channels=[8,8]", "--model.network.attention=[]"]
+    words += [
+        "--trainer.max_steps=2", "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--data.steps_per_epoch=2", "--data.batch_size=4",
+        "--data.val_examples=4", "--data.num_workers=0", "--model.sampler.steps=2",
+        *([] if data is None else [f"--data.path={data}"]),
+        *(small if base in ("digits", "cifar10", "mnist") else []),
+    ]  # fmt: skip
+    adaptive = ["--config", CONFIGS / "with" / "adaptive.yaml"]
+    code, out, err = cli("fit", *words, *adaptive, "--trainer.callbacks.every_n_steps=1")
     assert code == 0, err
+    assert "drawn from AdaptiveSchedule" in err
     folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     model = LitDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
-    expected = {"digits": (-10.0, 13.3), "swirl": (-5.0, 13.3)}[base]
-    assert model.loss.schedule.ends == expected  # the range of the config below
+    schedule = model.loss.schedule
+    assert int(schedule.updates) == 2
+    assert not torch.equal(schedule.beyond, torch.linspace(0, 1, 101, dtype=torch.float64))
+    if overlay is None:  # the range of the config below
+        below = yaml.safe_load((CONFIGS / files[0]).read_text())["model"]["schedule"]["init_args"]
+        assert schedule.ends == (below["logsnr_min"], below["logsnr_max"])
+
+
+def test_another_number_of_bins_is_refused(tmp_path):
+    _, path = fit(tmp_path, 4)
+    model = tiny_model(schedule=ld.AdaptiveSchedule(-10.0, 13.3, bins=30))
+    with pytest.raises(ValueError, match="has 20 bins, and bins=30: set bins to 20"):
+        fit(tmp_path, 6, model=model, ckpt_path=path)

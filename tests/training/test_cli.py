@@ -40,37 +40,6 @@ def fit(cli, *configs, extra=()):
     return cli("fit", *words, *FAST, *extra)
 
 
-def write_images(folder, image_key, shape):
-    """A small data set in the hub's own layout: random images and ten classes."""
-    import datasets
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    features = datasets.Features(
-        {image_key: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
-    )
-    for split, n in (("train", 24), ("test", 8)):
-        pixels = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
-        rows = {
-            image_key: [Image.fromarray(p.numpy()) for p in pixels],
-            "label": [i % 10 for i in range(n)],
-        }
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def rgb(tmp_path_factory):
-    """A small data set that looks like CIFAR-10."""
-    return write_images(tmp_path_factory.mktemp("rgb"), "img", (32, 32, 3))
-
-
-@pytest.fixture(scope="session")
-def grey(tmp_path_factory):
-    """A small data set that looks like MNIST."""
-    return write_images(tmp_path_factory.mktemp("grey"), "image", (28, 28))
-
-
 def run_folder(out):
     line = out.strip().splitlines()[-1]
     assert line.startswith("Run folder: runs/")

@@ -20,6 +20,9 @@ class AdaptiveScheduleUpdate(L.Callback):
     each, so the schedules stay the same. Nothing waits for the device. What is not in the schedule
     yet goes into the checkpoint, rank by rank, so that a resumed run is the same run.
 
+    In continuous time the objective stays what it was. The levels of a discrete chain are its
+    schedule's and move along, so its bound then changes by about 1/steps.
+
     Args:
         every_n_steps: Optimizer steps between two updates, at least 1.
         weighted: Follow w(λ)·mean (ε̂ − ε)². False leaves w out: the schedule then follows the
