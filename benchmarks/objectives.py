@@ -5,9 +5,11 @@
 
 Each run is a command of `lit-diffusion fit`, which is kept with its result. Runs of one seed have
 the same first weights, the same order of the data and, at each step, the same times and noise;
-only the objective differs. At each validation the average weights are judged by ½ ∫ w(λ) E‖ε̂ − ε‖²/d dλ for
-every weighting of the tournament, at the same λ and ε in every run; the last network also by the
-Fréchet distance between features, of a classifier trained here, of its samples and of test images.
+only the objective differs. At each validation the average weights are judged by
+½ ∫ w(λ) E mean (ε̂ − ε)² dλ
+for every weighting of the tournament, at the same λ and ε in every run; the last network also by
+the Fréchet distance between features, of a classifier trained here, of its samples and of test
+images.
 
 OUT keeps a file for each run. A command that was interrupted goes on; one without `--out` anew.
 """
@@ -67,7 +69,7 @@ PREDICTIONS = {name: ["--model.prediction", f"{name}Prediction"] for name in ("E
 DATA = {
     "digits": ["--data.steps_per_epoch", "100", "--trainer.max_steps", "1000"],
     "mnist": [
-        *("--data.steps_per_epoch", "100", "--trainer.max_steps", "1000"),
+        *("--data.steps_per_epoch", "50", "--trainer.max_steps", "500"),
         *("--data.batch_size", "32", "--data.val_examples", "500"),
         *("--model.network.channels", "[16, 32, 32]", "--model.network.fourier", "[6, 7]"),
     ],
@@ -224,7 +226,8 @@ def table(data: str, out: Path, seeds: int, floor: float) -> str:
 
     lines = [
         "| weighting | prediction | schedule | bits/dim | loss under its weighting "
-        "| over cosine's | over v's | steps to cosine's last | Fréchet over floor | labels right |",
+        "| over cosine's | over v's | steps to cosine's last "
+        "| Fréchet over floor | labels right |",
         "|" + " --- |" * 10,
     ]
     for cell in sorted(found, key=lambda c: (c[0], c[2], list(SCHEDULES).index(c[1]))):
