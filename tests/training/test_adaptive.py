@@ -185,7 +185,8 @@ def test_the_overlay_works_on_top(cli, base, overlay, grey, rgb):
     words += [
         "--trainer.max_steps=2", "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--data.steps_per_epoch=2",
-        "--data.batch_size=4", "--data.val_examples=4", "--data.num_workers=0", "--model.sampler.steps=2",
+        "--data.batch_size=4", "--data.val_examples=4", "--data.num_workers=0",
+        "--model.sampler.steps=2",
         *([] if data is None else [f"--data.path={data}"]),
         *(small if base in ("digits", "cifar10", "mnist") else []),
     ]  # fmt: skip
