@@ -1,18 +1,96 @@
-"""Reading checkpoints: a file is data, and nothing in it is executed."""
+"""Checkpoints: written whole or not at all, and read as data of which nothing is executed.
+
+A checkpoint goes into a temporary file beside the one it is to replace, is forced onto the disk,
+and takes the other's name in one step. Whatever happens in between, a kill, a full disk, a power
+cut, the name stands for a whole file: the old one or the new one.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
-__all__ = ["load_checkpoint"]
+__all__ = ["WholeCheckpointIO", "load_checkpoint"]
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to the disk, with checkpoints that are replaced in one step.
+
+    Lightning's own goes through the system's temporary folder, which may be another disk: then a
+    move is a copy, and a kill leaves half of one under the checkpoint's name.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint, or leave the one of that name as it is.
+
+        Args:
+            checkpoint: What is saved.
+            path: The file. Only one process at a time may write it. What is no local path, such
+                as s3://…, is left to Lightning.
+            storage_options: For Lightning's own way only.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for orphan in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                orphan.unlink(missing_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
+            unfinished.unlink(missing_ok=True)
+            kept = f"the one before it is intact ({path})" if path.is_file() else "there is none"
+            while error.__context__ is not None and not isinstance(error, OSError):
+                error = error.__context__  # type: ignore[assignment]
+            raise OSError(
+                f"The checkpoint cannot be written to {path.parent}: {error}; {kept}. Make room "
+                "there, or set trainer.default_root_dir to another disk."
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint as data; nothing in it is executed, whatever is asked for.
+
+        Args:
+            path: The file.
+            map_location: Device for its tensors.
+            weights_only: True is the only way.
+        """
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a new name onto the disk, where folders can be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+    """Read a checkpoint of this library without executing anything in it.
 
     Args:
         path: The file.

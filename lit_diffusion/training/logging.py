@@ -17,13 +17,13 @@ import csv
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_diffusion.training.checkpoints import load_checkpoint
@@ -69,6 +69,31 @@ def last_checkpoint(root: Path, name: str = "*") -> Path | None:
     return None
 
 
+class _Rows(ExperimentWriter):
+    """metrics.csv, of which a kill at any moment costs no row but the one being written."""
+
+    def start(self, rows: list[dict[str, Any]]) -> None:
+        """Begin the file with the rows of a run that is resumed."""
+        self.metrics_keys = sorted(set().union(*rows))
+        self._replace(rows, self.metrics_keys)
+
+    def _check_log_dir_exists(self) -> None:
+        """Keep what is there: Lightning would delete it and begin again."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as lines:
+            self._replace(list(csv.DictReader(lines)), fieldnames)
+
+    def _replace(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(path)
+
+
 class RunLogger(CSVLogger):
     """metrics.csv in the run folder; a resumed run continues it at the checkpoint's step.
 
@@ -85,19 +110,29 @@ class RunLogger(CSVLogger):
             flush_logs_every_n_steps=1,
         )
         self._resume_step = resume_step
+        self._last: tuple[Any, ...] = ()
 
     @property
     def experiment(self) -> Any:
         """The writer of the file."""
         if self._experiment is None and rank_zero_only.rank == 0:
-            rows = self._earlier_rows()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Experiment logs directory")
-                writer = super().experiment
-            writer.metrics = rows
-            writer.save()
-            return writer
+            self._experiment = _Rows(self.log_dir)
+            if rows := self._earlier_rows():
+                self._experiment.start(rows)
+            else:
+                Path(self.log_dir, "metrics.csv").unlink(missing_ok=True)
         return super().experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write a row, once: a checkpoint has its step written before the trainer does.
+
+        Args:
+            metrics: Names and numbers.
+            step: Where they stand.
+        """
+        if (row := (step, dict(metrics))) != self._last:
+            self._last = row
+            super().log_metrics(metrics, step)
 
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         """Leave them to config.yaml."""
@@ -107,7 +142,10 @@ class RunLogger(CSVLogger):
         if self._resume_step is None or not file.is_file():
             return []
         with file.open(newline="") as lines:
-            rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(lines)]
+            reader = csv.DictReader(lines)
+            # A row that a kill cut short is one that will be logged again.
+            whole = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+        rows = [{k: v for k, v in row.items() if v != ""} for row in whole]
         return [row for row in rows if int(row["step"]) < self._resume_step]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.checkpoints import WholeCheckpointIO, load_checkpoint
 from lit_diffusion.training.description import build, describe
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
@@ -184,6 +185,11 @@ class LitDiffusion(L.LightningModule):
         self.save_hyperparameters(described)
 
     # Training and validation ---------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have every checkpoint of the run written whole or not at all."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""

@@ -1,0 +1,194 @@
+"""Real processes, killed or told to leave at any moment, and what they leave behind."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import resume
+
+from lit_diffusion.training.checkpoints import load_checkpoint
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def test_killed_runs_end_as_if_nothing_had_happened():
+    words = [sys.executable, resume.__file__, "--runs", "5", "--seed", "1"]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 of 5 equal bit for bit" in done.stdout, done.stdout
+    assert "0 unreadable checkpoints" in done.stdout
+    assert int(re.search(r"(\d+) kills", done.stdout)[1]) >= 5
+
+
+def start(folder, *words):
+    """The command, in a process of its own with a small job that would take minutes."""
+    folder.mkdir(exist_ok=True)
+    words = [*resume.command(list(words), folder), "--trainer.max_steps=100000"]
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lit_diffusion", *words],
+            cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120):
+    for _ in range(seconds * 20):
+        if found := condition():
+            return found
+        assert process.poll() is None, "it ended before its time"
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
+
+
+def step_of(folder):
+    path = resume.checkpoint(folder)
+    return 0 if path is None else load_checkpoint(path)["global_step"]
+
+
+def group(process):
+    """The processes of a job, by the kernel's word."""
+    found = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def lives(pid):
+    """Whether a process is there, and not only its name in the table."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", 1), ("SIGUSR1", 1), ("SIGTERM", 2)])
+def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
+    # Without a signal there are checkpoints at validations only, which would hide nothing.
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"] if ranks == 2 else []
+    process = start(
+        tmp_path, "--data.num_workers=2", "--trainer.callbacks.every_n_steps=100000", *ddp
+    )
+    wait_for(lambda: step_of(tmp_path) > 0, process)
+    members = group(process)
+    os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
+    code = process.wait(timeout=60)
+    log = (tmp_path / "log.txt").read_text()
+    assert code == 128 + getattr(signal, name), log[-3000:]
+    told = re.search(rf"{name}: step (\d+) is saved, go on with --ckpt_path last", log)
+    assert told, log[-3000:]
+    assert step_of(tmp_path) == int(told[1])
+    assert "Traceback" not in log
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in members if lives(pid)]:  # ranks and workers
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: step_of(tmp_path) > 0, process)
+    script = (
+        "import os, signal, sys; [os.kill(int(sys.argv[1]), signal.SIGTERM) for _ in range(2)]"
+    )
+    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it looks
+    subprocess.run([sys.executable, "-c", script, str(process.pid)], check=True)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(timeout=60) in (143, -signal.SIGTERM)
+    assert load_checkpoint(resume.checkpoint(tmp_path))
+
+
+def test_a_run_that_was_told_to_leave_goes_on_exactly(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(resume.__file__).parent)!r})
+import json, resume, signal, time
+from pathlib import Path
+resume.torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+reference, _ = resume.undisturbed([], folder / "alone")
+there = folder / "told"
+there.mkdir()
+run = resume.Run(resume.command([], there), there)
+while resume.checkpoint(there) is None:
+    time.sleep(0.01)
+resume.os.kill(run.pid, signal.SIGUSR1)
+code = run.wait()
+again = resume.Run(resume.command([], there), there).wait()
+print(json.dumps([code, again, resume.compare(resume.checkpoint(there), reference)]))
+""")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [138, 0, ""], done.stderr[-2000:]
+
+
+# The file -------------------------------------------------------------------------------------
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from lit_diffusion.training.checkpoints import WholeCheckpointIO
+import torch
+io = WholeCheckpointIO()
+io.save_checkpoint({"a": torch.zeros(10)}, sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    io.save_checkpoint({"a": torch.ones(1_000_000)}, sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert "cannot be written" in done.stdout, done.stderr[-2000:]
+    assert "the one before it is intact" in done.stdout
+    assert "Make room" in done.stdout
+    assert "\n" not in done.stdout.strip()
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(10))
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_orphans_are_cleaned(tmp_path):
+    orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
+    orphan.write_bytes(b"half")
+    other.write_bytes(b"of another checkpoint, perhaps being written")
+    from lit_diffusion.training.checkpoints import WholeCheckpointIO
+
+    WholeCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.ckpt.99.tmp", "last.ckpt"]
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    import lightning as L
+
+    from lit_diffusion.training import ImageDataModule, LitDiffusion
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "epoch": 0, "global_step": 1, "evil": Evil()}, path)
+    for weights_only in (None, False):  # even where one asks for it
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False
+        )
+        with pytest.raises(pickle.UnpicklingError):
+            trainer.fit(
+                LitDiffusion(), ImageDataModule(), ckpt_path=path, weights_only=weights_only
+            )
+    assert not (tmp_path / "executed").exists()
