@@ -147,14 +147,15 @@ import sys, json
 sys.path.insert(0, {tests!r})
 from test_bound import *
 if __name__ == "__main__":
-    run = trainer({folder!r}, [Likelihood(draws=2), EMA(0.9), LastCheckpoint()], devices=2,
+    likelihood = Likelihood(draws=2)
+    run = trainer({folder!r}, [likelihood, EMA(0.9), LastCheckpoint()], devices=2,
                   strategy="ddp", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None)
     model = learned_model()
     run.fit(model, tiny_data(batch_size=4))
     found = {{name: float(value) for name, value in run.callback_metrics.items()}}
     ends = [float(p.sum()) for p in model.loss.schedule.parameters()]
     Path({folder!r}, f"rank{{run.global_rank}}.json").write_text(
-        json.dumps([run.global_rank, found, ends])
+        json.dumps([run.global_rank, found, ends, likelihood.summary])
     )
 """
 
@@ -167,8 +168,10 @@ def test_two_ranks_tell_the_number_of_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
-    (_, one, ends), (_, other, other_ends) = told
+    (_, one, ends, summary), (_, other, other_ends, other_summary) = told
     assert ends == other_ends  # the learned schedule stays in step
+    assert summary == other_summary
+    assert "over 20 examples, 2 draw(s) each" in summary  # of both ranks together
     for name in ("bpd", *NAMES):
         assert one[f"val/{name}"] == other[f"val/{name}"]
     model = LitDiffusion.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
