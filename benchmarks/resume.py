@@ -114,6 +114,10 @@ class Run:
         """The exit status, once it has ended."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
+    def saving(self) -> bool:
+        """Whether it is writing a checkpoint, or was when it was killed."""
+        return any(self.folder.glob(f"digits/*/checkpoints/.*.{self.pid}.tmp"))
+
     def kill(self) -> None:
         """SIGKILL to all of its processes."""
         with contextlib.suppress(ProcessLookupError):
@@ -220,22 +224,18 @@ def tormented(
         patient = kills >= 12
         in_save, start = chance.random() < 0.5, time.perf_counter()
         moment = chance.uniform(0.2, 0.9) * length
-        saves = chance.randrange(5)
+        saves, before = chance.randrange(5), False
         while (code := run.ended()) is None:
-            if patient:
-                time.sleep(0.01)
-            elif in_save:
-                if any(folder.glob("digits/*/checkpoints/.*.tmp")):
+            if in_save and not patient:
+                now = run.saving()
+                if now and not before:
                     if saves == 0:
                         break
                     saves -= 1
-                    while any(folder.glob("digits/*/checkpoints/.*.tmp")):
-                        time.sleep(0.0002)
-                time.sleep(0.0002)
-            elif time.perf_counter() - start > moment:
+                before = now
+            elif time.perf_counter() - start > moment and not patient:
                 break
-            else:
-                time.sleep(0.001)
+            time.sleep(0.0005)
         if code == 0:
             break
         if code is not None:
@@ -243,7 +243,7 @@ def tormented(
             return Outcome(kills, in_a_save, resumed_at, unreadable, False, f"exit {code}: {log}")
         run.kill()
         kills += 1
-        in_a_save += any(folder.glob("digits/*/checkpoints/.*.tmp"))
+        in_a_save += run.saving()
     path = checkpoint(folder)
     problem = "no checkpoint" if path is None else compare(path, reference)
     return Outcome(kills, in_a_save, resumed_at, unreadable, not problem, problem)

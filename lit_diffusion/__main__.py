@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "compare", "objective", "plugins")
+COMMANDS = (
+    "fit", "validate", "test", "predict", "sample", "compare", "objective", "replay", "plugins"
+)  # fmt: skip
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
 
@@ -27,6 +29,7 @@ commands:
   sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
   compare    runs over λ       lit-diffusion compare RUN1 RUN2 --out compare.png
   objective  what it does      lit-diffusion objective --config C --out objective.png
+  replay     where a NaN comes from                lit-diffusion replay RUN/non_finite/step-N.json
   plugins    list every schedule, weighting, prediction, sampler and decoder there is
 
   lit-diffusion COMMAND --help              all arguments of a command

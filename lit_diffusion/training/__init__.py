@@ -3,9 +3,11 @@
 from lit_diffusion.training.callbacks import (
     EMA,
     AdaptiveScheduleUpdate,
+    Guard,
     LastCheckpoint,
     Likelihood,
     NoiseLevelLoss,
+    RankWatch,
     SampleGrid,
 )
 from lit_diffusion.training.data import ImageDataModule
@@ -15,11 +17,13 @@ from lit_diffusion.training.module import LitDiffusion
 __all__ = [
     "EMA",
     "AdaptiveScheduleUpdate",
+    "Guard",
     "ImageDataModule",
     "LastCheckpoint",
     "Likelihood",
     "LitDiffusion",
     "NoiseLevelLoss",
+    "RankWatch",
     "SampleGrid",
     "WarmupDecayLR",
 ]

@@ -7,6 +7,7 @@ calling `main(MyLit, MyData)`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -24,7 +25,13 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_diffusion.training.callbacks import LastCheckpoint, Likelihood, SampleGrid
+from lit_diffusion.training.callbacks import (
+    Guard,
+    LastCheckpoint,
+    Likelihood,
+    RankWatch,
+    SampleGrid,
+)
 from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.comparison import compare
 from lit_diffusion.training.data import ImageDataModule
@@ -39,6 +46,7 @@ from lit_diffusion.training.logging import (
 )
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.replay import replay
 from lit_diffusion.training.sampling import sample
 
 __all__ = ["DiffusionCLI", "main"]
@@ -59,7 +67,12 @@ class _Bar(TQDMProgressBar):
 class DiffusionCLI(LightningCLI):
     """fit, validate, test and predict for a LitDiffusion and its data."""
 
-    def __init__(self, model_class: type[LitDiffusion], data_class: type[ImageDataModule]) -> None:
+    def __init__(
+        self,
+        model_class: type[LitDiffusion],
+        data_class: type[ImageDataModule],
+        args: list[str] | None = None,
+    ) -> None:
         self.run_folder: Path | None = None
         self.resume_step: int | None = None
         self.described: dict[str, Any] = {}
@@ -71,6 +84,7 @@ class DiffusionCLI(LightningCLI):
             seed_everything_default=0,
             load_from_checkpoint_support=False,
             auto_configure_optimizers=False,  # the optimizer is an argument of the model
+            args=args,
             trainer_defaults={
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,
@@ -167,6 +181,10 @@ class DiffusionCLI(LightningCLI):
         ):
             # Refreshed at every step the bar alone would cost most of a millisecond.
             callbacks.append(_Bar(refresh_rate=20))
+        if not any(isinstance(callback, Guard) for callback in callbacks):
+            callbacks.append(Guard())
+        if not any(isinstance(callback, RankWatch) for callback in callbacks):
+            callbacks.insert(0, RankWatch())
         trainer.callbacks = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -175,7 +193,7 @@ class DiffusionCLI(LightningCLI):
         folder = self.run_folder
         if rank_zero_only.rank != 0 or folder is None or self.resume_step is not None:
             return
-        kept = ("checkpoints/*", "samples/*", "metrics.csv")
+        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
         if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
             shutil.rmtree(folder)
             for parent in (folder.parent, folder.parent.parent):
@@ -272,6 +290,11 @@ def main(
             _say(str(sample(argv[1:])))
         elif argv[:1] == ["compare"]:
             _say(compare(argv[1:]))
+        elif argv[:1] == ["replay"]:
+            text, code = replay(argv[1:], functools.partial(DiffusionCLI, model_class, data_class))
+            if text:
+                _say(text)
+            raise SystemExit(code)
         elif argv[:1] == ["objective"]:
             _say(objective(argv[1:], model_class, data_class))
         else:

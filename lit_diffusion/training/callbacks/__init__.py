@@ -2,16 +2,20 @@
 
 from lit_diffusion.training.callbacks.adaptive_schedule import AdaptiveScheduleUpdate
 from lit_diffusion.training.callbacks.ema import EMA
+from lit_diffusion.training.callbacks.guard import Guard
 from lit_diffusion.training.callbacks.last_checkpoint import LastCheckpoint
 from lit_diffusion.training.callbacks.likelihood import Likelihood
 from lit_diffusion.training.callbacks.noise_level_loss import NoiseLevelLoss
+from lit_diffusion.training.callbacks.rank_watch import RankWatch
 from lit_diffusion.training.callbacks.sample_grid import SampleGrid
 
 __all__ = [
     "EMA",
     "AdaptiveScheduleUpdate",
+    "Guard",
     "LastCheckpoint",
     "Likelihood",
     "NoiseLevelLoss",
+    "RankWatch",
     "SampleGrid",
 ]
