@@ -2,10 +2,11 @@
 
 B examples, C channels, H rows, W columns. An image stays what it is, C × H × W bytes, until it has
 reached the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured
-on the way: an image that does not fit is an error that names it, for a silent repair would change
-what is being modelled.
+on the way, for a silent repair would change what is being modelled: an image that does not fit is
+a bad example, which is left out and named, or an error.
 
     training     endless, shuffled, exactly resumable           see `lit_diffusion.training.stream`
+                 the same from memory, if the data fit          see `lit_diffusion.training.memory`
     validation   in order, each example once, whatever the number of ranks, numbered so that its
                  noise can be keyed by its number
 """
@@ -14,18 +15,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_diffusion.training.bad_examples import Bad, BadExample, BadExamples
 from lit_diffusion.training.images import ImageDecoder
+from lit_diffusion.training.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.sources import find_splits, open_split
-from lit_diffusion.training.stream import ShuffledBatches, TrainLoader
+from lit_diffusion.training.stream import Example, ShuffledBatches, TrainLoader
 
+ORDER_VERSION = 2  # to be raised whenever the same arguments give another order
 STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data whose length nobody knows
+FIRST_LOOK = 100  # examples of which one must fit, or the configuration is wrong and not the data
 
 
 class FixedBatches:
@@ -45,15 +50,18 @@ class FixedBatches:
 class ImageDataModule(L.LightningDataModule):
     """Images (and labels) from any Hugging Face data set, streamed or in memory.
 
-    Batches are {"image": (B, C, H, W), "label": (B,)}, the images uint8 up to the device and
-    float32 in [−1, 1] from there on. The training order is a function of the seed alone and
-    continues exactly from a checkpoint.
+    Batches are {"image": (B, C, H, W), "label": (B,), "index": (B,)}, the images uint8 up to the
+    device and float32 in [−1, 1] from there on, the indices those of the examples in the split.
+    Validation batches count the examples in use instead, and say how many there are ("total").
+    The training order is a function of the data and the seed alone and continues exactly from a
+    checkpoint.
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
             lit_diffusion (digits8x8, swirl, toy1d), or a name on the Hugging Face hub; looked up
-            in that order.
-        data_files: Files of each split, as paths, globs or URLs; by default found from `path`.
+            in that order. Or the URL of a parquet file.
+        data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
+            default found from `path`.
         config_name: Which configuration of the data set, if it has several.
         image_shape: (channels, height, width) of every image.
         image_key: Column that holds the images.
@@ -61,20 +69,34 @@ class ImageDataModule(L.LightningDataModule):
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none.
         batch_size: Examples in a batch, on each rank.
-        streaming: Read row by row, without a copy of the data set in the cache.
+        streaming: Read row by row, without a copy of the data set in the cache. Otherwise all
+            training images are decoded once, N·C·H·W bytes in the cache, and come from memory.
+        cache_dir: Folder of the decoded images, null for ``lit_diffusion`` in the cache of
+            ``datasets`` (which HF_DATASETS_CACHE and HF_HOME move).
         shuffle_window: Examples shuffled together when streaming.
+        open_shards: Shards that each worker reads at once when streaming, at least 1; a window
+            holds as many examples of each.
         num_workers: Processes that read and decode, on each rank; 0 does it in the main process.
         steps_per_epoch: Batches that count as an epoch; by default once through the data, or 1000
             where their number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
         seed: Seed of the order and of the flips.
+        on_bad_example: What to do with an example that cannot be used (a broken or missing image,
+            one of another size or mode, a missing label, a shard that cannot be read): `skip` it,
+            name it in a warning and in bad_examples.csv in the run folder, and take the next; or
+            `raise`.
+        max_bad_share: Share of the examples read that may be bad, from 0 to 1; more, and at least
+            ten, end the run.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
         self,
         path: str = "digits8x8",
-        data_files: dict[str, str] | None = None,
+        data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
         image_key: str = "image",
@@ -83,12 +105,16 @@ class ImageDataModule(L.LightningDataModule):
         val_split: str | None = "test",
         batch_size: int = 64,
         streaming: bool = True,
+        cache_dir: str | None = None,
         shuffle_window: int = 2048,
+        open_shards: int = 4,
         num_workers: int = 0,
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
         seed: int = 0,
+        on_bad_example: Literal["skip", "raise"] = "skip",
+        max_bad_share: float = 0.01,
     ) -> None:
         super().__init__()
         self.path = path
@@ -101,30 +127,44 @@ class ImageDataModule(L.LightningDataModule):
         self.val_split = val_split
         self.batch_size = batch_size
         self.streaming = streaming
+        self.cache_dir = cache_dir
         self.shuffle_window = shuffle_window
+        self.open_shards = open_shards
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
         self.val_examples = val_examples
         self.horizontal_flip = horizontal_flip
         self.seed = seed
+        self.on_bad_example = on_bad_example
+        self.max_bad_share = max_bad_share
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
             raise ValueError(
                 "data.image_shape must be (channels, height, width), all positive, "
                 f"got {self.image_shape}"
             )
         least = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0}
+        least |= {"open_shards": 1}
         least |= {"steps_per_epoch": 1, "val_examples": 1}
         for name, low in least.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"data.{name} must be at least {low}, got {value}")
+        if on_bad_example not in ("skip", "raise"):
+            raise ValueError(f"data.on_bad_example must be skip or raise, got {on_bad_example!r}")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share must be from 0 to 1, got {max_bad_share}")
         self._forget()
 
     def setup(self, stage: str) -> None:
-        """Open the splits and look at the first example of each, so that mistakes show early."""
+        """Open the splits and look at the first examples of each, so that mistakes show early."""
         self._forget()
-        splits = find_splits(self.path, self.data_files, self.config_name, self.streaming)
+        self._folder = None if self.trainer is None else self.trainer.log_dir  # a collective
+        splits = find_splits(
+            self.path, self.data_files, self.config_name, self.streaming, self._skip
+        )
         if stage == "fit":
             self._train = self._decoder(splits, self.train_split)
+            if not self.streaming:
+                self._memory = self._open_map(self._train)
         if self.val_split is not None:
             self._val = self._decoder(splits, self.val_split)
 
@@ -177,6 +217,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _forget(self) -> None:
         self._train: ImageDecoder | None = None
+        self._memory: MemoryMap | None = None
         self._val: ImageDecoder | None = None
         self._train_loader: TrainLoader | None = None
         self._val_loader: FixedBatches | None = None
@@ -195,60 +236,78 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError("expected setup('fit') before train_dataloader(): call it first")
         rank, world = self._place()
         source = self._train.source
+        total = source.total if self._memory is None else len(self._memory)
         lanes = world * max(1, self.num_workers)
-        if source.total is not None and source.total < lanes:
+        if total is not None and total < lanes:
             raise ValueError(
                 f"expected at least one example for each of {world} ranks × "
-                f"{max(1, self.num_workers)} workers, got {source.total} in all; "
+                f"{max(1, self.num_workers)} workers, got {total} in all; "
                 "set data.num_workers lower or use fewer ranks"
             )
         steps = self.steps_per_epoch
-        if steps is None and source.total is None:
+        if steps is None and total is None:
             steps = STEPS_IF_UNKNOWN
             rank_zero_info(
                 f"The length of {self.path!r} is not known without reading it: {steps} batches "
                 "count as an epoch; set data.steps_per_epoch to change that."
             )
         elif steps is None:
-            steps = max(1, source.total // (self.batch_size * world))
-        if source.total is None and source.shards % lanes and source.shards > lanes:
+            steps = max(1, total // (self.batch_size * world))
+        if total is None and source.shards % lanes and source.shards > lanes:
             rank_zero_info(
                 f"{source.shards} shards of unknown length are dealt to {lanes} ranks × workers: "
                 "each cycles over its own, so some examples come up more often than others."
             )
-        batches = ShuffledBatches(
-            source,
-            self._train,
-            batch_size=self.batch_size,
-            window=self.shuffle_window,
-            seed=self.seed,
-            flip=self.horizontal_flip,
-            rank=rank,
-            world=world,
-        )
+        order = {"batch_size": self.batch_size, "seed": self.seed, "flip": self.horizontal_flip}
+        order |= {"rank": rank, "world": world}
+        if self._memory is not None:
+            batches = MemoryBatches(self._memory, **order)
+        else:
+            share = self.max_bad_share if self._skip else None
+            batches = ShuffledBatches(
+                source, self._train, window=self.shuffle_window, max_bad_share=share, **order
+            )
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return TrainLoader(batches, steps, self.num_workers, self._settings(world), pin)
+        return TrainLoader(
+            batches,
+            steps,
+            self.num_workers,
+            self._settings(world, total),
+            pin,
+            self._bad_examples(self.train_split),
+        )
 
-    def _settings(self, world: int) -> dict[str, Any]:
+    def _settings(self, world: int, total: int | None) -> dict[str, Any]:
         """Return what must stay as it is from a checkpoint to its resumption.
 
         The path is not among them: the same data may have moved. Their size and their first image
         stand for them.
         """
         names = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed")
-        names += ("horizontal_flip", "train_split", "label_key")
-        settings: dict[str, Any] = {"the number of ranks": world}
+        names += ("open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key")
+        settings: dict[str, Any] = {"the order of the data": ORDER_VERSION}
+        settings["the number of ranks"] = world
         settings |= {f"data.{name}": getattr(self, name) for name in names}
         settings["data.image_shape"] = list(self.image_shape)
-        settings["the number of training examples"] = self._train.source.total
+        settings["the number of training examples"] = total
         settings["the number of shards"] = self._train.source.shards
-        first = self._train(list(self._train.source.head(1)))["image"]
+        first = self._first(self._train)["image"]
         settings["the checksum of the first training image"] = zlib.crc32(first.numpy().tobytes())
         return settings
 
+    def _open_map(self, decode: ImageDecoder) -> MemoryMap:
+        identity = {
+            name: getattr(self, name) for name in ("image_shape", "image_key", "label_key")
+        }
+        identity["fingerprint"] = decode.source.fingerprint
+        share = self.max_bad_share if self._skip else None
+        memory = open_map(decode, identity, cache_folder(self.cache_dir), share)
+        self._bad_examples(decode.split).add(memory.bad if self._place()[0] == 0 else [])
+        return memory
+
     def _make_val_loader(self, decode: ImageDecoder) -> FixedBatches:
         rank, world = self._place()
-        examples = list(decode.source.head(self.val_examples))
+        examples = self._usable(decode)
         total = len(examples)
         if total < world:
             raise ValueError(
@@ -264,8 +323,59 @@ class ImageDataModule(L.LightningDataModule):
             batches.append(batch | {"index": torch.from_numpy(index), "total": total})
         return FixedBatches(batches)
 
+    def _usable(self, decode: ImageDecoder) -> list[Example]:
+        """Return the validation examples without the bad ones, which rank 0 names.
+
+        Every rank looks at all of them, so that all agree on how many there are and in which
+        order.
+        """
+        examples = decode.source.head(self.val_examples)
+        if not self._skip:
+            return list(examples)
+        kept, bad = [], []
+        for example in examples:
+            (decoded,) = decode.sift([example])
+            if isinstance(decoded, Bad):
+                bad.append(decoded)
+            else:
+                kept.append(example)
+        lost = sum(one.rows for one in bad)
+        report = self._bad_examples(decode.split)
+        report.add(bad if self._place()[0] == 0 else [])
+        report.judge(len(kept) + lost, lost)
+        return kept
+
+    def _bad_examples(self, split: str) -> BadExamples:
+        rank, world = self._place()
+        return BadExamples(split, self.max_bad_share, self._folder, rank if world > 1 else None)
+
+    @property
+    def _skip(self) -> bool:
+        return self.on_bad_example == "skip"
+
+    def _first(self, decode: ImageDecoder) -> dict[str, Any]:
+        """Return the first usable example, as a batch.
+
+        Raises:
+            BadExample: The first one's, if none of the first can be used.
+        """
+        problem = None
+        for example in decode.source.head(FIRST_LOOK if self._skip else 1):
+            try:
+                return decode([example])
+            except BadExample as error:
+                problem = problem or error
+        raise problem
+
     def _decoder(self, splits: dict[str, Any], split: str) -> ImageDecoder:
-        source = open_split(splits, split, self.image_key, self.label_key)
+        source = open_split(
+            splits, split, self.image_key, self.label_key, self.open_shards, self._skip
+        )
         decode = ImageDecoder(source, split, self.image_shape, labels=self.label_key is not None)
-        decode(list(source.head(1)))
+        self._first(decode)
+        if source.lost:
+            report = self._bad_examples(split)
+            report.add(list(source.lost) if self._place()[0] == 0 else [])
+            lost = sum(one.rows for one in source.lost)
+            report.judge(source.total + lost, lost)
         return decode

@@ -1,24 +1,46 @@
 """From a stored image to a tensor: decoded, checked, and never repaired in silence.
 
 C channels, H rows, W columns. What is only an encoding is undone (a palette, CMYK, one bit a
-pixel, an alpha channel that is opaque everywhere). Anything else that does not fit is an error
-that names the example: to resize or recolour it here would change what is being modelled.
+pixel, an alpha channel that is opaque everywhere, an EXIF tag that says which side is up).
+Anything else that does not fit makes the example a bad one, which is named: to resize or recolour
+it here would change what is being modelled. The size stands in the first bytes and is looked at
+first, so that an image that claims to be huge is refused before anybody makes room for it.
 """
 
 from __future__ import annotations
 
 import io
-from typing import Any
+import struct
+import warnings
+import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion.training.bad_examples import Bad, BadExample, one_line
+from lit_diffusion.training.network import NetworkError, patiently
 from lit_diffusion.training.stream import Example, Source
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# JPEG's "start of frame" segments hold the size; the others between C0 and CF are tables.
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# PNG's chunks that leave bytes what they are: no palette, transparency, EXIF or further frames.
+PLAIN = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME"}
+PLAIN |= {b"tEXt", b"zTXt", b"iTXt"}
+
+
+class Decoded(NamedTuple):
+    """An example that fits: its index in the split, uint8 (C, H, W), its label or None."""
+
+    index: int
+    image: Tensor
+    label: int | None
 
 
 class ImageDecoder:
-    """Make one uint8 batch of examples, or say which example does not fit and why.
+    """Make uint8 batches of examples, or say which example does not fit and why.
 
     Args:
         source: Where the examples come from; it knows their names.
@@ -36,64 +58,95 @@ class ImageDecoder:
         self.labels = labels
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Return {"image": uint8 (B, C, H, W), "label": int64 (B,)}."""
-        batch = {"image": torch.stack([self._image(example) for example in examples])}
+        """Return the batch of these examples, every one of which must fit.
+
+        Raises:
+            BadExample: Naming the first that does not.
+        """
+        decoded = self.sift(examples)
+        for one in decoded:
+            if isinstance(one, Bad):
+                raise BadExample(one, self.split)
+        return self.collate(decoded)
+
+    def sift(self, examples: list[Example | Bad]) -> list[Decoded | Bad]:
+        """Decode what can be decoded; the rest comes back as `Bad`, in its place."""
+        return [one if isinstance(one, Bad) else self._decoded(one) for one in examples]
+
+    def collate(self, decoded: list[Decoded]) -> dict[str, Tensor]:
+        """Return {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}."""
+        batch = {"image": torch.stack([one.image for one in decoded])}
         if self.labels:
-            batch["label"] = torch.tensor([self._label(example) for example in examples])
-        return batch
+            batch["label"] = torch.tensor([one.label for one in decoded])
+        return batch | {"index": torch.tensor([one.index for one in decoded])}
 
-    def _image(self, example: Example) -> Tensor:
-        stored = example.image
+    def _decoded(self, example: Example) -> Decoded | Bad:
+        try:
+            label = _label(example.label) if self.labels else None
+            return Decoded(example.index, self._image(example.image), label)
+        except (NetworkError, MemoryError):
+            raise  # not the example's fault
+        except _MisfitError as problem:
+            reason = f"expected {problem}"
+        except Exception as error:  # decoders raise whatever they like
+            came = f"{_what(example.image)}: {one_line(error)}"
+            reason = f"expected an image that can be decoded, got {came}"
+        file, row = self.source.where(example.index)
+        return Bad(file, row, 1, reason)
+
+    def _image(self, stored: Any) -> Tensor:
         if isinstance(stored, dict):
-            stored = stored.get("bytes") or self._read(example, stored.get("path"))
+            stored = stored.get("bytes") or _read(stored.get("path"))
         if isinstance(stored, bytes):
-            return self._decode(example, stored)
+            return self._decode(stored)
         if isinstance(stored, list | np.ndarray):
-            return self._fit(example, np.asarray(stored), "an array")
-        raise self._error(
-            example, f"an image, got {type(stored).__name__}; set data.image_key to its column"
+            return self._fit(np.asarray(stored), "an array")
+        if stored is None:
+            raise _MisfitError("an image, got none; remove the row")
+        raise _MisfitError(
+            f"an image, got {type(stored).__name__}; set data.image_key to its column"
         )
 
-    def _label(self, example: Example) -> int:
-        if isinstance(example.label, int | np.integer) and not isinstance(example.label, bool):
-            return int(example.label)
-        raise self._error(
-            example,
-            f"an integer label, got {example.label!r}; set data.label_key to a column of "
-            "integers, or to null for none",
-        )
+    def _decode(self, data: bytes) -> Tensor:
+        if not data:
+            raise _MisfitError("an image, got none; remove the row")
+        # Most images are plain JPEG or PNG, and must not take longer than they need.
+        if data.startswith(JPEG):
+            self._check_size(*_jpeg_size(data))
+            image = _decode_jpeg(data)
+            if image.shape == self.shape and len(image) < 4:  # four would be CMYK
+                return image
+        elif data.startswith(PNG):
+            chunks = _png_chunks(data)
+            self._check_size(*struct.unpack_from(">II", data, 16))
+            if chunks <= PLAIN and data[24:26] in (b"\x08\x00", b"\x08\x02"):
+                return self._fit(_decode_png(data), "mode RGB" if data[25] else "mode L")
+        return self._thoroughly(data)
 
-    def _decode(self, example: Example, data: bytes) -> Tensor:
-        import torchvision
-        from PIL import Image
+    def _thoroughly(self, data: bytes) -> Tensor:
+        from PIL import Image, ImageOps
 
-        # torchvision is three times as fast; PIL knows more formats and says what a mode means.
-        try:
-            image = torchvision.io.decode_image(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            )
-        except RuntimeError as error:
-            image, problem = None, error
-        if image is not None and image.shape == self.shape and image.dtype == torch.uint8:
-            return image
-        try:
+        with warnings.catch_warnings():
+            # What a decoder remarks on a file is no news; that it would need gigabytes is.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as picture:
-                if image is None and picture.format in ("PNG", "JPEG", "GIF", "WEBP"):
-                    raise problem  # a format torchvision reads: broken, though PIL might shrug
-                mode, frames = picture.mode, getattr(picture, "n_frames", 1)
-                array = np.asarray(self._meant(picture))
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise self._error(
-                example, f"an image that can be decoded, got {len(data)} bytes: {reason}"
-            ) from error
-        if frames > 1:
-            raise self._error(example, f"one image, got an animation of {frames}")
-        return self._fit(example, array, f"mode {mode}")
+                self._check_size(*picture.size)
+                if (frames := getattr(picture, "n_frames", 1)) > 1:
+                    raise _MisfitError(f"one image, got an animation of {frames}")
+                deep = data.startswith(PNG) and data[24] == 16  # of three, PIL shows only 8
+                mode = f"{picture.mode}, 16 bit" if deep else picture.mode
+                if deep or picture.mode.startswith("I;16"):
+                    raise _MisfitError(
+                        f"bytes (integers in 0 … 255), got mode {mode}; convert the data"
+                    )
+                array = np.asarray(self._meant(ImageOps.exif_transpose(picture)))
+        return self._fit(array, f"mode {mode}")
 
     def _meant(self, picture: Any) -> Any:
         """Undo what is only an encoding: palettes, CMYK, single bits, an alpha that is all 1."""
-        if picture.mode == "P":
+        grey_palette = picture.format == "GIF" and picture.mode == "L" and self.shape[0] > 1
+        if picture.mode == "P" or grey_palette:
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         elif picture.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
             picture = picture.convert("RGB")
@@ -104,40 +157,114 @@ class ImageDecoder:
             picture = picture.convert(picture.mode[:-1])
         return picture
 
-    def _fit(self, example: Example, array: np.ndarray, kind: str) -> Tensor:
+    def _check_size(self, width: int, height: int) -> None:
+        # Before it is turned upright, an image may lie on its side.
+        if (height, width) not in (self.shape[1:], self.shape[:0:-1]):
+            raise _MisfitError(
+                f"an image of height × width {_times(self.shape[1:])}, got "
+                f"{height} × {width}; set data.image_shape, or convert the data"
+            )
+
+    def _fit(self, array: np.ndarray, kind: str) -> Tensor:
         if array.ndim == 2:
             array = array[None]
         elif array.ndim == 3 and array.shape != self.shape:
             array = array.transpose(2, 0, 1)
-        if (
-            array.dtype.kind not in "iu"
-            or array.min() < 0
-            or array.max() > 255
-            or kind == "mode I;16"
+        if array.dtype.kind not in "iu" or (
+            array.size and not 0 <= array.min() <= array.max() < 256
         ):
-            raise self._error(
-                example,
-                f"bytes (integers in 0 … 255), got {array.dtype} ({kind}); convert the data",
+            raise _MisfitError(
+                f"bytes (integers in 0 … 255), got {array.dtype} ({kind}); convert the data"
             )
         if array.shape != self.shape:
-            raise self._error(
-                example,
+            raise _MisfitError(
                 f"an image of channels × height × width {_times(self.shape)}, got "
-                f"{_times(array.shape)} ({kind}); set data.image_shape, or convert the data",
+                f"{_times(array.shape)} ({kind}); set data.image_shape, or convert the data"
             )
         return torch.from_numpy(array.astype(np.uint8))
 
-    def _read(self, example: Example, path: str | None) -> bytes:
-        import fsspec
 
-        if not path:
-            raise self._error(example, "an image, got none; remove the row")
+class _MisfitError(ValueError):
+    """What was expected of an example, what came, and what to do."""
+
+
+def _label(label: Any) -> int:
+    if label is None:
+        raise _MisfitError("an integer label, got none; remove the row")
+    whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
+    if not whole or not -(2**63) <= label < 2**63:
+        raise _MisfitError(
+            f"an integer label, got {str(label)[:50]!r}; set data.label_key to a column of "
+            "integers, or to null for none"
+        )
+    return int(label)
+
+
+def _decode_jpeg(data: bytes) -> Tensor:
+    import torchvision
+
+    stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(stored, apply_exif_orientation=True)
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    # Not torchvision: in 0.29 a damaged PNG file does not raise there, it ends the process.
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        return np.asarray(picture)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Read (width, height) from the header of a JPEG file."""
+    here = 2
+    while (here := data.find(0xFF, here)) >= 0 and here + 9 <= len(data):
+        marker, length = struct.unpack_from(">xBH", data, here)
+        if marker in FRAMES:
+            height, width = struct.unpack_from(">HH", data, here + 5)
+            return width, height
+        here += 1 if marker == 0xFF else 2 + length  # a marker may be padded with FF
+    raise _MisfitError(f"an image that can be decoded, got {len(data)} bytes: no frame in it")
+
+
+def _png_chunks(data: bytes) -> set[bytes]:
+    """Return the kinds of chunks in a PNG file, each checked against its checksum.
+
+    PIL passes over the checksums of the pixels' chunks, and would show what is left of them.
+    """
+    kinds, here = set(), len(PNG)
+    while b"IEND" not in kinds:
+        if here + 12 > len(data):
+            raise _MisfitError(
+                f"an image that can be decoded, got {len(data)} bytes: PNG cut short"
+            )
+        end = here + 8 + int.from_bytes(data[here : here + 4])
+        kinds.add(data[here + 4 : here + 8])
+        if zlib.crc32(data[here + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise _MisfitError(f"an image that can be decoded, got {len(data)} bytes: PNG damaged")
+        here = end + 4
+    return kinds
+
+
+def _read(path: str | None) -> bytes:
+    import fsspec
+
+    if not path:
+        raise _MisfitError("an image, got none; remove the row")
+
+    def read() -> bytes:
         with fsspec.open(path, "rb") as file:
             return file.read()
 
-    def _error(self, example: Example, sentence: str) -> ValueError:
-        name = self.source.name(example.index)
-        return ValueError(f"{name} of split {self.split!r}: expected {sentence}")
+    return patiently(path, read)
+
+
+def _what(stored: Any) -> str:
+    if isinstance(stored, dict):
+        stored = stored.get("bytes") or stored.get("path")
+    if isinstance(stored, bytes):
+        return f"{len(stored)} bytes"
+    return f"{stored}" if isinstance(stored, str) else type(stored).__name__
 
 
 def _times(shape: tuple[int, ...]) -> str:

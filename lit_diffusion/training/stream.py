@@ -1,16 +1,21 @@
 """The order of training: an endless shuffled stream that can be left and taken up again anywhere.
 
 A checkpoint must say where in the data a run stands, and saying it must be cheap: a few integers,
-not a buffer of images. So the order is a pure function of (seed, epoch), in three moves.
+not a buffer of images. So the order is a pure function of (seed, epoch), in four moves.
 
 1. **Deal.** The data come in shards (row groups of parquet files). Every epoch puts the shards in
    a new order and cuts the row of examples that results into equal parts, one for each *lane*, a
    lane being one worker of one rank. So one epoch holds each example exactly once over the whole
    job, whatever the number of ranks, workers and shards.
-2. **Shuffle.** A lane reads its part window by window and permutes each window by a key made of
-   (seed, epoch, lane, window).
-3. **Batch.** Lanes never end: after a lane's part of epoch e comes its part of epoch e + 1, and a
-   batch that an epoch leaves incomplete is filled up from the next.
+2. **Mix.** The part of a lane is cut once more, into a few *tracks* of equal length, each of which
+   is read from its beginning to its end. A lane reads all its tracks at once, the same number of
+   examples from each, and these make up one *window*. So a window holds examples of several
+   shards, from distant places of the epoch, though files are read in order; and a file sorted by
+   class does not make batches of one class.
+3. **Shuffle.** Each window is permuted by a key made of (seed, epoch, lane, window).
+4. **Batch.** Lanes never end: after a lane's part of epoch e comes its part of epoch e + 1, and a
+   batch that an epoch leaves incomplete is filled up from the next. The place of an example that
+   cannot be used goes to the next one of its lane.
 
 Where a lane stands is a `Position`. It travels with each batch, so what workers have prefetched
 but nobody has seen counts for nothing. Resuming re-reads one window.
@@ -19,14 +24,15 @@ but nobody has seen counts for nothing. Resuming re-reads one window.
 loses its content on resume, and the split gives each worker whole shards, so that the examples of
 small shards come up more often: hence the few lines here.
 
-Where the shards' lengths are unknown (tar, JSON lines) there is nothing to cut: each lane then
+Where the shards' lengths are unknown (tar, JSON lines) there is nothing to cut: each track then
 cycles over shards of its own, or, when shards are fewer than lanes, reads every lanes-th example.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import fsspec.asyn
@@ -34,6 +40,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lit_diffusion.training.bad_examples import (
+    FEW,
+    Bad,
+    BadExample,
+    BadExamples,
+)
 
 ORDER, WINDOW, FLIP = 1, 2, 3  # what a permutation is for: three keys that never meet
 
@@ -56,13 +69,26 @@ class Piece(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a lane stands: `taken` examples into a window that begins at `row` of `piece`."""
+    """Where a lane stands: `taken` examples into a window that begins at `cursors`.
+
+    A cursor is the number of a piece and how many examples of it are done, for each track. The
+    lane has met `read` examples so far, `bad` ones among them.
+    """
 
     epoch: int = 0
     window: int = 0
-    piece: int = 0
-    row: int = 0
     taken: int = 0
+    read: int = 0
+    bad: int = 0
+    cursors: tuple[tuple[int, int], ...] = ()
+
+
+class Window(NamedTuple):
+    """What is shuffled together, where the next window begins, and what could not be read."""
+
+    items: list[Any]
+    cursors: tuple[tuple[int, int], ...]
+    bad: list[Bad]
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
@@ -113,36 +139,41 @@ class Source(ABC):
     """A split as the stream sees it.
 
     `total` is its number of examples (None if only reading it would tell), `shards` the number of
-    parts it comes in.
+    parts it comes in, `lost` what was found to be unreadable when it was opened.
     """
 
     total: int | None
     shards: int
+    lost: tuple[Bad, ...] = ()
 
     @abstractmethod
     def windows(
         self, lane: int, lanes: int, seed: int, size: int, start: Position
-    ) -> Iterator[tuple[list[Any], int, int]]:
-        """Yield (items, piece, row): each window of the lane's epoch and where it ends."""
+    ) -> Iterator[Window]:
+        """Yield each window of the lane's epoch, from the one that begins at start on."""
 
     @abstractmethod
     def fetch(self, items: list[Any]) -> list[Example]:
         """Return the examples that items of a window stand for."""
 
     @abstractmethod
-    def head(self, n: int | None) -> Iterator[Example]:
+    def head(self, n: int | None) -> Iterator[Example | Bad]:
         """Yield the first n examples (None: all) in their own order."""
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Return the file of an example and its row there; the file is "" if there is none."""
+        return "", index
 
     def name(self, index: int) -> str:
         """Say which example an index is, for messages."""
-        return f"example {index}"
+        return Bad(*self.where(index), 1, "").name
 
 
 class ShuffledBatches(IterableDataset):
-    """The endless batches of one rank, as (batch, position after it); runs inside the workers.
+    """The endless batches of one rank, as (batch, position after it, the bad examples met).
 
-    A failure is yielded in place of a batch, so that its message reaches the user without the
-    traceback of another process around it.
+    Runs inside the workers. A failure is yielded in place of a batch, so that its message reaches
+    the user without the traceback of another process around it.
 
     Args:
         source: The split.
@@ -153,18 +184,21 @@ class ShuffledBatches(IterableDataset):
         flip: Mirror each image with probability one half.
         rank: This rank.
         world: How many ranks there are.
+        max_bad_share: Share of the examples that may be bad and are left out then, from 0 to 1;
+            None to raise at the first.
     """
 
     def __init__(
         self,
         source: Source,
-        decode: Callable[[list[Example]], dict[str, Tensor]],
+        decode: Any,
         batch_size: int,
         window: int,
         seed: int,
         flip: bool,
         rank: int,
         world: int,
+        max_bad_share: float | None = None,
     ) -> None:
         self.source = source
         self.decode = decode
@@ -174,6 +208,7 @@ class ShuffledBatches(IterableDataset):
         self.flip = flip
         self.rank = rank
         self.world = world
+        self.max_bad_share = max_bad_share
         self.positions = [Position()]
         self.turn = 0
 
@@ -182,59 +217,94 @@ class ShuffledBatches(IterableDataset):
         self.positions = list(positions)
         self.turn = turn
 
-    def __iter__(self) -> Iterator[tuple[Any, Position | None]]:
+    def __iter__(self) -> Iterator[tuple[Any, Position | None, list[Bad]]]:
         worker = get_worker_info()
         if worker is not None:
             fsspec.asyn.reset_lock()  # a fork must not wait for its parent's network thread
-        workers = len(self.positions)
-        mine = (self.turn + (worker.id if worker else 0)) % workers
-        items: list[Any] = []
-        epochs: list[int] = []
+        mine = (self.turn + (worker.id if worker else 0)) % len(self.positions)
         try:
-            for item, epoch, position in self._items(
-                self.rank * workers + mine, self.world * workers, self.positions[mine]
-            ):
-                items.append(item)
-                epochs.append(epoch)
-                if len(items) == self.batch_size:
-                    yield self._batch(self.source.fetch(items), epochs), position
-                    items, epochs = [], []
+            yield from self._batches(mine)
         except (OSError, ValueError) as error:
             # A plain copy: not every library's exception survives the way between processes.
-            kinds = (FileNotFoundError, OSError, ValueError)
-            yield next(kind for kind in kinds if isinstance(error, kind))(str(error)), None
+            kinds = (FileNotFoundError, ConnectionError, OSError, ValueError)
+            yield next(kind for kind in kinds if isinstance(error, kind))(str(error)), None, []
+
+    def _batches(self, mine: int) -> Iterator[tuple[Any, Position, list[Bad]]]:
+        workers = len(self.positions)
+        position = self.positions[mine]
+        read, bad = position.read, position.bad
+        first: list[Bad] = []
+        items = self._items(self.rank * workers + mine, self.world * workers, position)
+        while True:
+            kept, epochs, found, begun = [], [], [], position.epoch
+            while len(kept) < self.batch_size:
+                drawn = list(islice(items, self.batch_size - len(kept)))
+                decoded = self.decode.sift(self.source.fetch([item for item, *_ in drawn]))
+                for one, (_, epoch, after, unread) in zip(decoded, drawn, strict=True):
+                    position = after
+                    found += unread
+                    if isinstance(one, Bad):
+                        found.append(one._replace(epoch=epoch))
+                    else:
+                        kept.append(one)
+                        epochs.append(epoch)
+                if found:
+                    self._check(first + found, found, read + len(kept), bad)
+                if not kept and position.epoch > begun + 1:
+                    raise BadExample(found[0], self.decode.split)  # not one good in an epoch
+            first = (first + found)[:FEW]
+            lost = sum(one.rows for one in found)
+            read, bad = read + len(kept) + lost, bad + lost
+            batch = self.decode.collate(kept)
+            if self.flip:
+                mirrored = coin(self.seed, epochs, [one.index for one in kept])
+                batch["image"][mirrored] = batch["image"][mirrored].flip(-1)
+            yield batch, position._replace(read=read, bad=bad), found
+
+    def _check(self, first: list[Bad], found: list[Bad], read: int, bad: int) -> None:
+        """Raise if bad examples are not allowed, or so many that this batch may never be full.
+
+        How many are too many is for the loader to judge, which hears of all workers, but only
+        with a full batch. So a lane judges itself as if all others had read as much, and nothing
+        bad.
+        """
+        if self.max_bad_share is None:
+            raise BadExample(found[0], self.decode.split)
+        lost = sum(one.rows for one in found)
+        judge = BadExamples(self.decode.split, self.max_bad_share, folder=None)
+        judge.first = first[:FEW]
+        judge.judge((read + lost) * len(self.positions), bad + lost)
 
     def _items(
         self, lane: int, lanes: int, position: Position
-    ) -> Iterator[tuple[Any, int, Position]]:
+    ) -> Iterator[tuple[Any, int, Position, list[Bad]]]:
+        """Yield (item, epoch, position after it, what could not be read since the last)."""
+        unread: list[Bad] = []
         while True:
-            epoch, taken, window = position.epoch, position.taken, position.window
-            fresh, found = position == Position(epoch), False
-            for items, piece, row in self.source.windows(
+            epoch, window, taken = position[:3]
+            fresh, empty = not position.cursors, True
+            for items, cursors, bad in self.source.windows(
                 lane, lanes, self.seed, self.window, position
             ):
-                found = True
+                if not taken:  # or it has been told before
+                    unread += [one._replace(epoch=epoch) for one in bad]
                 order = permutation(len(items), self.seed, WINDOW, epoch, lane, window)
-                after = Position(epoch, window + 1, piece, row)
+                after = Position(epoch, window + 1, cursors=cursors)
                 while taken < len(items):
                     item = items[order[taken]]
                     taken += 1
                     inside = position._replace(taken=taken)
-                    yield item, epoch, inside if taken < len(items) else after
+                    yield item, epoch, inside if taken < len(items) else after, unread
+                    empty, unread = False, []
                 position, taken, window = after, 0, window + 1
-            if fresh and not found:
+            if fresh and empty:
+                if unread:
+                    raise BadExample(unread[0], self.decode.split)
                 raise ValueError(
                     f"expected at least one example for each of {lanes} ranks × workers, got none "
                     f"for number {lane}: use fewer ranks or set data.num_workers lower"
                 )
             position = Position(epoch + 1)
-
-    def _batch(self, examples: list[Example], epochs: list[int]) -> dict[str, Tensor]:
-        batch = self.decode(examples)
-        if self.flip:
-            mirrored = coin(self.seed, epochs, [example.index for example in examples])
-            batch["image"][mirrored] = batch["image"][mirrored].flip(-1)
-        return batch
 
 
 class TrainLoader:
@@ -249,6 +319,7 @@ class TrainLoader:
         num_workers: Processes that read and decode; 0 does it in this one.
         settings: What must not change between a checkpoint and its resumption.
         pin_memory: Put batches where a GPU can fetch them without waiting.
+        bad_examples: Is told what was left out, and says when it is too much.
     """
 
     def __init__(
@@ -258,12 +329,14 @@ class TrainLoader:
         num_workers: int,
         settings: dict[str, Any],
         pin_memory: bool = False,
+        bad_examples: BadExamples | None = None,
     ) -> None:
         self.batches = batches
         self.steps = steps
         self.num_workers = num_workers
         self.settings = settings
         self.pin_memory = pin_memory
+        self.bad_examples = bad_examples
         self.positions = [Position()] * max(1, num_workers)
         self.turn = 0
         self._stream: Iterator[Any] | None = None
@@ -275,12 +348,20 @@ class TrainLoader:
         for _ in range(self.steps):
             if self._stream is None:
                 self._stream = self._open()
-            batch, position = next(self._stream)
+            batch, position, *found = next(self._stream)
             if isinstance(batch, Exception):
+                self.close()
                 raise batch
             self.positions[self.turn] = position
             self.turn = (self.turn + 1) % len(self.positions)
+            if self.bad_examples is not None and any(found):
+                self.bad_examples.add(*found)
+                self.bad_examples.judge(*self.counts())
             yield batch
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many examples this rank has read, and how many of them were bad."""
+        return sum(one.read for one in self.positions), sum(one.bad for one in self.positions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where every rank stands; a collective operation, so every rank must call it."""
@@ -302,7 +383,10 @@ class TrainLoader:
                 )
         mine = state["ranks"][self.batches.rank]
         self.close()
-        self.positions = [Position(*position) for position in mine["positions"]]
+        self.positions = [
+            Position(*counts, cursors=tuple(map(tuple, cursors)))
+            for *counts, cursors in mine["positions"]
+        ]
         self.turn = mine["turn"]
 
     def close(self) -> None:

@@ -1,104 +1,47 @@
-"""The data: every example once, the same order after a resumption, and errors that say what to do.
+"""The data module: kinds of data, validation, errors that say what to do, and runs with Lightning.
 
 Labels of the small data sets made here are the examples' numbers, so a batch tells who is in it.
 """
 
-import io
 import json
-import multiprocessing
-import os
-import socket
 
 import datasets
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from image_files import (
+    PARDONS,
+    N,
+    encode,
+    labels,
+    module,
+    picture,
+    pixels,
+    same,
+    stop_workers,
+    stored,
+    take,
+    write_parquet,
+    write_sixty,
+)
 from PIL import Image
 
 from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.sources import find_splits, open_split
-from lit_diffusion.training.stream import Position, ShuffledBatches, coin, deal
 
-N = 60
-
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{pardon}")
-    for pardon in (
-        "The image decoding and encoding capabilities of TorchVision:DeprecationWarning",
-        "Total length of `list` across ranks is zero:UserWarning",
-        r".isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning",
-    )
-]
-
-
-def pixels(n, shape=(1, 8, 8), seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def encode(array, kind="PNG"):
-    array = array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, kind)
-    return file.getvalue()
-
-
-def write_parquet(path, images, labels=None, group=7, **columns):
-    labels = list(range(len(images))) if labels is None else labels
-    stored = [{"bytes": image, "path": None} for image in images]
-    table = datasets.Dataset.from_dict({"image": stored, "label": labels} | columns)
-    table = table.cast_column("image", datasets.Image(decode=False))
-    path.parent.mkdir(exist_ok=True)
-    table.cast_column("image", datasets.Image()).to_parquet(path, batch_size=group)
+pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _alone(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    stop_workers()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sixty images in three files of uneven length, row groups of seven; ten to validate on."""
-    folder = tmp_path_factory.mktemp("sixty")
-    images = [encode(image) for image in pixels(N)]
-    for number, (begin, end) in enumerate([(0, 30), (30, 50), (50, 60)]):
-        write_parquet(
-            folder / f"train-{number:05d}-of-00003.parquet",
-            images[begin:end],
-            labels=list(range(begin, end)),
-        )
-    write_parquet(folder / "test-00000-of-00001.parquet", images[:10])
-    return folder
-
-
-def module(path, place=(0, 1), stage="fit", **arguments):
-    data = ImageDataModule(path=str(path), **({"batch_size": 8} | arguments))
-    data._place = lambda: place
-    data.setup(stage)
-    return data
-
-
-def take(loader, n):
-    """The next n batches, over as many epochs of the loader as it needs."""
-    batches = []
-    while len(batches) < n:
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == n:
-                break
-    return batches
-
-
-def labels(batches):
-    return [label for batch in batches for label in batch["label"].tolist()]
-
-
-def same(batches, others):
-    return len(batches) == len(others) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        for a, b in zip(batches, others, strict=True)
-    )
+    return write_sixty(tmp_path_factory.mktemp("sixty"))
 
 
 # --- the shipped digits
@@ -141,205 +84,6 @@ def test_arguments_are_attributes_and_documented():
     for name in inspect.signature(ImageDataModule).parameters:
         assert hasattr(data, name)
         assert f"        {name}: " in ImageDataModule.__doc__
-
-
-# --- order
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("streaming", [True, False])
-def test_each_example_once_an_epoch(folder, streaming, workers):
-    data = module(folder, batch_size=6, streaming=streaming, num_workers=workers)
-    loader = data.train_dataloader()
-    assert len(loader) == 10
-    first, second = labels(loader), labels(loader)
-    assert sorted(first) == sorted(second) == list(range(N))
-    assert first != second
-    assert first != list(range(N))
-    other = module(folder, batch_size=6, streaming=streaming, num_workers=workers, seed=1)
-    assert labels(other.train_dataloader()) != first
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("window", [1, 7, 100])
-def test_each_example_once_over_any_number_of_lanes(folder, streaming, window):
-    splits = find_splits(str(folder), None, None, streaming)
-    source = open_split(splits, "train", "image", "label")
-    assert source.total == N
-    for world, workers in [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (3, 4)]:
-        seen = {epoch: [] for epoch in range(3)}
-        for rank in range(world):
-            batches = ShuffledBatches(source, None, 4, window, 0, False, rank, world)
-            for worker in range(workers):
-                lane = rank * workers + worker
-                for item, epoch, _ in batches._items(lane, world * workers, Position()):
-                    if epoch == 3:
-                        break
-                    seen[epoch].append(source.fetch([item])[0].label)
-        assert all(sorted(epoch) == list(range(N)) for epoch in seen.values())
-
-
-def test_deal_cuts_equal_parts():
-    rows, order = [5, 0, 1, 7], [3, 1, 0, 2]
-    for lanes in range(1, 14):
-        parts = [deal(rows, order, lane, lanes) for lane in range(lanes)]
-        sizes = [sum(piece.stop - piece.start for piece in part) for part in parts]
-        assert sum(sizes) == 13
-        assert max(sizes) - min(sizes) <= 1
-
-
-def test_epochs_are_completed_from_the_next(folder):
-    loader = module(folder, batch_size=7).train_dataloader()
-    assert len(loader) == 8
-    stream = labels(take(loader, 60))
-    assert [sorted(stream[k : k + N]) for k in range(0, 420, N)] == [list(range(N))] * 7
-
-
-# --- resumption
-
-
-@pytest.mark.parametrize("step", [5, 7, 15, 16], ids=["mid", "epoch", "data-epoch", "late"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("streaming", [True, False])
-def test_resume_continues_the_same_batches(folder, streaming, workers, step):
-    settings = {"streaming": streaming, "num_workers": workers}
-    settings |= {"horizontal_flip": True, "shuffle_window": 11}
-    loader = module(folder, **settings).train_dataloader()
-    take(loader, step)
-    state = torch.load(_saved(loader.state_dict()), weights_only=True)
-    expected = take(loader, 12)
-    resumed = module(folder, **settings).train_dataloader()
-    resumed.load_state_dict(state)
-    assert same(take(resumed, 12), expected)
-    loader.load_state_dict(state)  # and a loader in use can be set back
-    assert same(take(loader, 12), expected)
-
-
-def _saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return file
-
-
-def test_the_state_is_small_and_counts_what_was_delivered(folder):
-    loader = module(folder, num_workers=2).train_dataloader()
-    take(loader, 3)
-    state = loader.state_dict()
-    assert len(json.dumps(state)) < 1000
-    assert [position[-1] for position in state["ranks"][0]["positions"]] == [16, 8]
-    assert state["ranks"][0]["turn"] == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_workers": 1},
-        {"batch_size": 4},
-        {"seed": 1},
-        {"streaming": False},
-        {"shuffle_window": 5},
-        {"horizontal_flip": True},
-        {"place": (0, 2)},
-        {"train_split": "test"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_resume_refuses_another_stream(folder, change):
-    state = module(folder).train_dataloader().state_dict()
-    other = module(folder, **change).train_dataloader()
-    with pytest.raises(ValueError, match=r"cannot resume the data: .* set it back, or start"):
-        other.load_state_dict(state)
-
-
-def test_a_moved_folder_may_resume_and_other_data_may_not(folder, tmp_path):
-    loader = module(folder).train_dataloader()
-    take(loader, 3)
-    state = loader.state_dict()
-    (tmp_path / "moved").symlink_to(folder)
-    moved = module(tmp_path / "moved").train_dataloader()
-    moved.load_state_dict(state)
-    assert same(take(moved, 5), take(loader, 5))
-    write_parquet(tmp_path / "train.parquet", [encode(image) for image in pixels(N, seed=1)])
-    other = module(tmp_path / "train.parquet", val_split=None).train_dataloader()
-    with pytest.raises(ValueError, match=r"shards|checksum"):
-        other.load_state_dict(state)
-
-
-def test_flips_belong_to_epoch_and_example(folder):
-    plain = module(folder, batch_size=6).train_dataloader()
-    flipped = module(folder, batch_size=6, horizontal_flip=True).train_dataloader()
-    tosses = []
-    for a, b in zip(take(plain, 20), take(flipped, 20), strict=True):
-        assert torch.equal(a["label"], b["label"])
-        for x, y in zip(a["image"], b["image"], strict=True):
-            assert torch.equal(y, x) or torch.equal(y, x.flip(-1))
-            tosses.append(not torch.equal(x, y))
-    assert 40 < sum(tosses) < 80
-    assert tosses[:N] != tosses[N:]
-    heads = coin(0, [3] * 100_000, list(range(100_000)))
-    assert heads.double().mean().item() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(heads[[7, 8]], coin(0, [3, 3], [7, 8]))
-    assert not torch.equal(heads, coin(1, [3] * 100_000, list(range(100_000))))
-
-
-def test_the_global_generators_are_left_alone(folder):
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    take(module(folder, num_workers=2, horizontal_flip=True).train_dataloader(), 3)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-# --- two ranks
-
-
-def _rank(rank, port, path, answers):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    settings = {"batch_size": 5, "num_workers": 2, "horizontal_flip": True, "shuffle_window": 4}
-    data = ImageDataModule(path=path, **settings)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    length = len(loader)
-    begun = take(loader, 3)
-    state = loader.state_dict()
-    expected = take(loader, 9)
-    epoch = labels(begun + expected[:3])
-    again = ImageDataModule(path=path, **settings)
-    again.setup("fit")
-    resumed = again.train_dataloader()
-    resumed.load_state_dict(state)
-    exact = same(take(resumed, 9), expected)
-    index = [batch["index"].tolist() for batch in data.val_dataloader()]
-    answers.put((rank, length, epoch, exact, json.dumps(state), index))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_share_the_data_and_resume(folder):
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, str(folder), answers)) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        rank.start()
-    (_, *first), (_, *second) = sorted(answers.get(timeout=120) for _ in ranks)
-    for rank in ranks:
-        rank.join(timeout=30)
-    assert first[0] == second[0] == 6
-    assert sorted(first[1] + second[1]) == list(range(N))
-    assert first[2]
-    assert second[2]
-    assert first[3] == second[3]  # every rank saves the same, whole state
-    state = json.loads(first[3])
-    assert len(state["ranks"]) == 2
-    assert state["ranks"][0] != state["ranks"][1]
-    assert first[4] == [[0, 1, 2, 3, 4]]
-    assert second[4] == [[5, 6, 7, 8, 9]]
 
 
 # --- validation
@@ -430,20 +174,9 @@ def test_data_of_unknown_length(tmp_path, files):
 def test_one_parquet_file_without_labels(tmp_path):
     write_parquet(tmp_path / "some.parquet", [encode(image) for image in pixels(10)])
     data = module(tmp_path / "some.parquet", label_key=None, val_split="train", batch_size=4)
-    assert list(take(data.train_dataloader(), 1)[0]) == ["image"]
+    assert list(take(data.train_dataloader(), 1)[0]) == ["image", "index"]
     assert len(data.train_dataloader()) == 2
     assert list(next(iter(data.val_dataloader()))) == ["image", "index", "total"]
-
-
-def picture(mode, size=(7, 5)):
-    rgb = Image.fromarray(pixels(1, (size[1], size[0], 3))[0])
-    return rgb.quantize(16) if mode == "P" else rgb.convert(mode)
-
-
-def stored(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -485,10 +218,13 @@ def bad_images():
     deep = Image.fromarray(np.zeros((5, 7), dtype=np.uint16))
     film = stored(picture("RGB"), "GIF", save_all=True, append_images=[picture("L").rotate(180)])
     return {
-        "size": (stored(picture("RGB", (6, 5))), r"3 × 5 × 7, got 3 × 5 × 6"),
+        "size": (
+            stored(picture("RGB", (6, 5))),
+            r"height × width 5 × 7, got 5 × 6; set data.image_shape",
+        ),
         "grey": (stored(picture("L")), r"3 × 5 × 7, got 1 × 5 × 7 \(mode L\)"),
         "transparent": (stored(see_through), r"got 4 × 5 × 7 \(mode RGBA\)"),
-        "sixteen-bit": (stored(deep), r"bytes .*got uint16"),
+        "sixteen-bit": (stored(deep), r"bytes .*got mode I;16, 16 bit"),
         "animated": (film, "got an animation of 2"),
         "garbage": (b"not an image", "can be decoded, got 12 bytes"),
         "cut": (stored(picture("RGB"))[:60], "can be decoded, got 60 bytes"),
@@ -502,14 +238,14 @@ def test_an_image_that_does_not_fit_is_named(tmp_path, case, workers):
     data, message = bad_images()[case]
     images = [stored(picture("RGB"))] * 4
     write_parquet(tmp_path / "x.parquet", [*images, data], group=2)
-    loader = module(
-        tmp_path / "x.parquet", val_split=None, image_shape=(3, 5, 7), num_workers=workers
-    ).train_dataloader()
-    with pytest.raises(ValueError, match=f"^example 4 of split 'train': expected .*{message}"):
+    settings = {"val_split": None, "image_shape": (3, 5, 7), "on_bad_example": "raise"}
+    loader = module(tmp_path / "x.parquet", num_workers=workers, **settings).train_dataloader()
+    named = rf"^row 4 of \S+/x.parquet, split 'train': expected .*{message}"
+    with pytest.raises(ValueError, match=named):
         take(loader, 4)
     write_parquet(tmp_path / "y.parquet", [data, *images])
-    with pytest.raises(ValueError, match=f"^example 0 of split 'train': expected .*{message}"):
-        module(tmp_path / "y.parquet", val_split=None, image_shape=(3, 5, 7))
+    with pytest.raises(ValueError, match=named.replace("row 4", "row 0").replace("x.p", "y.p")):
+        module(tmp_path / "y.parquet", **settings)
 
 
 def one(tmp_path, **columns):
@@ -592,6 +328,9 @@ def test_other_bad_places(tmp_path, monkeypatch):
         {"image_shape": (8, 8)},
         {"steps_per_epoch": 0},
         {"seed": -1},
+        {"open_shards": 0},
+        {"on_bad_example": "repair"},
+        {"max_bad_share": 1.5},
     ],
     ids=lambda argument: next(iter(argument)),
 )
