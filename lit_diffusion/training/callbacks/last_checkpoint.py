@@ -37,8 +37,9 @@ class LastCheckpoint(Checkpoint):
     """
 
     # A checkpoint is taken where training resumes without a seam: after an optimizer step, but
-    # not between it and its validation, which would be passed over, and not between two
-    # micro-batches, since gradients are not saved.
+    # not between it and its validation, which would be passed over; not between two
+    # micro-batches, since gradients are not saved; and not between the last step and the end of
+    # training, where other callbacks write, and which a run resumed there would not come to.
 
     def __init__(self, every_n_steps: int = 1000, save_on_signal: bool = True) -> None:
         if every_n_steps < 1:
@@ -83,7 +84,7 @@ class LastCheckpoint(Checkpoint):
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
         self._last_step = step
-        if _validation_follows(trainer):
+        if _validation_follows(trainer) or step == trainer.max_steps:
             return
         leave = self._told(trainer)
         due = step % self.every_n_steps == 0 or self._late or leave
