@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import fsspec.asyn
 
 T = TypeVar("T")
 
@@ -18,6 +20,9 @@ FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each furth
 
 CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3"}
 GONE = (404, 410)  # the server answers, and says that there is no such file
+
+
+_inherited: list[Any] = []
 
 
 class NetworkError(ConnectionError):
@@ -60,6 +65,20 @@ def is_of_the_network(error: BaseException) -> bool:
         or any(base.__module__.partition(".")[0] in CLIENTS for base in type(cause).__mro__)
         for cause in chain
     )
+
+
+def begin_anew() -> None:
+    """In a process that was forked: use connections of its own, and leave the parent's alone.
+
+    fsspec would close what it inherited. But both processes watch their connections through one
+    queue of the kernel's: the parent would wait for its next answer for ever.
+    """
+    fsspec.asyn.reset_lock()  # or it would wait for the parent's network thread
+    kinds: list[Any] = [fsspec.AbstractFileSystem]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        _inherited.extend(kind._cache.values())  # whoever is held is not closed
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

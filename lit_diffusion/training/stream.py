@@ -35,7 +35,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-import fsspec.asyn
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ from lit_diffusion.training.bad_examples import (
     BadExample,
     BadExamples,
 )
+from lit_diffusion.training.network import begin_anew
 
 ORDER, WINDOW, FLIP = 1, 2, 3  # what a permutation is for: three keys that never meet
 
@@ -220,7 +220,7 @@ class ShuffledBatches(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Any, Position | None, list[Bad]]]:
         worker = get_worker_info()
         if worker is not None:
-            fsspec.asyn.reset_lock()  # a fork must not wait for its parent's network thread
+            begin_anew()
         mine = (self.turn + (worker.id if worker else 0)) % len(self.positions)
         try:
             yield from self._batches(mine)

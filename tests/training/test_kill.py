@@ -30,6 +30,59 @@ def test_killed_runs_end_as_if_nothing_had_happened():
     assert int(re.search(r"(\d+) kills", done.stdout)[1]) >= 5
 
 
+CYCLES = [  # (micro-batches to a step, batches to an epoch, trainer arguments)
+    (1, 5, {}),
+    (1, 5, {"val_check_interval": 2}),
+    (1, 4, {"check_val_every_n_epoch": 2}),
+    (2, 7, {"val_check_interval": 3}),
+    (2, 6, {"val_check_interval": 5, "check_val_every_n_epoch": None}),
+    (3, 4, {"limit_val_batches": 0}),
+]
+
+
+@pytest.mark.parametrize(("accumulate", "epoch", "arguments"), CYCLES)
+def test_a_run_goes_on_from_any_of_its_checkpoints(
+    tmp_path, monkeypatch, accumulate, epoch, arguments
+):
+    from test_module import tiny_data, tiny_model, trainer
+
+    from lit_diffusion.training import EMA, LastCheckpoint, NoiseLevelLoss
+    from lit_diffusion.training.logging import RunLogger
+
+    def save(self, trainer, required=False, whole=LastCheckpoint._save):
+        """Keeps every checkpoint that a kill could leave behind."""
+        whole(self, trainer, required)
+        (folder / f"{len(list(folder.iterdir())):03d}.ckpt").write_bytes(self._path.read_bytes())
+
+    def fit(run, ckpt_path=None):
+        logger = RunLogger(
+            run, None if ckpt_path is None else load_checkpoint(ckpt_path)["global_step"]
+        )
+        model = tiny_model()
+        trainer(
+            tmp_path, max_steps=8, logger=logger,
+            callbacks=[EMA(0.9), NoiseLevelLoss(3), LastCheckpoint(1)],
+            accumulate_grad_batches=accumulate, **arguments,
+        ).fit(model, tiny_data(steps_per_epoch=epoch), ckpt_path=ckpt_path)  # fmt: skip
+
+    folder, whole = tmp_path / "kept", tmp_path / "runs" / "whole"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "_save", save)
+        fit(whole)
+    kept = sorted(folder.glob("*.ckpt"))
+    assert len(kept) >= 4
+    for path in kept[:-1]:
+        run = tmp_path / "runs" / path.stem
+        run.mkdir()
+        for name in ("metrics.csv", "noise_levels.csv"):
+            if (whole / name).exists():
+                (run / name).write_bytes((whole / name).read_bytes())
+        fit(run, path)
+        paths = [run / "checkpoints" / "last.ckpt", whole / "checkpoints" / "last.ckpt"]
+        assert resume.compare(*paths) == "", f"from step {load_checkpoint(path)['global_step']}"
+
+
 def start(folder, *words):
     """The command, in a process of its own with a small job that would take minutes."""
     folder.mkdir(exist_ok=True)

@@ -38,8 +38,9 @@ class LastCheckpoint(Checkpoint):
 
     # A checkpoint is taken where training resumes without a seam: after an optimizer step, but
     # not between it and its validation, which would be passed over; not between two
-    # micro-batches, since gradients are not saved; and not between the last step and the end of
-    # training, where other callbacks write, and which a run resumed there would not come to.
+    # micro-batches, since gradients are not saved; not between two epochs, which Lightning may
+    # then count wrongly; and not between the last step and the end of training, where other
+    # callbacks write, and which a run resumed there would not come to. It is then taken later.
 
     def __init__(self, every_n_steps: int = 1000, save_on_signal: bool = True) -> None:
         if every_n_steps < 1:
@@ -51,7 +52,7 @@ class LastCheckpoint(Checkpoint):
         self._path: Path | None = None
         self._saved_step = -1
         self._last_step = 0
-        self._late = False  # whether a validation came between two micro-batches
+        self._late = False  # whether one was due at a seam
         self._signal = 0
         self._process = 0
         self._handlers: dict[int, Any] = {}
@@ -66,10 +67,15 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was resumed has this step already."""
         self._saved_step = self._last_step = trainer.global_step
-        if trainer.fast_dev_run or not self.save_on_signal:
+        if trainer.fast_dev_run:
             return
+        if trainer.num_training_batches == 1 and trainer.max_steps != 1:
+            rank_zero_warn(
+                "LastCheckpoint: with epochs of one batch there are checkpoints at validations "
+                "and at the end only; set data.steps_per_epoch to 2 or more."
+            )
         self._signal, self._process = 0, os.getpid()
-        if threading.current_thread() is threading.main_thread():
+        if self.save_on_signal and threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name, None) for name in SIGNALS):
                 if number is not None:
                     self._handlers[number] = signal.signal(number, self._note)
@@ -84,11 +90,11 @@ class LastCheckpoint(Checkpoint):
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
         self._last_step = step
-        if _validation_follows(trainer) or step == trainer.max_steps:
-            return
         leave = self._told(trainer)
-        due = step % self.every_n_steps == 0 or self._late or leave
-        if due and step != self._saved_step:
+        if (step % self.every_n_steps == 0 or self._late or leave) and step != self._saved_step:
+            if _at_a_seam(trainer):
+                self._late = True
+                return
             # The step's row is logged after this hook. Killed in between, it would be lost.
             trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
@@ -164,8 +170,12 @@ class LastCheckpoint(Checkpoint):
         return {"run": "" if self._path is None else str(self._path.parents[1])}
 
 
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether the batch that has just ended is the last one before a validation."""
+def _at_a_seam(trainer: L.Trainer) -> bool:
+    """Whether a run that is resumed after this batch would not be the same run."""
+    if trainer.global_step == trainer.max_steps:
+        return True
     loop = trainer.fit_loop
-    due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-    return due and sum(trainer.num_val_batches) > 0
+    if loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and sum(trainer.num_val_batches):
+        return True
+    # From an epoch's last batch Lightning goes on in the right epoch in few cases only.
+    return loop.epoch_loop.batch_progress.is_last_batch
