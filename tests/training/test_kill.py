@@ -215,6 +215,41 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_a_run_survives_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    from test_module import tiny_data, tiny_model, trainer
+
+    from lit_diffusion.training import LastCheckpoint
+    from lit_diffusion.training.checkpoints import WholeCheckpointIO
+
+    whole, full = WholeCheckpointIO.save_checkpoint, {2, 5}
+
+    def save(self, checkpoint, path, storage_options=None):
+        if checkpoint["global_step"] in full:
+            raise OSError("The checkpoint cannot be written: No space left on device.")
+        whole(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", save)
+    last = LastCheckpoint(2)
+    run = trainer(tmp_path, max_steps=4, callbacks=[last], limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"No space left on device. Training goes on\."):
+        run.fit(tiny_model(), tiny_data(steps_per_epoch=9))
+    assert load_checkpoint(last._path)["global_step"] == 4
+    run = trainer(tmp_path, max_steps=5, callbacks=[LastCheckpoint(2)], limit_val_batches=0)
+    with pytest.raises(OSError, match="No space left"):  # nobody would go on from that one
+        run.fit(tiny_model(), tiny_data(steps_per_epoch=9), ckpt_path=last._path)
+    assert load_checkpoint(last._path)["global_step"] == 4
+
+
+def test_epochs_of_one_batch_are_warned_of(tmp_path):
+    from test_module import tiny_data, tiny_model, trainer
+
+    from lit_diffusion.training import LastCheckpoint
+
+    run = trainer(tmp_path, max_steps=3, callbacks=[LastCheckpoint(1)])
+    with pytest.warns(UserWarning, match="set data.steps_per_epoch to 2 or more"):
+        run.fit(tiny_model(), tiny_data(steps_per_epoch=1))
+
+
 def test_orphans_are_cleaned(tmp_path):
     orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
     orphan.write_bytes(b"half")
