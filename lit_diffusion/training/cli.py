@@ -251,6 +251,7 @@ def _hand_shape(network: Any, shape: tuple[int, int, int]) -> None:
 
 def _quiet() -> None:
     """Keep what a user cannot act on out of the way of what he can."""
+    warnings.formatwarning = _one_line
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -259,6 +260,18 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
+
+
+_USUAL, _OURS = warnings.formatwarning, str(Path(__file__).parents[1])
+
+
+def _one_line(
+    message: Any, category: Any, filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are sentences for the user, who has no use for the line of code."""
+    if filename.startswith(_OURS):
+        return f"Warning: {' '.join(str(message).split())}\n"
+    return _USUAL(message, category, filename, lineno, line)
 
 
 @rank_zero_only

@@ -7,6 +7,7 @@ bad examples: to skip what a broken line hides would train on other data without
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -74,11 +75,9 @@ def begin_anew() -> None:
     queue of the kernel's: the parent would wait for its next answer for ever.
     """
     fsspec.asyn.reset_lock()  # or it would wait for the parent's network thread
-    kinds: list[Any] = [fsspec.AbstractFileSystem]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        _inherited.extend(kind._cache.values())  # whoever is held is not closed
+    _inherited.extend(  # whoever is held is not closed
+        one for one in gc.get_objects() if issubclass(type(one), fsspec.AbstractFileSystem)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -493,3 +493,11 @@ def test_kill_and_resume_is_exact(tmp_path):
         for rows in (whole_rows, resumed_rows)
     ]
     assert validations[0] == validations[1]
+
+
+def test_our_warnings_are_lines_for_the_user():
+    from lit_diffusion.training import cli as command_line
+
+    ours = command_line._one_line("a\nb", UserWarning, command_line.__file__, 3)
+    assert ours == "Warning: a b\n"
+    assert "elsewhere.py:3" in command_line._one_line("a", UserWarning, "/elsewhere.py", 3)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -218,6 +219,26 @@ def test_the_stream_over_http_is_the_local_stream(folder, workers):
         assert same(take(resumed.train_dataloader(), 13), expected[7:])
         for a, b in zip(local.val_dataloader(), remote.val_dataloader(), strict=True):
             assert torch.equal(a["image"], b["image"])
+
+
+def read_all(found, source):
+    found.extend(source.head(None))
+
+
+def test_the_main_process_still_reads_while_workers_do(folder):
+    """Forked workers that closed the connections they inherit would leave their parent waiting."""
+    with serving(folder) as server:
+        for _ in range(3):
+            data = module("parquet", data_files=urls(server, folder), num_workers=2)
+            source = data._train.source
+            list(source.head(None))
+            take(data.train_dataloader(), 3)
+            found: list = []
+            thread = threading.Thread(target=read_all, args=(found, source), daemon=True)
+            thread.start()
+            thread.join(timeout=20)
+            assert len(found) == N
+            stop_workers()
 
 
 def test_a_url_is_a_path(folder):
