@@ -71,7 +71,7 @@ DATA = {
     "mnist": [
         *("--data.steps_per_epoch", "50", "--trainer.max_steps", "500"),
         *("--data.batch_size", "32", "--data.val_examples", "250"),
-        *("--model.network.channels", "[16, 32, 32]", "--model.network.fourier", "[6, 7]"),
+        *("--model.network.channels", "[8, 16, 16]", "--model.network.fourier", "[6, 7]"),
     ],
 }
 LEVELS = {"digits": 17, "mnist": 256}

@@ -23,7 +23,7 @@ CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3"}
 GONE = (404, 410)  # the server answers, and says that there is no such file
 
 
-_inherited: list[Any] = []
+_held: list[Any] = []
 
 
 class NetworkError(ConnectionError):
@@ -68,16 +68,20 @@ def is_of_the_network(error: BaseException) -> bool:
     )
 
 
-def begin_anew() -> None:
-    """In a process that was forked: use connections of its own, and leave the parent's alone.
+def prepare_to_fork() -> None:
+    """Keep the processes that are forked next from closing the connections of this one.
 
-    fsspec would close what it inherited. But both processes watch their connections through one
-    queue of the kernel's: the parent would wait for its next answer for ever.
+    fsspec would close in a child what it inherits. But both processes watch their connections
+    through one queue of the kernel's, and the parent would wait for its next answer for ever. So
+    the open file systems are held here, and with that in the children too.
     """
-    fsspec.asyn.reset_lock()  # or it would wait for the parent's network thread
-    _inherited.extend(  # whoever is held is not closed
-        one for one in gc.get_objects() if issubclass(type(one), fsspec.AbstractFileSystem)
-    )
+    everything = gc.get_objects()
+    _held[:] = [one for one in everything if issubclass(type(one), fsspec.AbstractFileSystem)]
+
+
+def begin_after_fork() -> None:
+    """In a process that was forked: do not wait for the parent's network thread."""
+    fsspec.asyn.reset_lock()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -46,7 +46,7 @@ from lit_diffusion.training.bad_examples import (
     BadExample,
     BadExamples,
 )
-from lit_diffusion.training.network import begin_anew
+from lit_diffusion.training.network import begin_after_fork, prepare_to_fork
 
 ORDER, WINDOW, FLIP = 1, 2, 3  # what a permutation is for: three keys that never meet
 
@@ -220,7 +220,7 @@ class ShuffledBatches(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Any, Position | None, list[Bad]]]:
         worker = get_worker_info()
         if worker is not None:
-            begin_anew()
+            begin_after_fork()
         mine = (self.turn + (worker.id if worker else 0)) % len(self.positions)
         try:
             yield from self._batches(mine)
@@ -395,6 +395,8 @@ class TrainLoader:
 
     def _open(self) -> Iterator[Any]:
         self.batches.begin_at(self.positions, self.turn)
+        if self.num_workers:
+            prepare_to_fork()
         loader = DataLoader(
             self.batches,
             batch_size=None,
