@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint"]
+__all__ = ["WholeCheckpointIO", "load_checkpoint", "sync", "write_whole"]
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -53,7 +53,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
-            _sync_folder(path.parent)
+            sync(path.parent)
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             unfinished.unlink(missing_ok=True)
             kept = f"the one before it is intact ({path})" if path.is_file() else "there is none"
@@ -77,16 +77,34 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force a new name onto the disk, where folders can be opened."""
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, onto the disk.
+
+    Args:
+        path: The file, or the folder, where the system can open folders.
+    """
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
-        return
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that whoever looks finds the old text or the new one, never half.
+
+    Args:
+        path: The file.
+        text: All of it.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, newline="")
+    unfinished.replace(path)
 
 
 def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
 
 __all__ = [
     "RunLogger",
@@ -85,13 +86,11 @@ class _Rows(ExperimentWriter):
             self._replace(list(csv.DictReader(lines)), fieldnames)
 
     def _replace(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:
-        path = Path(self.metrics_file_path)
-        unfinished = path.with_suffix(".tmp")
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
-        unfinished.replace(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(Path(self.metrics_file_path), text.getvalue())
 
 
 class RunLogger(CSVLogger):
@@ -213,9 +212,7 @@ class SaveConfig(SaveConfigCallback):
                 if file.is_file() and file.read_text() != text:
                     # A resumed run with other settings: what the first steps had stays on record.
                     file = folder / f"config-{time.strftime('%Y-%m-%d_%H-%M-%S')}.yaml"
-                unfinished = file.with_suffix(".tmp")
-                unfinished.write_text(text)
-                unfinished.replace(file)
+                write_whole(file, text)
             elif isinstance(logger, WandbLogger):
                 config = {"cli": yaml.safe_load(text)}
                 logger.experiment.config.update(config, allow_val_change=True)

@@ -28,7 +28,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -46,8 +45,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_diffusion.training.bad_examples import FEW, Bad, BadExample, BadExamples
+from lit_diffusion.training.checkpoints import sync
 from lit_diffusion.training.images import ImageDecoder
-from lit_diffusion.training.stream import ORDER, Example, Position, coin, permutation
+from lit_diffusion.training.stream import ORDER, Example, Position, coin, mirror, permutation
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, is another: all maps
 # are then made anew.
@@ -180,9 +180,9 @@ def _build(folder: Path, identity: dict[str, Any], decode: ImageDecoder, check: 
         with _writing(folder.parent):
             (partial / "identity.json").write_text(json.dumps(identity, indent=1))
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             partial.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there if all went well
 
@@ -241,15 +241,6 @@ def _write(file: io.FileIO, array: np.ndarray) -> None:
 def _write_header(file: io.FileIO, shape: tuple[int, ...]) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -330,8 +321,5 @@ class MemoryBatches(IterableDataset):
     def _batch(self, chosen: np.ndarray, epochs: np.ndarray) -> dict[str, Tensor]:
         batch = self.memory[torch.from_numpy(chosen)]
         if self.flip:
-            mirrored = coin(self.seed, epochs, batch["index"].numpy()).nonzero().squeeze(1)
-            flipped = batch["image"].index_select(0, mirrored).flip(-1)
-            # By numpy, which puts them back several times as fast as torch does.
-            batch["image"].numpy()[mirrored.numpy()] = flipped.numpy()
+            mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
         return batch

@@ -107,6 +107,17 @@ def coin(seed: int, epochs: list[int], indices: list[int]) -> Tensor:
     return torch.from_numpy((x & np.uint64(1)).astype(bool))
 
 
+def mirror(images: Tensor, chosen: Tensor) -> None:
+    """Flip some images left to right, in place.
+
+    Shapes:
+        images (B, C, H, W); chosen (B,), bool.
+    """
+    which = chosen.nonzero().squeeze(1)
+    # By numpy, which puts them back several times as fast as torch does.
+    images.numpy()[which.numpy()] = images.index_select(0, which).flip(-1).numpy()
+
+
 def deal(rows: list[int] | None, order: list[int], lane: int, lanes: int) -> list[Piece]:
     """Cut one epoch's order of shards into equal parts and return the part of this lane.
 
@@ -257,8 +268,7 @@ class ShuffledBatches(IterableDataset):
             read, bad = read + len(kept) + lost, bad + lost
             batch = self.decode.collate(kept)
             if self.flip:
-                mirrored = coin(self.seed, epochs, [one.index for one in kept])
-                batch["image"][mirrored] = batch["image"][mirrored].flip(-1)
+                mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
             yield batch, position._replace(read=read, bad=bad), found
 
     def _check(self, first: list[Bad], found: list[Bad], read: int, bad: int) -> None:

@@ -55,3 +55,14 @@ def rgb(tmp_path_factory):
 def grey(tmp_path_factory):
     """A small data set that looks like MNIST."""
     return write_images(tmp_path_factory.mktemp("grey"), "image", (28, 28))
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A cache of the test's own, and no worker left behind."""
+    import datasets
+    from image_files import stop_workers
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    stop_workers()

@@ -11,7 +11,6 @@ import tarfile
 import zlib
 from collections import Counter
 
-import datasets
 import lightning as L
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,6 @@ from image_files import (
     same,
     saved,
     serving,
-    stop_workers,
     stored,
     take,
     write_parquet,
@@ -38,17 +36,11 @@ from lit_diffusion.training import network
 from lit_diffusion.training.bad_examples import Bad
 from lit_diffusion.training.data import ImageDataModule
 
-pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in (*PARDONS, "ignore:.*skipped ")]
+pytestmark = [pytest.mark.usefixtures("alone")]
+pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in (*PARDONS, "ignore:.*skipped ")]
 
 N, BAD = 240, (3, 50, 51, 120, 239)
 GENEROUS = {"max_bad_share": 0.2}
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    yield
-    stop_workers()
 
 
 @pytest.fixture(scope="module")

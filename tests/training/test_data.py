@@ -19,7 +19,6 @@ from image_files import (
     picture,
     pixels,
     same,
-    stop_workers,
     stored,
     take,
     write_parquet,
@@ -29,14 +28,8 @@ from PIL import Image
 
 from lit_diffusion.training.data import ImageDataModule
 
-pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    yield
-    stop_workers()
+pytestmark = [pytest.mark.usefixtures("alone")]
+pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
 
 @pytest.fixture(scope="module")

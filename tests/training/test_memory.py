@@ -314,7 +314,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(file, cache, monkeypatch, m
         if moment == "decoding":
             _slowly(monkeypatch, lambda done: stop() if done == 5 else None)
         else:
-            memory._sync = stop
+            memory.sync = stop
         open_map(file)
 
     process = FORK.Process(target=killed)

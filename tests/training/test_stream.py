@@ -13,7 +13,6 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 
-import datasets
 import pytest
 import torch
 from image_files import (
@@ -37,14 +36,8 @@ from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.sources import find_splits, open_split
 from lit_diffusion.training.stream import Position, ShuffledBatches, coin, deal
 
-pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    yield
-    stop_workers()
+pytestmark = [pytest.mark.usefixtures("alone")]
+pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
 
 __all__ = ["Guard", "account", "gather", "plain"]
 
@@ -226,10 +226,8 @@ class Guard(L.Callback):
                 "checkpoint": self._keep_checkpoint(trainer, step.number),
                 "batches": batches,
             }
-            unfinished = path.with_suffix(".tmp")
             lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
-            unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            unfinished.replace(path)
+            write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
         trainer.strategy.barrier("non_finite")  # a copied checkpoint takes its time
         return f"{line} `lit-diffusion replay {path}` shows where it comes from."
 

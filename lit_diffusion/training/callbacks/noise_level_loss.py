@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
+from lit_diffusion.training.checkpoints import write_whole
 from lit_diffusion.training.figures import save_figure
 from lit_diffusion.training.noise_levels import NoiseLevels, draw, read_table, table_text
 
@@ -243,9 +244,7 @@ class NoiseLevelLoss(L.Callback):
             text = path.read_text()
         self._records += new
         self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(text + table_text(new))
-        unfinished.replace(path)
+        write_whole(path, text + table_text(new))
         picture = path.with_suffix(".png")
         save_figure(draw(self._records), picture)
         for logger in trainer.loggers:
