@@ -54,6 +54,9 @@ __all__ = ["DiffusionCLI", "main"]
 #: What a user's mistake raises; anything else is ours, and shows its traceback.
 MISTAKES = (ValueError, KeyError, OSError, MisconfigurationException)
 
+#: Commands that need nothing but their words; each returns what there is to say.
+COMMANDS = {"compare": compare, "sample": sample}
+
 
 class _Bar(TQDMProgressBar):
     """Lightning's bar without the logger's version, which is the run folder's name cut short."""
@@ -299,16 +302,15 @@ def main(
     _quiet()
     try:
         import_plugins(argv)
-        if argv[:1] == ["sample"]:
-            _say(str(sample(argv[1:])))
-        elif argv[:1] == ["compare"]:
-            _say(compare(argv[1:]))
-        elif argv[:1] == ["replay"]:
+        command = argv[0] if argv else ""
+        if command in COMMANDS:
+            _say(str(COMMANDS[command](argv[1:])))
+        elif command == "replay":
             text, code = replay(argv[1:], functools.partial(DiffusionCLI, model_class, data_class))
             if text:
                 _say(text)
             raise SystemExit(code)
-        elif argv[:1] == ["objective"]:
+        elif command == "objective":
             _say(objective(argv[1:], model_class, data_class))
         else:
             DiffusionCLI(model_class, data_class)

@@ -13,6 +13,7 @@ a bad example, which is left out and named, or an error.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -191,6 +192,43 @@ class ImageDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> FixedBatches | list:
         """Return what `val_dataloader` returns: one image is drawn for each of its examples."""
         return self.val_dataloader()
+
+    def examples(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Yield the usable examples of a whole split, in order, each once: uint8 batches.
+
+        What a statistic of the data set is made of. Of R ranks each gets every R-th batch, which
+        says by "batch" the how-manieth it is; the others are read by it and not decoded.
+
+        Args:
+            split: Name of the split.
+            batch_size: Examples in a batch before the bad ones are left out.
+        """
+        rank, world = self._place()
+        decode = self.decoder(split)
+        examples = decode.source.head(None)
+        for number in itertools.count():
+            found = list(itertools.islice(examples, batch_size))
+            if not found:
+                return
+            if number % world != rank:
+                continue
+            decoded = decode.sift(found)
+            for one in decoded:
+                if isinstance(one, Bad) and not self._skip:
+                    raise BadExample(one, split)
+            if kept := [one for one in decoded if not isinstance(one, Bad)]:
+                yield decode.collate(kept) | {"batch": number}
+
+    def decoder(self, split: str) -> ImageDecoder:
+        """Open a split, whatever `setup` has opened, and look at its first example.
+
+        Args:
+            split: Its name.
+        """
+        splits = find_splits(
+            self.path, self.data_files, self.config_name, self.streaming, self._skip
+        )
+        return self._decoder(splits, split)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn bytes into x in [−1, 1], on the device; images that are floats already pass."""

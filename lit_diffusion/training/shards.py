@@ -11,6 +11,8 @@ and the track goes on with its next piece. A network that fails is another matte
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +233,20 @@ class ParquetSource(ShardSource):
                 rows.append(footer.row_group(number).num_rows)
                 first += rows[-1]
         super().__init__(rows, len(rows), open_shards)
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:  # type: ignore[override]
+        """Made from the footers, and what the storage says of each file: its size, time or tag."""
+        import fsspec
+
+        digest = hashlib.sha256()
+        for file, footer in self.footers.items():
+            try:
+                storage, path = fsspec.core.url_to_fs(file)
+                digest.update(f"{storage.checksum(path)} {footer.to_dict()}".encode())
+            except (OSError, NotImplementedError):
+                return None
+        return digest.hexdigest()
 
     def batches(self, shard: int, row: int) -> Iterator[list[Row]]:
         """Read a row group; the rows before the first are passed over as they are stored."""

@@ -150,12 +150,14 @@ class Source(ABC):
     """A split as the stream sees it.
 
     `total` is its number of examples (None if only reading it would tell), `shards` the number of
-    parts it comes in, `lost` what was found to be unreadable when it was opened.
+    parts it comes in, `lost` what was found to be unreadable when it was opened, `fingerprint` a
+    name that its content has to itself (None if only reading it would tell).
     """
 
     total: int | None
     shards: int
     lost: tuple[Bad, ...] = ()
+    fingerprint: str | None = None
 
     @abstractmethod
     def windows(

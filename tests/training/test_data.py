@@ -413,3 +413,18 @@ def test_asking_for_the_number_of_steps_does_not_lose_the_place(folder, tmp_path
 
 def test_lightning_without_validation_data(folder, tmp_path):
     assert len(fit(folder, tmp_path, 3, val_split=None).seen) == 3
+
+
+# --- a whole split
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("world", [1, 3])
+def test_all_examples_of_a_split_come_once_in_order(folder, world, streaming):
+    dealt = {}
+    for rank in range(world):
+        data = module(folder, (rank, world), "validate", streaming=streaming)
+        for batch in data.examples("train", 7):
+            assert batch["batch"] % world == rank
+            dealt[batch["batch"]] = batch["label"]
+    assert torch.cat([dealt[n] for n in range(9)]).tolist() == list(range(60))
