@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.pytorch import Trainer
+
 from lit_diffusion.training.checkpoints import write_whole
 
-__all__ = ["FILE", "Measurement", "add_measurements", "read_measurements"]
+__all__ = [
+    "FILE",
+    "Measurement",
+    "add_measurements",
+    "read_measurements",
+    "versions",
+    "weights_in_use",
+]
 
 FILE = "metrics.json"
 
@@ -83,3 +93,23 @@ def add_measurements(folder: Path, new: Iterable[Measurement]) -> None:
 
 def _key(one: Measurement) -> str:
     return json.dumps(one.protocol, sort_keys=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers are computed by."""
+    names = ("lit-diffusion", "torch", "torchmetrics", "torch-fidelity")
+    return {name: version(name) for name in names}
+
+
+def weights_in_use(trainer: Trainer) -> str:
+    """Which weights a validation sees: an average and its name, or the raw ones.
+
+    Args:
+        trainer: Has the callbacks.
+    """
+    from lit_diffusion.training.callbacks.ema import EMA
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, EMA):
+            return getattr(callback, "profile", "an average")
+    return "raw"

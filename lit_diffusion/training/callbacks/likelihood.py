@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,12 @@ from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.schedules import LinearSchedule
 from lit_diffusion.training import randomness
+from lit_diffusion.training.measurements import (
+    Measurement,
+    add_measurements,
+    versions,
+    weights_in_use,
+)
 
 __all__ = ["Likelihood"]
 
@@ -126,6 +133,57 @@ class Likelihood(L.Callback):
             found.append(torch.stack(terms))
         return BoundTerms(*torch.stack(found).mean(0))
 
+    def sums(self, pl_module: Any, batch: dict[str, Any]) -> Tensor:
+        """Sums over a batch: the three terms in bits, the square of their sum, the examples.
+
+        Args:
+            pl_module: The LitDiffusion whose bound it is.
+            batch: A batch of the validation data.
+
+        Shapes:
+            result (5,), float64.
+        """
+        terms = BoundTerms(*(term / math.log(2) for term in self.bound(pl_module, batch)))
+        rows = [*terms, terms.total**2, torch.ones_like(terms.total)]
+        return torch.stack([row.sum() for row in rows])
+
+    def measurements(
+        self, pl_module: Any, total: Tensor, step: int, stage: str, weights: str
+    ) -> list[Measurement]:
+        """The bound and its three terms with their protocol, from the `sums` of a whole set.
+
+        Args:
+            pl_module: The LitDiffusion whose bound it is.
+            total: The sums.
+            step: Optimizer steps of the model.
+            stage: val, test or evaluate.
+            weights: Which weights they are.
+
+        Shapes:
+            total (5,), float64.
+        """
+        found = self.protocol(pl_module)
+        low, high = pl_module.loss.schedule.ends
+        protocol = {
+            "examples": int(total[-1]),
+            "draws": self.draws,
+            "steps": found["steps"],
+            "λ": [float(low), float(high)],
+            "drawn from": repr(found["schedule"]),
+            "decoder": repr(found["decoder"]),
+            "error": "standard error over the examples",
+            "weights": weights,
+            "versions": versions(),
+        }
+        terms = BoundTerms(*(total[:3] / total[-1]))
+        error = ((total[3] / total[-1] - terms.total**2).clamp(min=0) / total[-1]).sqrt()
+        values = {"bpd": (terms.total, float(error))}
+        values |= {f"bpd_{name}": (term, None) for name, term in terms._asdict().items()}
+        return [
+            Measurement(name, float(value), scatter, step, stage, protocol)
+            for name, (value, scatter) in values.items()
+        ]
+
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums = torch.zeros(5, dtype=torch.float64, device=pl_module.device)
 
@@ -139,11 +197,8 @@ class Likelihood(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch, in a hook where the average weights are in place."""
-        if trainer.sanity_checking:
-            return
-        terms = BoundTerms(*(term / math.log(2) for term in self.bound(pl_module, batch)))
-        rows = [*terms, terms.total**2, torch.ones_like(terms.total)]
-        self._sums += torch.stack([row.sum() for row in rows])
+        if not trainer.sanity_checking:
+            self._sums += self.sums(pl_module, batch)
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means over the whole set, the same on every rank."""
@@ -151,24 +206,28 @@ class Likelihood(L.Callback):
             return
         total: Tensor = trainer.strategy.reduce(self._sums, reduce_op="sum")  # type: ignore[assignment]
         stage = "test" if trainer.state.fn == "test" else "val"
+        folder = trainer.log_dir  # a collective: every rank asks
         n = int(total[-1])
         if n == 0:
             return
-        terms = BoundTerms(*(total[:3] / n))
-        bits = terms.total
-        error = float(((total[3] / n - bits**2).clamp(min=0) / n).sqrt())
-        pl_module.log(f"{stage}/bpd", bits.float(), prog_bar=True, sync_dist=True)
-        for name, value in terms._asdict().items():
-            pl_module.log(f"{stage}/bpd_{name}", value.float(), sync_dist=True)
+        measured = self.measurements(
+            pl_module, total, trainer.global_step, stage, weights_in_use(trainer)
+        )
+        for one in measured:
+            value = torch.tensor(one.value, device=pl_module.device)
+            pl_module.log(f"{stage}/{one.name}", value, prog_bar=one.name == "bpd", sync_dist=True)
+        if trainer.is_global_zero and folder is not None:
+            add_measurements(Path(folder), measured)
+        bits, *terms = measured
         protocol = self.protocol(pl_module)
         chain = "continuous time" if protocol["steps"] is None else f"{protocol['steps']} steps"
         low, high = pl_module.loss.schedule.ends  # type: ignore[union-attr, operator]
-        parts = ", ".join(f"{name} {float(value):.4f}" for name, value in terms._asdict().items())
+        parts = ", ".join(f"{one.name.removeprefix('bpd_')} {one.value:.4f}" for one in terms)
         density = not hasattr(protocol["decoder"], "levels")
         what = ", of a density in units of x, not of grey levels" if density else ""
         self.summary = (
-            f"{stage}/bpd: {float(bits):.4f} bits per dimension at most{what} ({parts}); "
-            f"± {error:.4f} "
+            f"{stage}/bpd: {bits.value:.4f} bits per dimension at most{what} ({parts}); "
+            f"± {bits.error:.4f} "
             f"over {n} examples, {self.draws} draw(s) each, {chain}, "
             f"λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
         )
