@@ -29,7 +29,6 @@ from lit_diffusion.training import scores
 from lit_diffusion.training.callbacks.likelihood import Likelihood
 from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
 from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.description import build
 from lit_diffusion.training.evaluation_tables import Row, draw, markdown
 from lit_diffusion.training.features import InceptionFeatures
 from lit_diffusion.training.figures import save_figure
@@ -37,7 +36,7 @@ from lit_diffusion.training.generation import Generation
 from lit_diffusion.training.logging import last_checkpoint
 from lit_diffusion.training.measurements import Measurement, add_measurements, versions
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.parsing import DiffusionParser, fail
+from lit_diffusion.training.parsing import DiffusionParser, fail, find_device
 from lit_diffusion.training.reference import Reference, class_shares, open_reference
 
 __all__ = ["evaluate"]
@@ -101,7 +100,7 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
         _row(subject, network, reference, shares, others, generation, config.seeds)
         for generation in _generations(config, parts.samplers, subject.model)
     ]
-    bound = _bound(subject, data, experiment) if config.bound else []
+    bound = _bound(subject, data, parts.likelihood) if config.bound else []
 
     out = Path(config.out) if config.out else (run or Path()) / "evaluation"
     text = _write(out, subject, reference, floor, rows, bound)
@@ -186,10 +185,11 @@ def _parser(data_class: type[ImageDataModule], experiment: dict[str, Any]) -> Di
     parser.add_argument("--out", type=str | None, help="A folder; RUN/evaluation by default.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
     parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
+    parser.add_class_arguments(Likelihood, "likelihood")
     parser.add_lightning_class_args(data_class, "data")
-    parser.set_defaults(
-        {f"data.{key}": value for key, value in (experiment.get("data") or {}).items()}
-    )
+    own = {"data": experiment.get("data") or {}, "likelihood": _callback(experiment, "Likelihood")}
+    for group, values in own.items():
+        parser.set_defaults({f"{group}.{key}": value for key, value in values.items()})
     return parser
 
 
@@ -252,9 +252,7 @@ def _callback(experiment: dict[str, Any], name: str) -> dict[str, Any]:
 def _load(path: Path, run: Path | None, device: str) -> _Model:
     checkpoint = load_checkpoint(path)
     average = "an average" if "current_model_state" in checkpoint else "raw"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LitDiffusion.load_from_checkpoint(path).to(device)
+    model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
     return _Model(
         model, path, checkpoint["global_step"], str(checkpoint.get("average", average)), run
     )
@@ -327,13 +325,10 @@ def _row(
 
 
 @torch.inference_mode()
-def _bound(
-    subject: _Model, data: ImageDataModule, experiment: dict[str, Any]
-) -> list[Measurement]:
+def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> list[Measurement]:
     """Bits per dimension of the validation split, as the run's `Likelihood` measures them."""
     if data.val_split is None:
         return []
-    likelihood = Likelihood(**build(_callback(experiment, "Likelihood")))
     data.setup("validate")
     total = torch.zeros(5, dtype=torch.float64)
     decoder = likelihood.protocol(subject.model)["decoder"]

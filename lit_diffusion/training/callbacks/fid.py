@@ -112,11 +112,6 @@ class FID(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the feature network now, so that a file that is missing shows before training."""
-        count = sum(isinstance(callback, FID) for callback in trainer.callbacks)
-        if count > 1:
-            raise ValueError(
-                f"FID is listed {count} times and their numbers have one name: keep one."
-            )
         if stage != "predict" and self.features is None:
             self.features = InceptionFeatures()
 
