@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from lit_diffusion.gaussian import alpha_sigma, expand
 from lit_diffusion.predictions import Denoised, Prediction, VPrediction
 
-__all__ = ["ClippedDenoiser", "Denoiser", "GaussianDenoiser", "GuidedDenoiser"]
+__all__ = [
+    "ClippedDenoiser",
+    "Denoiser",
+    "GaussianDenoiser",
+    "GuidedDenoiser",
+    "hide_condition",
+]
 
 
 class Denoiser(nn.Module):
@@ -61,6 +67,49 @@ class Denoiser(nn.Module):
         return self.prediction.decode(out, z, logsnr)
 
 
+def hide_condition(cond: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+    """The condition as a network is shown it where some examples must do without theirs.
+
+    A hidden label is −1. The rows of any other tensor become zero; and since zero may also be
+    somebody's value, the network is told beside them which examples are hidden, by `hidden`. The
+    same in training, which hides a few examples, and in guidance, which hides all of them.
+
+    Args:
+        cond: The condition, tensors by their names; None counts as not given.
+        hidden: Which examples must do without.
+
+    Shapes:
+        hidden (B,), bool; each condition (B, *).
+
+    Raises:
+        TypeError: If a condition is not a tensor.
+
+    Example:
+        >>> cond = {"label": torch.tensor([3, 5]), "angle": torch.tensor([[0.1, 0.2], [0.3, 0.4]])}
+        >>> hide_condition(cond, torch.tensor([False, True]))  # doctest: +NORMALIZE_WHITESPACE
+        {'label': tensor([ 3, -1]),
+         'angle': tensor([[0.1000, 0.2000], [0.0000, 0.0000]]),
+         'hidden': tensor([False,  True])}
+    """
+    shown = {}
+    for name, value in cond.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"To be hidden a condition must be a tensor, a row for each example, got "
+                f"{type(value).__name__} for {name!r}: encode it first."
+            )
+        if name == "label":
+            shown[name] = torch.where(hidden, -1, value)
+        elif name != "hidden":
+            shown[name] = value.masked_fill(expand(hidden, value).bool(), 0)
+    if shown.keys() - {"label"}:
+        before = cond.get("hidden")
+        shown["hidden"] = hidden if before is None else hidden | before
+    return shown
+
+
 class GuidedDenoiser(nn.Module):
     """Classifier-free guidance: ε̂ = ε̂_u + scale·(ε̂_c − ε̂_u).
 
@@ -69,7 +118,8 @@ class GuidedDenoiser(nn.Module):
     the cleanest levels alone, where guidance costs variety and helps nothing.
 
     Args:
-        denoiser: Trained with its condition dropped at times; called with and without it.
+        denoiser: Trained with its condition hidden at times; called with it, and with all of it
+            hidden (see `hide_condition`).
         scale: Strength of guidance, 1 for none.
         interval: Guide only where interval[0] ≤ λ ≤ interval[1]; None means everywhere.
 
@@ -105,7 +155,7 @@ class GuidedDenoiser(nn.Module):
         Args:
             z: Noisy data.
             logsnr: λ of each example.
-            **cond: The condition; the unconditional call goes without it.
+            **cond: The condition; the unconditional call has it hidden.
 
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
@@ -113,7 +163,8 @@ class GuidedDenoiser(nn.Module):
         conditional = self.denoiser(z, logsnr, **cond)
         if self.scale == 1 or not cond:
             return conditional
-        unconditional = self.denoiser(z, logsnr)
+        hidden = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        unconditional = self.denoiser(z, logsnr, **hide_condition(cond, hidden))
         scale = torch.full_like(logsnr, self.scale)
         if self.interval is not None:
             low, high = self.interval

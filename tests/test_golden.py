@@ -444,8 +444,8 @@ def test_ddpm_chain_visits_the_table():
 
 def test_guidance():
     class Labelled(torch.nn.Module):
-        def forward(self, z, logsnr, label=None):
-            shift = 0.0 if label is None else expand(label.to(z.dtype), z)
+        def forward(self, z, logsnr, label):
+            shift = expand(label.clamp(min=0).to(z.dtype), z)  # −1, no label, shifts nothing
             return ld.Denoised(z + shift, z - shift)
 
     z, logsnr = torch.randn(4, 2, 3), torch.tensor([-3.0, -1.0, 1.0, 3.0])

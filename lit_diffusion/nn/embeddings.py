@@ -2,7 +2,8 @@
 
 A log-SNR is a number on a line, where neighbours should act alike: it is spread over waves of
 many lengths, smooth in λ. A label is a name without neighbours: it looks up a row of a table.
-Both become vectors of one width, which are added and steer every block. A noisy pixel, at last,
+What else is known of an example are numbers as they come, which pass through two linear layers.
+All become vectors of one width, which are added and steer every block. A noisy pixel, at last,
 is a number whose last digits matter when there is little noise: it, too, is shown together with
 fine waves of itself.
 
@@ -11,6 +12,7 @@ images (B, C, H, W).
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -186,3 +188,56 @@ class LabelEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"num_classes={self.num_classes}, features={self.features}"
+
+
+class ConditionEmbedding(nn.Module):
+    """Numbers that are known of an example, through two linear layers: MLP([c₁, c₂, …, hidden]).
+
+    Zero may be a value like any other, so that a condition is hidden is a number of its own.
+
+    Args:
+        sizes: How many numbers each condition has for an example, by its name; at least one.
+        features: Width F of the result.
+
+    Shapes:
+        each condition (B, *) with so many numbers behind B, of any type; hidden (B,), bool, or
+        None for nowhere; no condition at all is one hidden everywhere → (B, F).
+
+    Raises:
+        ValueError: If a size is below 1; if a condition is missing, unknown, or of another size.
+
+    Example:
+        >>> embed = ConditionEmbedding({"angle": 2, "age": 1}, features=8)
+        >>> embed({"angle": torch.zeros(5, 2), "age": torch.arange(5)}, None, 5).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, sizes: Mapping[str, int], features: int = 128) -> None:
+        super().__init__()
+        if not sizes or min(sizes.values()) < 1:
+            raise ValueError(f"each condition must have at least one number, got {dict(sizes)}.")
+        self.sizes = dict(sizes)
+        self.features = features
+        self.layer_in = nn.Linear(sum(sizes.values()) + 1, features)
+        self.layer_out = nn.Linear(features, features)
+
+    def forward(self, cond: Mapping[str, Tensor], hidden: Tensor | None, batch: int) -> Tensor:
+        """Embed the conditions of ``batch`` examples."""
+        like = self.layer_in.weight
+        if hidden is None:
+            hidden = torch.full((batch,), not cond, device=like.device)
+        if not cond:
+            cond = {name: like.new_zeros(batch, size) for name, size in self.sizes.items()}
+        came = {name: value[:1].numel() for name, value in cond.items()}
+        if came != self.sizes:
+            raise ValueError(
+                f"this network was built for conditions of {self.sizes} numbers, got {came}; give "
+                f"conditions={came}."
+            )
+        seen = [cond[name].reshape(batch, -1) for name in self.sizes] + [hidden[:, None]]
+        numbers = torch.cat([part.to(like.dtype) for part in seen], dim=1)
+        return self.layer_out(F.silu(self.layer_in(numbers)))
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"sizes={self.sizes}, features={self.features}"

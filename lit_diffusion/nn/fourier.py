@@ -96,9 +96,16 @@ class FourierFeatures(nn.Module):
         """Number of classes the inner network knows; None if it takes no labels."""
         return getattr(self.network, "num_classes", None)
 
-    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+    @property
+    def conditions(self) -> dict[str, int] | None:
+        """What else the inner network is told; None if it does not say."""
+        return getattr(self.network, "conditions", None)
+
+    def forward(
+        self, z: Tensor, logsnr: Tensor, label: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
         """Map noisy images to a prediction of the same shape."""
-        out: Tensor = self.network(self.waves(z), logsnr, label)
+        out: Tensor = self.network(self.waves(z), logsnr, label, **cond)
         # Only as many channels as there are images; what stands beside them learns nothing.
         return out[:, : z.shape[1]]
 

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import FourierWaves, LabelEmbedding, LogSNREmbedding
+from lit_diffusion.nn.embeddings import (
+    ConditionEmbedding,
+    FourierWaves,
+    LabelEmbedding,
+    LogSNREmbedding,
+)
 
 
 def _group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
@@ -149,7 +154,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """A U-Net for images of any size, steered by λ and, if wanted, by a class label.
+    """A U-Net for images of any size, steered by λ and, if wanted, by a label and other numbers.
 
     The workhorse: convolutions do with little data and few steps, where a transformer needs many
     of both. The output starts at exactly zero. ``image_shape`` fixes the channels and where
@@ -174,10 +179,13 @@ class UNet(nn.Module):
         head_channels: Channels per attention head; a level with fewer has one head.
         fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) shown beside z, such as (6, 7) for
             256 grey levels and (3, 4) for 17; () for none.
+        conditions: What else the network is told of an example, by name, and how many numbers
+            that is, such as {attributes: 40}, each of size about 1; None for nothing.
 
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
-        Label −1 means "no label", None means all −1.
+        Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
+        where hidden (B,), bool; none at all means all hidden.
 
     References:
         Ronneberger et al. (2015), U-Net, arXiv:1505.04597. Ho et al. (2020), Denoising Diffusion
@@ -205,6 +213,7 @@ class UNet(nn.Module):
         embedding_features: int | None = None,
         head_channels: int = 64,
         fourier: tuple[int, ...] = (),
+        conditions: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -243,10 +252,14 @@ class UNet(nn.Module):
         self.embedding_features = embedding_features
         self.head_channels = head_channels
         self.fourier = tuple(fourier)
+        self.conditions = dict(conditions or {})
 
         features = 4 * channels[0] if embedding_features is None else embedding_features
         self.embed_logsnr = LogSNREmbedding(features)
         self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
+        self.embed_condition = (
+            ConditionEmbedding(self.conditions, features) if self.conditions else None
+        )
 
         def block(channels_in: int, channels_out: int, attend: bool) -> Block:
             heads = self._heads(channels_out) if attend else None
@@ -296,7 +309,14 @@ class UNet(nn.Module):
             )
         return heads
 
-    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        logsnr: Tensor,
+        label: Tensor | None = None,
+        hidden: Tensor | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         embedding = self.embed_logsnr(logsnr)
         if self.embed_label is not None:
@@ -305,6 +325,13 @@ class UNet(nn.Module):
             raise ValueError(
                 "this UNet was built without classes (num_classes=None) but got a label; give "
                 "num_classes, or pass no label."
+            )
+        if self.embed_condition is not None:
+            embedding = embedding + self.embed_condition(cond, hidden, z.shape[0])
+        elif cond:
+            raise ValueError(
+                f"this UNet was built without conditions but got {', '.join(cond)}; give "
+                "conditions, or pass none."
             )
         embedding = F.silu(embedding)
 
@@ -325,6 +352,6 @@ class UNet(nn.Module):
         """The arguments."""
         names = (
             "image_shape, channels, blocks, attention, num_classes, dropout, downsample, "
-            "embedding_features, head_channels, fourier"
+            "embedding_features, head_channels, fourier, conditions"
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))

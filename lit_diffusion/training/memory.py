@@ -4,8 +4,10 @@ To decode an image takes a hundred times as long as to copy it, and every epoch 
 decodes the same images. So the whole split is decoded once, into a folder:
 
     images.npy    (N, C, H, W) uint8     mapped into memory, not read: ranks, workers and runs on a
-                                         machine share one copy, the operating system's page cache
+                   or floats             machine share one copy, the operating system's page cache
     labels.npy    (N,) int64             absent where there are no labels
+    condition-0.npy  (N, *) float32 or   one file for each condition, in the order of
+                     int64               identity.json
     rows.npy      (N,) int64             which row of the split an example is
     bad.json                             the rows that are left out, and why
 
@@ -23,6 +25,7 @@ examples taken of its part), and can be put anywhere by writing these two number
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -34,7 +37,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,10 @@ class MemoryMap:
             images = np.load(folder / "images.npy", mmap_mode="r")
             labels = np.load(path) if (path := folder / "labels.npy").exists() else None
             rows = np.load(folder / "rows.npy")
+            keys = json.loads((folder / "identity.json").read_text()).get("condition_keys", [])
+            conditions = [
+                np.load(folder / f"condition-{k}.npy", mmap_mode="r") for k in range(len(keys))
+            ]
             self.bad = [Bad(*row) for row in json.loads((folder / "bad.json").read_text())]
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
@@ -84,6 +90,8 @@ class MemoryMap:
             # torch says that these bytes cannot be written to. Nobody writes to them.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             self.images = torch.from_numpy(images)
+            arrays = map(torch.from_numpy, conditions)
+            self.conditions = dict(zip(keys, arrays, strict=True))
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.rows = torch.from_numpy(rows)
 
@@ -95,6 +103,8 @@ class MemoryMap:
         batch = {"image": self.images.index_select(0, chosen)}
         if self.labels is not None:
             batch["label"] = self.labels[chosen]
+        for name, values in self.conditions.items():
+            batch[name] = values.index_select(0, chosen)
         return batch | {"index": self.rows[chosen]}
 
     def __reduce__(self) -> Any:
@@ -188,18 +198,22 @@ def _build(folder: Path, identity: dict[str, Any], decode: ImageDecoder, check: 
 
 
 def _decode_into(partial: Path, decode: ImageDecoder, check: Check) -> None:
-    total, example_bytes = decode.source.total, math.prod(decode.shape)
+    total, looks = decode.source.total, [decode.like[name] for name in decode.conditions]
+    image = decode.like["image"].dtype
+    example_bytes = math.prod(decode.shape) * image.itemsize + sum(like.nbytes for like in looks)
     chunk = min(CHUNK_EXAMPLES, max(1, CHUNK_BYTES // example_bytes))
     good, bad, rows, labels, spoken = 0, [], [], [], time.monotonic()
     # Written, not mapped: on a full disk a write is an error, and a store into a map is SIGBUS.
-    with _writing(partial.parent):
-        need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
-        if free < need:
-            raise OSError(errno.ENOSPC, f"{free:,} bytes of room and not {need:,}")
-        images = (partial / "images.npy").open("wb", buffering=0)
-    with images:
+    with contextlib.ExitStack() as files:
         with _writing(partial.parent):
-            _write_header(images, (0, *decode.shape))
+            need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
+            if free < need:
+                raise OSError(errno.ENOSPC, f"{free:,} bytes of room and not {need:,}")
+            images = _Growing(partial / "images.npy", image.str, decode.shape, files)
+            conditions = {
+                name: _Growing(partial / f"condition-{k}.npy", like.dtype.str, like.shape, files)
+                for k, (name, like) in enumerate(zip(decode.conditions, looks, strict=True))
+            }
         for examples in _chunks(decode.source.head(None), chunk):
             decoded = decode.sift(examples)
             bad += [one for one in decoded if isinstance(one, Bad)]
@@ -209,16 +223,17 @@ def _decode_into(partial: Path, decode: ImageDecoder, check: Check) -> None:
             if kept:
                 batch = decode.collate(kept)
                 with _writing(partial.parent):
-                    _write(images, batch["image"].numpy())
+                    images.append(batch["image"].numpy())
+                    for name, file in conditions.items():
+                        file.append(batch[name].numpy())
                 rows.append(batch["index"].numpy())
                 labels.append(batch["label"].numpy() if decode.labels else None)
             if time.monotonic() - spoken > PATIENCE:
                 spoken, done = time.monotonic(), good + len(bad)
                 _say(f"decoding split {decode.split!r} for once: {done:,} of {total:,} examples")
         with _writing(partial.parent):
-            # numpy pads a header so that its length does not depend on the number of examples.
-            images.seek(0)
-            _write_header(images, (good, *decode.shape))
+            for file in (images, *conditions.values()):
+                file.finish(good)
     with _writing(partial.parent):
         (partial / "bad.json").write_text(json.dumps(bad))
         np.save(partial / "rows.npy", np.concatenate(rows))
@@ -231,6 +246,31 @@ def _chunks(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
         yield chunk
 
 
+class _Growing:
+    """A .npy file that is written piece by piece, before anybody knows its length."""
+
+    def __init__(
+        self, path: Path, dtype: str, shape: tuple[int, ...], files: contextlib.ExitStack
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.file = files.enter_context(path.open("wb", buffering=0))
+        self._write_header(0)
+
+    def append(self, array: np.ndarray) -> None:
+        """Write so many rows more."""
+        _write(self.file, array)
+
+    def finish(self, length: int) -> None:
+        """Say how many there are: numpy pads a header so that this does not change its size."""
+        self.file.seek(0)
+        self._write_header(length)
+
+    def _write_header(self, length: int) -> None:
+        header = {"descr": self.dtype, "fortran_order": False, "shape": (length, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
 def _write(file: io.FileIO, array: np.ndarray) -> None:
     """Write without a buffer, so that what does not fit fails here and not in closing the file."""
     rest = memoryview(np.ascontiguousarray(array)).cast("B")
@@ -238,12 +278,7 @@ def _write(file: io.FileIO, array: np.ndarray) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _write_header(file: io.FileIO, shape: tuple[int, ...]) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-@contextmanager
+@contextlib.contextmanager
 def _writing(cache_dir: Path) -> Iterator[None]:
     """Say in one line what to do when the disk is full or the folder closed to us."""
     try:

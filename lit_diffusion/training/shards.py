@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_diffusion.training.bad_examples import Bad, one_line
+from lit_diffusion.training.columns import Columns, Row
 from lit_diffusion.training.network import NetworkError, patiently
 from lit_diffusion.training.stream import (
     ORDER,
@@ -38,8 +39,6 @@ READ_SIZE = 64  # rows turned into Python objects at a time
 BUFFER = 1 << 20  # bytes of a column read at a time: no row group is in memory as a whole
 UNKNOWN_SHARD = 1 << 32  # index = shard · 2³² + row, where row counts cannot say better
 OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}  # this machine's fault
-
-Row = tuple[Any, Any]  # an image as stored, and a label or None
 
 
 class ShardSource(Source):
@@ -127,8 +126,8 @@ class ShardSource(Source):
         row = piece.start + done * piece.step
         count = None if piece.stop is None else piece.stop - row
         try:
-            for image, label in islice(self._rows(piece.shard, row), 0, count, piece.step):
-                yield Example(self.offsets[piece.shard] + row, image, label)
+            for stored in islice(self._rows(piece.shard, row), 0, count, piece.step):
+                yield Example(self.offsets[piece.shard] + row, *stored)
                 row += piece.step
         except Exception as error:  # damaged bytes make readers raise whatever they like
             if isinstance(error, NetworkError | MemoryError):
@@ -213,17 +212,14 @@ class ParquetSource(ShardSource):
 
     Args:
         files: The opened files.
-        image_key: Column of the images.
-        label_key: Column of the labels, None for none.
+        columns: What is read of them.
         open_shards: How many shards each lane reads at once.
     """
 
-    def __init__(
-        self, files: Parquet, image_key: str, label_key: str | None, open_shards: int
-    ) -> None:
+    def __init__(self, files: Parquet, columns: Columns, open_shards: int) -> None:
         self.footers = files.footers
         self.lost = files.lost
-        self.keys = (image_key, label_key)
+        self.columns = columns
         self.groups: list[tuple[str, int, int]] = []  # file, number of the group, its first row
         rows = []
         for file, footer in files.footers.items():
@@ -253,7 +249,6 @@ class ParquetSource(ShardSource):
         import fsspec
         import pyarrow.parquet as parquet
 
-        image_key, label_key = self.keys
         file, group, _ = self.groups[shard]
         with fsspec.open(file, "rb") as opened:
             table = parquet.ParquetFile(opened, metadata=self.footers[file], buffer_size=BUFFER)
@@ -261,17 +256,14 @@ class ParquetSource(ShardSource):
             for part in table.iter_batches(
                 READ_SIZE,
                 row_groups=[group],
-                columns=[key for key in self.keys if key],
+                columns=self.columns.names,
                 use_threads=False,
             ):
                 skip, here = max(row - here, 0), here + len(part)
                 if skip >= len(part):
                     continue
-                images = _stored(part.column(image_key))[skip:]
-                labels = [None] * len(images)
-                if label_key is not None:
-                    labels = part.column(label_key).to_pylist()[skip:]
-                yield list(zip(images, labels, strict=True))
+                found = {name: _stored(part.column(name)) for name in self.columns.names}
+                yield self.columns.rows(found)[skip:]
 
     def place(self, shard: int) -> tuple[str, int]:
         """Return the file of a row group and its first row there."""
@@ -284,16 +276,13 @@ class SequentialSource(ShardSource):
 
     Args:
         dataset: A streaming ``datasets.IterableDataset``, undecoded.
-        image_key: Column of the images.
-        label_key: Column of the labels, None for none.
+        columns: What is read of it.
         open_shards: How many shards each lane reads at once.
     """
 
-    def __init__(
-        self, dataset: Any, image_key: str, label_key: str | None, open_shards: int
-    ) -> None:
+    def __init__(self, dataset: Any, columns: Columns, open_shards: int) -> None:
         self.dataset = dataset
-        self.keys = (image_key, label_key)
+        self.columns = columns
         super().__init__(None, dataset.num_shards, open_shards)
 
     def batches(self, shard: int, row: int) -> Iterator[list[Row]]:
@@ -310,16 +299,14 @@ class SequentialSource(ShardSource):
                 return
 
     def _batches(self, shard: int, row: int, size: int) -> Iterator[list[Row]]:
-        image_key, label_key = self.keys
         # `iter(batch_size)` leaves torch's workers alone; plain iteration would deal shards again.
         whole = self.dataset.shard(num_shards=self.shards, index=shard)
         here = 0
         for table in whole.iter(batch_size=size):
-            images = table[image_key]
-            labels = [None] * len(images) if label_key is None else table[label_key]
-            skip, here = max(row - here, 0), here + len(images)
-            if skip < len(images):
-                yield list(zip(images[skip:], labels[skip:], strict=True))
+            rows = self.columns.rows(table)
+            skip, here = max(row - here, 0), here + len(rows)
+            if skip < len(rows):
+                yield rows[skip:]
 
     def place(self, shard: int) -> tuple[str, int]:
         """Name the shard by its number: not every format has one file to a shard."""
@@ -327,7 +314,7 @@ class SequentialSource(ShardSource):
 
 
 def _stored(column: Any) -> list[Any]:
-    """Turn a column of images into Python objects: the bytes alone, if all images have them."""
+    """Turn a column into Python objects: of images the bytes alone, if all of them have any."""
     import pyarrow as pa
 
     if pa.types.is_struct(column.type) and not column.null_count:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lit_diffusion.training.columns import Columns
 from lit_diffusion.training.shards import (
     READ_SIZE,
     ParquetSource,
@@ -110,6 +111,7 @@ def open_split(
     label_key: str | None,
     open_shards: int = 4,
     skip: bool = False,
+    condition_keys: tuple[str, ...] = (),
 ) -> Source:
     """Return one split, ready to be read, after checking its columns.
 
@@ -120,9 +122,11 @@ def open_split(
         label_key: Column of the labels, None for none.
         open_shards: Shards that each lane of a stream reads at once.
         skip: Leave out files that cannot be opened, see `Source.lost`.
+        condition_keys: Columns of the further conditions.
     """
     import datasets
 
+    columns = Columns(image_key, label_key, tuple(condition_keys))
     if split not in splits:
         raise ValueError(
             f"expected a split {split!r}, got {', '.join(splits)}; "
@@ -133,8 +137,8 @@ def open_split(
     files = getattr(dataset._ex_iterable, "kwargs", {}) if streamed else {}
     if {"files", "row_groups_list"} <= files.keys():
         parquet = open_parquet(list(files["files"]), skip)
-        _check_columns(split, parquet.columns, image_key, label_key)
-        source: Source = ParquetSource(parquet, image_key, label_key, open_shards)
+        columns.check(split, parquet.columns)
+        source: Source = ParquetSource(parquet, columns, open_shards)
         if not source.total:
             raise ValueError(f"expected examples in split {split!r}, got none; check the files")
         return source
@@ -144,25 +148,15 @@ def open_split(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"expected examples in split {split!r}, got none; check the files")
-    _check_columns(split, list(first), image_key, label_key)
-    dataset = dataset.select_columns([*{key: 0 for key in (image_key, label_key) if key}])
+    columns.check(split, list(first))
+    dataset = dataset.select_columns(columns.names)
     if not streamed:
-        return TableSource(dataset, image_key, label_key)
+        return TableSource(dataset, columns)
     if isinstance(first[image_key], dict) and not first[image_key].get("bytes"):
         # A folder of images streams as a list of paths, class by class: better shuffled whole.
         listed = datasets.Dataset.from_list(list(dataset), features=dataset.features)
-        return TableSource(listed, image_key, label_key)
-    return SequentialSource(dataset.reshard(), image_key, label_key, open_shards)
-
-
-def _check_columns(split: str, found: list[str], image_key: str, label_key: str | None) -> None:
-    for argument, column in (("data.image_key", image_key), ("data.label_key", label_key)):
-        if column is not None and column not in found:
-            hint = "; null for no labels" if argument == "data.label_key" else ""
-            raise ValueError(
-                f"expected a column {column!r} in split {split!r}, got {', '.join(found)}; "
-                f"set {argument}{hint}"
-            )
+        return TableSource(listed, columns)
+    return SequentialSource(dataset.reshard(), columns, open_shards)
 
 
 class TableSource(Source):
@@ -170,15 +164,14 @@ class TableSource(Source):
 
     Args:
         dataset: A map-style ``datasets.Dataset``, undecoded.
-        image_key: Column of the images.
-        label_key: Column of the labels, None for none.
+        columns: What is read of it.
     """
 
     shards = 1
 
-    def __init__(self, dataset: Any, image_key: str, label_key: str | None) -> None:
+    def __init__(self, dataset: Any, columns: Columns) -> None:
         self.dataset = dataset
-        self.keys = (image_key, label_key)
+        self.columns = columns
         self.total = len(dataset)
         # Made from the files' names and times (on the hub: their commit) and the split's name.
         self.fingerprint = dataset._fingerprint
@@ -194,10 +187,8 @@ class TableSource(Source):
 
     def fetch(self, items: list[Any]) -> list[Example]:
         """Look the examples up by their indices."""
-        image_key, label_key = self.keys
-        table = self.dataset[items]
-        labels = [None] * len(items) if label_key is None else table[label_key]
-        return [Example(*row) for row in zip(items, table[image_key], labels, strict=True)]
+        rows = self.columns.rows(self.dataset[items])
+        return [Example(item, *row) for item, row in zip(items, rows, strict=True)]
 
     def head(self, n: int | None) -> Iterator[Example]:
         """Yield the first n examples (None: all) in their own order."""

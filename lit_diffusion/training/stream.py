@@ -52,11 +52,12 @@ ORDER, WINDOW, FLIP = 1, 2, 3  # what a permutation is for: three keys that neve
 
 
 class Example(NamedTuple):
-    """One undecoded row: its index in the split, its image as stored, its label or None."""
+    """One undecoded row: its index in the split; image, label, conditions as they are stored."""
 
     index: int
     image: Any
     label: Any
+    conditions: tuple[Any, ...] = ()
 
 
 class Piece(NamedTuple):

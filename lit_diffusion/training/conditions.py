@@ -1,0 +1,98 @@
+"""Further conditions: what a network is told of an example beside z, λ and a label.
+
+    batch["attributes"]  →  network(z, logsnr, label=…, attributes=…, hidden=…)
+
+A condition is a tensor with a row for each example and a name, by which it stands in the batch and
+among the network's arguments. Where guidance hides it, its rows are zero and `hidden` says so; see
+`lit_diffusion.hide_condition`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_diffusion.decoders import Decoder
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.likelihood import consistency_bound, variational_bound
+from lit_diffusion.loss import DiffusionLoss, weighted_error
+from lit_diffusion.probability_flow import log_likelihood
+from lit_diffusion.sampler import Sampler
+from lit_diffusion.training.columns import BATCH
+
+__all__ = ["RESERVED", "check_network", "from_batch"]
+
+# Conditions travel as keyword arguments through all of these, where their own names are taken.
+_ON_THE_WAY = (
+    Decoder.reconstruction,
+    Denoiser.forward,
+    DiffusionLoss.forward,
+    Sampler.__call__,
+    consistency_bound,
+    log_likelihood,
+    variational_bound,
+    weighted_error,
+)
+RESERVED = {"hidden", *BATCH}.union(*(inspect.signature(f).parameters for f in _ON_THE_WAY))
+
+
+def check_network(network: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names that are taken, and a network that does not take all of them.
+
+    Args:
+        network: The network.
+        names: Names of the conditions.
+
+    Raises:
+        ValueError: Naming the first that will not do.
+    """
+    for name in names:
+        if name in RESERVED:
+            raise ValueError(
+                f"A condition cannot be called {name!r}, which means something else on the way to "
+                "the network; rename it."
+            )
+    if not names:
+        return
+    inner: Any = network
+    while (takes := _arguments(inner)) is None and isinstance(
+        getattr(inner, "network", None), nn.Module
+    ):
+        inner = inner.network  # a wrapper hands on what it does not know
+    for name in (*names, "hidden"):
+        if takes is not None and name not in takes:
+            raise ValueError(
+                f"{type(inner).__name__} takes no argument {name!r}, but the model is conditioned "
+                f"on {', '.join(names)}: its forward needs them, and `hidden`, by name; see the "
+                "guide on conditioning."
+            )
+
+
+def _arguments(network: nn.Module) -> set[str] | None:
+    """Names of what a network takes; None if it takes any."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return None
+    return {one.name for one in parameters}
+
+
+def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The conditions of a batch.
+
+    Args:
+        names: Their names.
+        batch: A batch of the data.
+
+    Raises:
+        ValueError: If one is not in it.
+    """
+    for name in names:
+        if name not in batch:
+            raise ValueError(
+                f"Expected {name!r} in the batch, for the model is conditioned on it, got "
+                f"{', '.join(batch)}; name its column in data.condition_keys."
+            )
+    return {name: batch[name] for name in names}
