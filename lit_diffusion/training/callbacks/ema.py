@@ -1,4 +1,4 @@
-"""An average of the weights along the run."""
+"""The average of the weights that a run is judged by."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-__all__ = ["EMA"]
+from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
+
+__all__ = ["EMA", "name_of", "trained_weights"]
 
 
 class EMA(L.Callback):
@@ -16,51 +19,80 @@ class EMA(L.Callback):
 
     Samples and likelihoods of the average are much better than those of the last weights, whose
     noise it removes. The decay d rises as (1 + n)/(10 + n) until it reaches its value, so that
-    the initial weights are forgotten. Validation, test and prediction use the average, and so
-    does every checkpoint's `state_dict`; the raw weights stand beside it for training to go on.
+    the initial weights are forgotten. With `std` it is a power function instead, whose window is
+    that fraction of the run, however long the run is. Validation, test and prediction use the
+    average, and so does every checkpoint's `state_dict`; the raw weights stand beside it for
+    training to go on. `Averages` keeps others besides.
 
     Args:
-        decay: d, in [0, 1); 0.999 averages over about a thousand steps.
+        decay: d, in [0, 1); 0.999 averages over about a thousand steps. None means 0.999, if
+            there is no std.
+        std: Relative width σ of a power function, in (0, 0.2887], in place of decay.
 
     Raises:
-        ValueError: If decay is outside [0, 1).
+        ValueError: If decay or std is outside its range, or both are given.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, appendix B.
+        Karras et al. (2023), Analyzing and Improving the Training Dynamics of Diffusion Models,
+        arXiv:2312.02696, section 3.
     """
 
     # The swap stands in the outer hooks (…_start, …_end): a callback that works in the inner ones
     # (epoch, batch) sees the average wherever it stands in the list. Weights are swapped by value,
     # since optimizer, DDP and compiled graphs hold on to the tensors.
 
-    def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay must be in [0, 1), got {decay}.")
+    def __init__(self, decay: float | None = None, std: float | None = None) -> None:
+        if decay is not None and std is not None:
+            raise ValueError(f"EMA: one of decay and std, got decay={decay} and std={std}.")
         self.decay = decay
+        self.std = std
+        if std is not None:
+            self._profile: Profile = PowerProfile(std)
+        else:
+            self._profile = ConstantProfile(0.999 if decay is None else decay)
         self.updates = 0
-        self.swapped = False
         self._weights: dict[str, Tensor] = {}  # found once: walking the modules costs 0.3 ms
-        self._average: dict[str, Tensor] = {}
+        self._average: RunningAverage | None = None
+        self._raw: list[Tensor] | None = None  # the weights, while the average is in their place
         self._loaded: dict[str, Tensor] | None = None
+        self._kept = ""  # name of the average in the checkpoint; older ones do not say
+        self._in_place = ""  # name of what the module has when nothing is followed
         self._last_step = 0
+
+    @property
+    def profile(self) -> str:
+        """Which average validation, samples and checkpoints have, such as EMA(decay=0.999)."""
+        if self._average is None and self._in_place:
+            return self._in_place
+        return name_of(self._profile, self.updates, self._last_step)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the average is in the weights' place."""
+        return self._raw is not None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Create the average on the parameters' device, or take it from the checkpoint."""
-        start = self._loaded or {}
-        self._weights = {
-            name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad
-        }
-        self._average = {
-            name: start.get(name, w).to(w.device, w.dtype, copy=True)
-            for name, w in self._weights.items()
-        }
-        self._loaded = None
+        self._weights = trained_weights(pl_module)
+        start, self._loaded = self._loaded or {}, None
+        if start and isinstance(self._profile, PowerProfile) and self._kept != str(self._profile):
+            # A constant decay forgets what it began with, a power function would not.
+            rank_zero_warn(
+                f"EMA: the checkpoint has the average {self._kept or 'of a constant decay'}, not "
+                f"{self._profile}, which begins anew from the weights as they are."
+            )
+            start, self.updates = {}, 0
+        elif not start and trainer.global_step == 0:
+            self.updates = 0
+        self._average = RunningAverage(self._profile, list(self._weights.values()), self.updates)
+        begin = [start.get(name, w) for name, w in self._weights.items()]
+        torch._foreach_copy_(self._average.values, begin)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step, which a resumed run knows only by now."""
         self._last_step = trainer.global_step
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
@@ -68,30 +100,23 @@ class EMA(L.Callback):
         if trainer.global_step == self._last_step:  # a micro-batch of an accumulated step
             return
         self._last_step = trainer.global_step
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average, weights = list(self._average.values()), list(self._weights.values())
-        torch._foreach_lerp_(average, weights, 1 - decay)
+        self._average.update(list(self._weights.values()))
+        self.updates = self._average.updates
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        if not self._average:
-            return
-        average, weights = list(self._average.values()), list(self._weights.values())
-        kept = [w.clone() for w in weights]
-        torch._foreach_copy_(weights, average)
-        torch._foreach_copy_(average, kept)
-        self.swapped = not self.swapped
-
     def _in(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in place of the weights."""
-        if not self.swapped:
-            self._swap()
+        if self._average is not None and self._raw is None:
+            weights = list(self._weights.values())
+            self._raw = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, self._average.values)
 
+    @torch.no_grad()
     def _out(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Put the weights back."""
-        if self.swapped:
-            self._swap()
+        if self._raw is not None:
+            torch._foreach_copy_(list(self._weights.values()), self._raw)
+            self._raw = None
 
     on_validation_start = on_test_start = on_predict_start = _in
     on_validation_end = on_test_end = on_predict_end = _out
@@ -100,29 +125,59 @@ class EMA(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the module, which is what one samples from afterwards."""
         self._in(trainer, pl_module)
-        self._average, self._weights, self.swapped = {}, {}, False
+        self._in_place = self.profile
+        self._average, self._raw, self._weights = None, None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many updates the average has seen."""
-        return {"updates": self.updates}
+        """How many updates the average has seen, and which it is."""
+        return {"updates": self.updates, "profile": str(self._profile)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.updates = state_dict["updates"]
+        self.updates, self._kept = state_dict["updates"], state_dict.get("profile", "")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the average as the model's state, and the raw weights beside it."""
-        if not self._average:
-            return
-        here = checkpoint["state_dict"]
-        there = here | self._average
-        raw, average = (there, here) if self.swapped else (here, there)
-        checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
+        """Store the average as the model's state with its name, and the raw weights beside it."""
+        if self._average is not None:
+            here, names = checkpoint["state_dict"], self._weights
+            raw = {} if self._raw is None else dict(zip(names, self._raw, strict=True))
+            average = dict(zip(names, self._average.values, strict=True))
+            checkpoint["state_dict"] = here | average
+            checkpoint["current_model_state"] = here | raw
+        if self._average is not None or self._in_place:
+            checkpoint["average"] = self.profile
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the average until the parameters are on their device."""
         self._loaded = checkpoint.pop("average_model_state", None)
+        unnamed = "an average" if "current_model_state" in checkpoint else "raw"
+        self._in_place = checkpoint.get("average", unnamed)
+
+
+def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:
+    """The parameters that are trained, by all the names they have in the state.
+
+    Args:
+        pl_module: The model.
+    """
+    named = pl_module.named_parameters(remove_duplicate=False)
+    return {name: p.detach() for name, p in named if p.requires_grad}
+
+
+def name_of(profile: Profile, updates: int, step: int) -> str:
+    """Which average of a run this is; one that did not begin with the run says so.
+
+    Args:
+        profile: How it follows the weights.
+        updates: How many updates it has seen.
+        step: Optimizer steps of the run.
+
+    Example:
+        >>> name_of(PowerProfile(0.1), 300, 300), name_of(PowerProfile(0.1), 300, 1000)
+        ('EMA(std=0.1)', 'EMA(std=0.1, from step 700)')
+    """
+    return str(profile) if step <= updates else f"{str(profile)[:-1]}, from step {step - updates})"

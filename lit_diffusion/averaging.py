@@ -1,0 +1,304 @@
+"""Averages of the weights along a run, and how to make one of them from others afterwards.
+
+Letters: θ_n the weights after the n-th update, n = 1, 2, …; t the number of updates so far; θ̄ an
+average; σ its relative width.
+
+Every average here follows the weights by one rule, θ̄ ← θ̄ + step(n)·(θ_n − θ̄), and a profile is
+the choice of step(n). What matters of it is the share S_t(n) of θ_1 … θ_n in θ̄ at time t. With
+
+    1 − step(n) = (1 − 1/n)^p        S_t(n) = Π_{m = n+1…t} (1 − step(m)) = (n/t)^p
+
+since the product telescopes: θ_n counts in proportion to n^(p−1) (up to rounding to whole steps),
+exactly, from the first step on. The window grows with the run, and its standard deviation is a
+fixed fraction of it, σ² = p/((p + 1)²(p + 2)).
+
+**Afterwards.** Let a mixture Σ c_i θ̄_i of such averages, of several times and widths, stand for
+another one, θ̄*. With Σ c_i = 1, summation by parts gives
+
+    Σ c_i θ̄_i − θ̄* = Σ_n D(n)·(θ_n − θ_{n+1})        D(n) = Σ c_i S_i(n) − S*(n)
+
+so D says how much of each step of the weights is wrongly in or out. If the steps are uncorrelated
+and of equal variance, the expected squared error is that variance times ∫ D². This is what
+`reconstruct` minimises. Karras et al. (2023) have least squares on the densities dS/dn instead,
+right for weights that scatter about a constant; weights that wander are met better this way.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ConstantProfile",
+    "PowerProfile",
+    "Profile",
+    "Reconstruction",
+    "RunningAverage",
+    "Snapshot",
+    "overlaps",
+    "reconstruct",
+]
+
+WIDEST = 12**-0.5  # of the plain mean of all steps
+
+
+class Profile(ABC):
+    """How an average follows the weights: θ̄ ← θ̄ + step(n)·(θ_n − θ̄).
+
+    A leaf is a frozen dataclass; as a string it is the name that stands beside every number.
+
+    Example:
+        >>> print(ConstantProfile(0.99), PowerProfile(0.1))
+        EMA(decay=0.99) EMA(std=0.1)
+    """
+
+    @abstractmethod
+    def step(self, n: int) -> float:
+        """How far the n-th update goes from the average towards the weights, in (0, 1].
+
+        Args:
+            n: Number of the update, from 1.
+        """
+
+
+@dataclass(frozen=True)
+class ConstantProfile(Profile):
+    """A constant decay d: step(n) = 1 − min(d, (1 + n)/(10 + n)).
+
+    It averages over the last 1/(1 − d) steps, however long the run is. The decay rises to d along
+    (1 + n)/(10 + n), so that the initial weights are forgotten.
+
+    Args:
+        decay: d, in [0, 1).
+
+    Raises:
+        ValueError: If decay is outside [0, 1).
+
+    References:
+        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, appendix B.
+
+    Example:
+        >>> ConstantProfile(0.5).step(1), ConstantProfile(0.5).step(100)
+        (0.8181818181818181, 0.5)
+    """
+
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Refuse what is no decay."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"EMA: decay must be in [0, 1), got {self.decay}.")
+
+    def step(self, n: int) -> float:
+        """1 − min(d, (1 + n)/(10 + n)).
+
+        Args:
+            n: Number of the update, from 1.
+        """
+        return 1 - min(self.decay, (1 + n) / (10 + n))
+
+    def __str__(self) -> str:
+        return f"EMA(decay={self.decay})"
+
+
+@dataclass(frozen=True)
+class PowerProfile(Profile):
+    """A power function of the step: step(n) = 1 − (1 − 1/n)^p, of relative width σ.
+
+    The window is always the last part of the run, as wide at a million steps as at a thousand in
+    proportion, so one σ suits runs of any length; the initial weights never count. Averages of a
+    few widths, kept along the run, contain those of all other widths (`reconstruct`).
+
+    Args:
+        std: σ, the standard deviation of the window over the steps so far, in (0, 12^(−1/2)];
+            0.05 to 0.15 is usual, 12^(−1/2) = 0.2887 is the plain mean.
+
+    Raises:
+        ValueError: If std is outside that range.
+
+    References:
+        Karras et al. (2023), Analyzing and Improving the Training Dynamics of Diffusion Models,
+        arXiv:2312.02696, section 3.1 and appendix C; their γ is p − 1.
+
+    Example:
+        >>> profile = PowerProfile(0.1)
+        >>> round(profile.power, 3), profile.step(1), round(profile.step(1000), 5)
+        (7.937, 1.0, 0.00791)
+    """
+
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse a width that no power function has, or only one that forgets the present."""
+        if not 0 < self.std <= WIDEST:
+            raise ValueError(
+                f"EMA: std must be above 0 and at most {WIDEST:.4f}, the plain mean of all steps, "
+                f"got {self.std}."
+            )
+
+    @property
+    def power(self) -> float:
+        """The exponent p ≥ 1 of this width, the largest root of σ²(p + 1)²(p + 2) = p.
+
+        With m = p + 1 the equation is m³ + m² − m/σ² + 1/σ² = 0. It has three real roots, and
+        the cosine form of the cubic gives the largest.
+        """
+        y = self.std**-2
+        a, b = y + 1 / 3, 4 * y / 3 + 2 / 27  # m = u − 1/3 leaves u³ − a u + b = 0
+        u = 2 * math.sqrt(a / 3) * math.cos(math.acos(-1.5 * b / a * math.sqrt(3 / a)) / 3)
+        return max(1.0, u - 4 / 3)
+
+    def step(self, n: int) -> float:
+        """1 − (1 − 1/n)^p, without cancellation for large n.
+
+        Args:
+            n: Number of the update, from 1.
+        """
+        return 1.0 if n == 1 else -math.expm1(self.power * math.log1p(-1 / n))
+
+    def __str__(self) -> str:
+        return f"EMA(std={self.std})"
+
+
+class RunningAverage:
+    """An average that follows some tensors, all of them in one call to a step.
+
+    It is kept in float32 or better: in bfloat16 a step of a thousandth would round to nothing.
+
+    Args:
+        profile: How it follows.
+        start: Where it begins; copied.
+        updates: How many updates `start` has seen already.
+
+    Example:
+        >>> average = RunningAverage(PowerProfile(12**-0.5), [torch.zeros(1)])
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     average.update([torch.tensor([value])])
+        >>> print(f"{float(average.values[0]):.4f}")  # the plain mean
+        3.0000
+    """
+
+    def __init__(self, profile: Profile, start: Sequence[Tensor], updates: int = 0) -> None:
+        self.profile = profile
+        self.updates = updates
+        self.values = [
+            w.detach().to(torch.promote_types(w.dtype, torch.float32), copy=True) for w in start
+        ]
+        self._narrow = any(w.dtype != v.dtype for w, v in zip(start, self.values, strict=True))
+
+    @torch.no_grad()
+    def update(self, weights: Sequence[Tensor]) -> None:
+        """Follow the weights by one step.
+
+        Args:
+            weights: As many as at the start, of the same shapes.
+        """
+        self.updates += 1
+        if self._narrow:
+            weights = [w.to(v.dtype) for w, v in zip(weights, self.values, strict=True)]
+        torch._foreach_lerp_(self.values, list(weights), self.profile.step(self.updates))
+
+
+class Snapshot(NamedTuple):
+    """Which average something is: a power profile and its number t of updates."""
+
+    profile: PowerProfile
+    updates: int
+
+
+def overlaps(snapshots: Sequence[Snapshot]) -> Tensor:
+    """Inner products of the parts of the run that averages have not yet taken in: ∫ R_i R_j dn.
+
+    R = 1 − S is 1 at the beginning and falls to 0 at the average's own time. For powers p and q
+    and times t ≤ u, with r = t/u::
+
+        ∫₀ᵗ (1 − (n/t)^p)(1 − (n/u)^q) dn = t·p·(1/(p + 1) − r^q/((q + 1)(p + q + 1)))
+
+    Args:
+        snapshots: The averages.
+
+    Shapes:
+        result (len(snapshots), len(snapshots)), float64, symmetric.
+
+    Example:
+        >>> mean = Snapshot(PowerProfile(12**-0.5), 100)  # R falls in a line from 1 to 0
+        >>> round(float(overlaps([mean])), 3)
+        33.333
+    """
+    power = torch.tensor([s.profile.power for s in snapshots], dtype=torch.float64)
+    time = torch.tensor([s.updates for s in snapshots], dtype=torch.float64)
+    earlier = time[:, None] <= time
+    p = torch.where(earlier, power[:, None], power)
+    q = torch.where(earlier, power, power[:, None])
+    t = torch.minimum(time[:, None], time)
+    gap = (time[:, None].log() - time.log()).abs()
+    return t * p * (1 / (p + 1) - torch.exp(-q * gap) / ((q + 1) * (p + q + 1)))
+
+
+class Reconstruction(NamedTuple):
+    """A mixture that stands for an average, and how far off it is.
+
+    Both errors are relative to the distance of the average from the last weights, for weights
+    that walk in uncorrelated steps of equal variance.
+
+    Args:
+        weights: c_i of each snapshot; their sum is 1.
+        misfit: √(∫ D²/∫ S*²), of the profile alone; below 1e-7 it is rounding.
+        error: The same with the noise in the snapshots.
+    """
+
+    weights: Tensor
+    misfit: float
+    error: float
+
+
+def reconstruct(
+    target: Snapshot, snapshots: Sequence[Snapshot], noise: float = 0.0
+) -> Reconstruction:
+    """The mixture of averages that comes nearest to another: least ∫ D² + noise·Σ c_i², Σ c_i = 1.
+
+    The noise is what keeps the c_i small: without it a narrow width is made from large numbers of
+    both signs, which multiply the rounding errors of the snapshots.
+
+    Args:
+        target: The average that is wanted.
+        snapshots: Those that there are, at least one; those of later times are of no use.
+        noise: Variance of the error of a snapshot, over the variance of one step of the weights.
+
+    Shapes:
+        weights of the result (len(snapshots),), float64.
+
+    References:
+        Karras et al. (2023), arXiv:2312.02696, section 3.2, for the idea; the inner product and
+        the constraint are derived above.
+
+    Example:
+        >>> tracked = [Snapshot(PowerProfile(s), t) for t in (800, 900, 1000) for s in (0.05, 0.1)]
+        >>> found = reconstruct(Snapshot(PowerProfile(0.08), 1000), tracked)
+        >>> print(f"{float(found.weights.sum()):.6f} {found.misfit:.0e}")
+        1.000000 3e-03
+    """
+    n = len(snapshots)
+    whole = overlaps([*snapshots, target]) / target.updates
+    share = noise / target.updates
+    system = torch.ones(n + 1, n + 1, dtype=torch.float64)  # the last row is the constraint
+    system[:n, :n] = whole[:n, :n] + share * torch.eye(n, dtype=torch.float64)
+    system[n, n] = 0
+    right = torch.cat([whole[:n, n], torch.ones(1, dtype=torch.float64)])[:, None]
+    # Snapshots of nearby times are nearly the same function: the system is close to singular.
+    weights = torch.linalg.lstsq(system, right, driver="gelsd").solution[:n, 0]
+    error = torch.cat([weights, -torch.ones(1, dtype=torch.float64)])
+    square = float(error @ whole @ error)
+    scale = 1 / (2 * target.profile.power + 1)  # ∫ S*² over the target's time
+    rounding = share * float(weights.square().sum())
+    return Reconstruction(
+        weights,
+        math.sqrt(max(0.0, square) / scale),
+        math.sqrt(max(0.0, square + rounding) / scale),
+    )
