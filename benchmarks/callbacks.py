@@ -1,11 +1,11 @@
-"""What following the loss and watching the noise levels cost, a step.
+"""What following the loss, watching the noise levels and reading the clock cost, a step.
 
     python benchmarks/callbacks.py [--steps 600]
 
 Runs configs/digits.yaml with a network of about 20 ms a step and the overlays with/adaptive.yaml
-and with/noise-levels.yaml, and keeps the time within the two callbacks' hooks, and between the
-starts of two steps. Medians over steps for those hooks that run at each step, means for the
-absorption at every tenth; what a validation writes is given for itself.
+and with/noise-levels.yaml, and keeps the time within the two callbacks' hooks and within those of
+Throughput, and between the starts of two steps. Means over steps without the slowest hundredth;
+what a validation writes is given for itself.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 import lightning as L
 
-from lit_diffusion.training import AdaptiveScheduleUpdate, NoiseLevelLoss
+from lit_diffusion.training import AdaptiveScheduleUpdate, NoiseLevelLoss, Throughput
 
 ROOT = Path(__file__).parents[1]
 RESULT = "CALLBACKS_RESULT"
 
 
 class Stopwatch(L.Callback):
-    """Times the hooks of the two callbacks, and the steps."""
+    """Times the hooks of the callbacks, and the steps."""
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = defaultdict(list)
@@ -42,8 +42,14 @@ class Stopwatch(L.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, (AdaptiveScheduleUpdate, NoiseLevelLoss)):
                 for hook in ("on_train_batch_end", "on_validation_epoch_end"):
-                    name = f"{type(callback).__name__}.{hook}"
-                    setattr(callback, hook, self.timed(name, getattr(callback, hook)))
+                    self.watch(callback, hook)
+            if isinstance(callback, Throughput):
+                self.watch(callback, "on_train_batch_start")
+                self.watch(callback, "on_train_batch_end")
+
+    def watch(self, owner: Any, hook: str) -> None:
+        """Put a watch around a hook."""
+        setattr(owner, hook, self.timed(f"{type(owner).__name__}.{hook}", getattr(owner, hook)))
 
     def timed(self, name: str, hook: Any) -> Any:
         """The same hook, whose time is kept."""
@@ -73,11 +79,12 @@ class Stopwatch(L.Callback):
         result = {"ms of a step": step}
         each = 0.0
         for name, times in self.times.items():
-            if name.endswith("on_train_batch_end"):
+            if not name.endswith("on_validation_epoch_end"):
                 times = sorted(times[50:])
                 kept = times[: max(1, int(0.99 * len(times)))]  # the machine's own pauses
                 result[name] = statistics.mean(kept)
-                each += result[name]
+                if name.startswith((AdaptiveScheduleUpdate.__name__, NoiseLevelLoss.__name__)):
+                    each += result[name]
             else:
                 result[name] = statistics.median(times)
         result["share of a step, %"] = 100 * each / step

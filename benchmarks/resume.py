@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import random
@@ -181,11 +182,19 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {a!r} and {b!r}"
 
 
+def repeatable(path: Path) -> str:
+    """A table of a run without its columns throughput/…: how fast it went is never the same."""
+    with path.open(newline="") as lines:
+        rows = list(csv.reader(lines))
+    kept = [i for i, name in enumerate(rows[0]) if not name.startswith("throughput/")]
+    return "\n".join(",".join(row[i] for i in kept) for row in rows)
+
+
 def compare(ours: Path, theirs: Path) -> str:
     """What differs between two runs by their last checkpoints, "" if nothing does."""
     found = list(differences(load_checkpoint(ours), load_checkpoint(theirs)))
     for name in ("metrics.csv", "noise_levels.csv"):
-        texts = [(path.parents[1] / name).read_text() for path in (ours, theirs)]
+        texts = [repeatable(path.parents[1] / name) for path in (ours, theirs)]
         if texts[0] != texts[1]:
             pairs = zip(*(text.splitlines() for text in texts), strict=False)
             first = next((" | ".join(pair) for pair in pairs if pair[0] != pair[1]), "lengths")

@@ -6,17 +6,15 @@
                        metrics.csv              every number that was logged
                        wandb/                   the W&B run (offline unless WANDB_MODE says else)
 
-A resumed run goes on in its folder: its W&B id is the folder's, and rows of metrics.csv from
-after the checkpoint, which will be logged again, are dropped.
+A resumed run goes on in its folder: rows of metrics.csv from after the checkpoint, which will be
+logged again, are dropped, and the W&B run is the one that the checkpoint names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,11 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.dashboard import Dashboard
 
 __all__ = [
     "RunLogger",
     "SaveConfig",
-    "finish_wandb",
     "last_checkpoint",
     "new_run_folder",
     "run_loggers",
@@ -148,45 +146,22 @@ class RunLogger(CSVLogger):
         return [row for row in rows if int(row["step"]) < self._resume_step]
 
 
-def run_loggers(folder: Path, resume_step: int | None = None) -> list[Logger]:
+def run_loggers(
+    folder: Path, resume_step: int | None = None, wandb_id: str | None = None
+) -> list[Logger]:
     """The loggers of a run: metrics.csv, and Weights & Biases unless it is disabled.
 
     Args:
         folder: The run folder.
         resume_step: Step of the checkpoint that is resumed from.
+        wandb_id: The W&B run to go on with, which that checkpoint names.
     """
     loggers: list[Logger] = [RunLogger(folder, resume_step)]
-    mode = os.environ.setdefault("WANDB_MODE", "offline")
-    if mode == "disabled" or rank_zero_only.rank != 0:
-        return loggers
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        logger = WandbLogger(
-            project=os.environ.get("WANDB_PROJECT", "lit-diffusion"),
-            name=f"{folder.parent.name}/{folder.name}",
-            id=f"{folder.parent.name}-{folder.name}",
-            save_dir=str(folder),
-            resume="allow" if mode == "online" else None,
-        )
-        # Lightning always hands this over, and W&B then warns of it.
-        getattr(logger, "_wandb_init", {}).pop("anonymous", None)
-        _ = logger.experiment
-        loggers.append(logger)
-    except Exception as error:
-        rank_zero_warn(f"Weights & Biases is left out of this run: {error}")
+    if os.environ.get("WANDB_MODE") != "disabled" and rank_zero_only.rank == 0:
+        if wandb_id is None and resume_step is not None:
+            wandb_id = f"{folder.parent.name}-{folder.name}"  # before checkpoints named it
+        loggers.append(Dashboard(folder, wandb_id))
     return loggers
-
-
-def finish_wandb(exit_code: int = 0) -> None:
-    """Close the W&B run of this process, if it has one, so that the next run has its own.
-
-    Args:
-        exit_code: 0 if the run ended well.
-    """
-    if "wandb" in sys.modules:
-        with contextlib.suppress(Exception):
-            sys.modules["wandb"].finish(exit_code=exit_code, quiet=True)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -213,6 +188,7 @@ class SaveConfig(SaveConfigCallback):
                     # A resumed run with other settings: what the first steps had stays on record.
                     file = folder / f"config-{time.strftime('%Y-%m-%d_%H-%M-%S')}.yaml"
                 write_whole(file, text)
+            elif isinstance(logger, Dashboard):
+                logger.log_config(yaml.safe_load(text))
             elif isinstance(logger, WandbLogger):
-                config = {"cli": yaml.safe_load(text)}
-                logger.experiment.config.update(config, allow_val_change=True)
+                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.adaptive_schedule import AdaptiveSchedule
+from lit_diffusion.training.dashboard import show
+from lit_diffusion.training.figures import save_figure
 
-__all__ = ["AdaptiveScheduleUpdate"]
+__all__ = ["AdaptiveScheduleUpdate", "draw_density"]
 
 
 class AdaptiveScheduleUpdate(L.Callback):
@@ -19,6 +22,8 @@ class AdaptiveScheduleUpdate(L.Callback):
     Every rank adds up its own examples, and every n steps the sums of all go into the schedule of
     each, so the schedules stay the same. Nothing waits for the device. What is not in the schedule
     yet goes into the checkpoint, rank by rank, so that a resumed run is the same run.
+
+    At each validation schedule.png in the run folder shows the density as it has become.
 
     In continuous time the objective stays what it was. The levels of a discrete chain are its
     schedule's and move along, so its bound then changes by about 1/steps.
@@ -49,6 +54,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         self._sums: Tensor | None = None
         self._loaded: Tensor | None = None
         self._last_step = 0
+        self._folder: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the schedule, and this rank's sums of a checkpoint."""
@@ -66,6 +72,9 @@ class AdaptiveScheduleUpdate(L.Callback):
             elif trainer.is_global_zero:  # another number of ranks: one takes what all had
                 self._sums += ranks.sum(0)
         self._loaded = None
+        folder = trainer.log_dir  # a collective: every rank asks
+        kept = trainer.is_global_zero and trainer.loggers and not trainer.fast_dev_run
+        self._folder = Path(folder) if kept and folder is not None else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step, which a resumed run knows only by now."""
@@ -95,6 +104,14 @@ class AdaptiveScheduleUpdate(L.Callback):
             loss.schedule.absorb(total)
             self._sums.zero_()
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the density."""
+        if self._folder is not None and not trainer.sanity_checking:
+            schedule: Any = pl_module.loss.schedule  # type: ignore[union-attr]
+            path = self._folder / "schedule.png"
+            save_figure(draw_density(schedule, trainer.global_step), path)
+            show(trainer, "schedule", path)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was left out."""
         rejected = int(pl_module.loss.schedule.rejected)  # type: ignore[union-attr, arg-type]
@@ -116,3 +133,26 @@ class AdaptiveScheduleUpdate(L.Callback):
     ) -> None:
         """Remember the sums until the model is on its device."""
         self._loaded = checkpoint.get("adaptive_schedule_sums")
+
+
+def draw_density(schedule: AdaptiveSchedule, step: int) -> Any:
+    """The picture of an adaptive schedule: its density, and that from which it started.
+
+    Args:
+        schedule: As it is now.
+        step: Optimizer steps so far.
+    """
+    from matplotlib.figure import Figure
+
+    low, high = schedule.ends
+    borders = torch.linspace(low, high, schedule.bins + 1, dtype=torch.float64)
+    now = schedule.beyond.diff().flip(0).cpu() / schedule.width
+    start = schedule._initial_mass(torch.full_like(schedule.first, 1 / schedule.bins)).cpu()
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(now.numpy(), borders.numpy(), fill=True, color="#17407f", alpha=0.35, label="now")
+    start = start / schedule.width
+    axes.stairs(start.numpy(), borders.numpy(), color="black", linewidth=1, label="at the start")
+    axes.set(title=f"Density of λ at step {step}", xlabel="λ", ylabel="share per unit of λ")
+    axes.legend()
+    return figure

@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
 from lit_diffusion.training.checkpoints import write_whole
+from lit_diffusion.training.dashboard import show
 from lit_diffusion.training.figures import save_figure
 from lit_diffusion.training.noise_levels import NoiseLevels, draw, read_table, table_text
 
@@ -247,9 +248,7 @@ class NoiseLevelLoss(L.Callback):
         write_whole(path, text + table_text(new))
         picture = path.with_suffix(".png")
         save_figure(draw(self._records), picture)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("noise_levels", [_pixels(picture)])
+        show(trainer, "noise_levels", picture)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,15 +263,6 @@ class NoiseLevelLoss(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the sums until their device is known."""
         self._loaded = state_dict
-
-
-def _pixels(path: Path) -> Any:
-    """A picture as it is on the disk: (H, W, 3), uint8, for a logger."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def _report(record: NoiseLevels) -> None:

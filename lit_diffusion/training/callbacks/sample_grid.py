@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.training import randomness
+from lit_diffusion.training.dashboard import show
 
 __all__ = ["SampleGrid", "save_grid"]
 
@@ -24,21 +25,24 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
     """Write images as one PNG, enlarged so that small ones can be seen, whole or not at all.
 
     Examples of one or two numbers are no images to look at: all of them together make one
-    picture, a histogram or a scatter of points.
+    picture, a histogram or a scatter of points. Of latents, which have other numbers of channels
+    than images do, the first three (or the first) are shown as colours, −3 to 3 as dark to bright.
 
     Args:
-        images: In [−1, 1].
+        images: In [−1, 1], or latents, of standard deviation 1.
         path: The PNG file.
         columns: Images in a row; without meaning for points.
 
     Shapes:
-        images (n, C, H, W), C of 1 or 3, or C·H·W of at most 2; result, the picture,
-        (3, H', W'), uint8.
+        images (n, C, H, W); result, the picture, (3, H', W'), uint8.
     """
     from PIL import Image
     from torchvision.utils import make_grid
 
-    images = images.float().cpu().clamp(-1, 1)
+    images, channels = images.float().cpu(), images.shape[1]
+    if channels not in (1, 3) and images[0].numel() > 2:
+        images = images[:, : 3 if channels > 3 else 1] / 3
+    images = images.clamp(-1, 1)
     if images[0].numel() <= 2:
         picture = _points(images.flatten(1))
     else:
@@ -89,9 +93,11 @@ def _points(points: Tensor) -> Tensor:
 class SampleGrid(L.Callback):
     """Draws a grid of samples at each validation: samples/step-….png in the run folder.
 
-    With classes, each column is one class. The starting noise is the same every time, so the
-    pictures show how the model changes and nothing else. Drawn from the average weights if there
-    is an `EMA`. A walk of more than 100 levels shows a progress bar, if the trainer has one.
+    With classes, each column is one class. With further conditions, each image has the whole
+    condition of a validation example, the first ones in their order; where rank 0 has fewer than
+    rows · columns of them, there are as many images. The starting noise is the same every time, so
+    the pictures show how the model changes and nothing else. Drawn from the average weights if
+    there is an `EMA`. A walk of more than 100 levels shows a progress bar, if the trainer has one.
 
     Data of one or two numbers make one picture instead: a histogram, or a scatter of points.
     These want some thousand samples, such as 40 rows and 50 columns.
@@ -100,10 +106,11 @@ class SampleGrid(L.Callback):
         rows: Rows of the grid.
         columns: Columns of the grid; rows · columns is the number of samples.
         guidance: Strength of classifier-free guidance, 1 for none.
+        guidance_interval: Guide only for λ from low to high; None means everywhere.
         every_n_validations: Draw at every n-th validation only.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or the interval is none.
     """
 
     def __init__(
@@ -112,35 +119,78 @@ class SampleGrid(L.Callback):
         columns: int = 10,
         guidance: float = 1.0,
         every_n_validations: int = 1,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> None:
         if min(rows, columns, every_n_validations) < 1:
             raise ValueError(
                 "SampleGrid: rows, columns and every_n_validations must be at least 1, "
                 f"got {rows}, {columns} and {every_n_validations}."
             )
+        if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
+            raise ValueError(
+                "SampleGrid: guidance_interval must be (low, high) in λ with low < high, got "
+                f"{guidance_interval}."
+            )
         self.rows = rows
         self.columns = columns
         self.guidance = guidance
+        self.guidance_interval = guidance_interval
         self.every_n_validations = every_n_validations
         self.last_path: Path | None = None
         self._validations = 0
+        self._seen: list[dict[str, Tensor]] = []
 
-    def draw(self, pl_module: Any, progress: Callable[[Any], Iterable[Any]] = iter) -> Tensor:
+    def draw(
+        self,
+        pl_module: Any,
+        progress: Callable[[Any], Iterable[Any]] = iter,
+        cond: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The images of the grid, row by row.
 
         Args:
             pl_module: The LitDiffusion to draw from.
             progress: Wraps the list of steps, such as tqdm.
+            cond: What each image is to be, label included; None means a class for each column.
 
         Shapes:
-            result (rows · columns, C, H, W), in [−1, 1].
+            each condition (n, *) with n ≤ rows · columns; result (n, C, H, W), in [−1, 1].
         """
-        n = self.rows * self.columns
-        noise = randomness.generators(pl_module.seed, "sample", list(range(n)))
-        classes = pl_module.num_classes
-        label = None if classes is None else torch.arange(n) % self.columns % classes
-        guidance = 1.0 if classes is None else self.guidance
-        return pl_module.sample(n, noise, label, guidance=guidance, progress=progress)
+        cond, n, classes = dict(cond or {}), self.rows * self.columns, pl_module.num_classes
+        if cond:
+            n, label = len(next(iter(cond.values()))), cond.pop("label", None)
+        else:
+            label = None if classes is None else torch.arange(n) % self.columns % classes
+        return pl_module.sample(
+            n,
+            randomness.generators(pl_module.seed, "sample", list(range(n))),
+            label,
+            guidance=self.guidance if cond or classes is not None else 1.0,
+            guidance_interval=self.guidance_interval,
+            progress=progress,
+            cond=cond,
+        )
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last validation's examples."""
+        self._seen = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the conditions of the first examples, if there are more than classes."""
+        if not pl_module.conditions:
+            return
+        room = self.rows * self.columns - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
+        if room > 0:
+            cond = pl_module.condition(batch)
+            self._seen.append({name: value[:room] for name, value in cond.items()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, in a hook where the average weights are in place."""
@@ -153,11 +203,14 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero or folder is None:
             return
         path = Path(folder) / "samples" / f"step-{trainer.global_step:07d}.png"
-        picture = save_grid(self.draw(pl_module, pl_module.watch()), path, self.columns)
+        seen = {
+            name: torch.cat([cond[name] for cond in self._seen])
+            for name in (self._seen[0] if self._seen else ())
+        }
+        images = self.draw(pl_module, pl_module.watch(), seen)
+        save_grid(images, path, self.columns)
         self.last_path = path
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [picture.permute(1, 2, 0).numpy()])
+        show(trainer, "samples", path)
 
     def on_predict_batch_end(
         self,

@@ -1,0 +1,91 @@
+"""What a run shows of itself beside its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_diffusion.objective import Objective
+from lit_diffusion.training.dashboard import Dashboard, show
+from lit_diffusion.training.measurements import Measurement, read_measurements
+
+__all__ = ["Overview"]
+
+
+class Overview(L.Callback):
+    """Draws the objective at the start, hands what was measured to W&B, and remembers its run.
+
+    objective.png in the run folder is what `lit-diffusion objective` would draw, of the schedule,
+    weighting and prediction that are trained. The records of metrics.json become a table, each
+    with its protocol, after a validation that added to them and at the end. The id of the W&B run
+    goes into every checkpoint, so that whoever goes on from it, goes on with that run.
+    """
+
+    def __init__(self) -> None:
+        self._id: str | None = None
+        self._measured: list[Measurement] = []
+        self._folder: Path | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the objective; a run is not ended by a picture."""
+        folder = trainer.log_dir  # a collective: every rank asks
+        if not trainer.is_global_zero or not trainer.loggers or folder is None:
+            return
+        if trainer.fast_dev_run:
+            return
+        self._folder = Path(folder)
+        try:
+            from lit_diffusion.training.explain import save_objective
+
+            loss: Any = pl_module.loss
+            prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]
+            found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+            save_objective(found, self._folder / "objective.png")
+        except Exception as error:
+            rank_zero_warn(f"The objective is not drawn: {type(error).__name__}: {error}")
+        else:
+            show(trainer, "objective", self._folder / "objective.png")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hand over what the callbacks have measured, after the last of them."""
+        self._hand_over(trainer)
+
+    on_train_end = on_validation_end
+
+    def _hand_over(self, trainer: L.Trainer) -> None:
+        if self._folder is None or trainer.sanity_checking:
+            return
+        try:
+            measured = read_measurements(self._folder)
+        except ValueError as error:
+            rank_zero_warn(str(error))
+            return
+        if measured == self._measured:
+            return
+        self._measured = measured
+        columns = list(Measurement._fields)
+        rows = [[*one[:-1], json.dumps(one.protocol, ensure_ascii=False)] for one in measured]
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table("measurements", columns, rows, step=step)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write down which W&B run this is, or was before W&B was switched off."""
+        for logger in trainer.loggers:
+            if isinstance(logger, Dashboard):
+                self._id = logger.version
+        if self._id is not None:
+            checkpoint["wandb_id"] = self._id
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember it."""
+        self._id = checkpoint.get("wandb_id")

@@ -1,0 +1,291 @@
+"""Weights & Biases: a window on the run folder, which may break while the house stands.
+
+    trainer, callbacks → Dashboard.log_… → queue → one thread → W&B's own process → disk or network
+
+All that W&B shows of a run is in the run folder, too. So it is never worth a run: whatever fails
+there, at whatever moment, costs one warning and the rest of the display. A call may also never
+return, if W&B's process stands still; hence the thread, for which the training does not wait.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import queue
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+__all__ = ["Dashboard", "show"]
+
+#: Where W&B puts tables until they are sent: by default somewhere at home, for us the run folder.
+DATA_DIR_IS_GIVEN = "WANDB_DATA_DIR" in os.environ
+
+
+def show(trainer: Trainer, name: str, path: Path) -> None:
+    """Hand a picture of the run folder to every logger that shows pictures.
+
+    It stands at the step of the row that is being logged, beside the numbers of the same moment.
+
+    Args:
+        trainer: Has the loggers.
+        name: Of the panel.
+        path: The picture.
+    """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    caption = f"after {trainer.global_step} steps"
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(name, [str(path)], step=step, caption=[caption])
+
+
+def _attempted(method: Callable[..., Any]) -> Callable[..., None]:
+    """A method of WandbLogger which, if it fails, loses W&B and nothing else."""
+
+    @functools.wraps(method)
+    def attempt(self: Dashboard, *args: Any, **kwargs: Any) -> None:
+        if self.alive:
+            try:
+                method(self, *args, **kwargs)
+            except Exception as error:
+                self._lost = _sentence(error)
+
+    return attempt
+
+
+class _Nothing:
+    """Stands where W&B stood, for those who call it directly."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, name: str) -> _Nothing:
+        return self
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        pass
+
+
+class Dashboard(WandbLogger):
+    """A W&B run, offline unless WANDB_MODE says else, on which training never depends.
+
+    Where W&B cannot be reached at the start the run is written offline, for `wandb sync`. If it
+    fails later, or a call takes more than a minute, there is one warning, and W&B is left out of
+    the rest of the run.
+
+    Args:
+        folder: The run folder, runs/<name>/<time>; W&B writes below it.
+        id: Of the W&B run; one that there is already goes on. None means a new one.
+    """
+
+    PATIENCE = 60.0  # seconds in which a call must return
+    FAREWELL = 600.0  # and the last one, which waits for all uploads
+    REACH = "20"  # seconds in which W&B must be reached, unless WANDB_INIT_TIMEOUT says else
+
+    def __init__(self, folder: Path, id: str | None = None) -> None:
+        online = os.environ.setdefault("WANDB_MODE", "offline") not in ("offline", "dryrun")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", self.REACH)
+        if not DATA_DIR_IS_GIVEN:
+            os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").resolve())
+        name = f"{folder.parent.name}/{folder.name}"
+        # Jobs of a sweep may begin within one second, on machines that do not know each other.
+        new = f"{re.sub(r'[^a-zA-Z0-9_.-]+', '-', name)[-100:]}-{secrets.token_hex(2)}"
+        super().__init__(
+            project=os.environ.get("WANDB_PROJECT", "lit-diffusion"),
+            name=name,
+            id=os.environ.get("WANDB_RUN_ID") or id or new,
+            save_dir=str(folder),
+            resume="allow" if online else None,
+        )
+        self._wandb_init.pop("anonymous", None)  # given, even as None, W&B warns of it
+        self._folder = folder
+        self._lost = ""  # why W&B is left out
+        self._told = False
+        self._last: tuple[Any, ...] = ()
+        self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._deadline: float | None = None  # of the call that is being made
+        self._exit_code: int | None = 1  # what W&B is told if it is left out
+        self._thread: Any = threading.Thread(target=self._work, name="dashboard", daemon=True)
+        self._begin(online)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ranks that are spawned: they write into the same run, and wait for each call."""
+        return super().__getstate__() | {"_calls": None, "_thread": None}
+
+    def _begin(self, online: bool) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                run = super().experiment
+            except Exception as error:
+                _teardown()  # its process may have died since the last run
+                if online:
+                    rank_zero_warn(
+                        f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
+                        f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
+                        "sends it."
+                    )
+                    self._wandb_init.update(mode="offline", resume=None)
+                run = super().experiment
+        except Exception as error:
+            self._lost = _sentence(error)
+            _ = self.alive
+            return
+        if run.offline:
+            self.FAREWELL = self.PATIENCE
+        else:
+            rank_zero_info(f"Weights & Biases: {run.url}")
+        self._thread.start()
+        atexit.register(self.finish, None)
+
+    # The thread ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Make the calls, one after the other; at the end, or after a failure, close the run."""
+        run = self._experiment
+        for call in iter(self._calls.get, None):
+            self._make(call, self.PATIENCE)
+            if self._lost:
+                break
+        self._make(lambda: run.finish(exit_code=self._exit_code), self.FAREWELL)
+        if self._lost:
+            self._make(_teardown, self.PATIENCE)
+
+    def _make(self, call: Callable[[], Any], seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        try:
+            call()
+        except Exception as error:
+            self._lost = self._lost or _sentence(error)
+        finally:
+            self._deadline = None
+
+    def _later(self, call: Callable[[], Any]) -> None:
+        if self.alive and self._thread is None:
+            self._make(call, self.PATIENCE)
+        elif self.alive:
+            self._calls.put(call)
+
+    def _overdue(self) -> bool:
+        deadline = self._deadline
+        return deadline is not None and time.monotonic() > deadline
+
+    @property
+    def alive(self) -> bool:
+        """Whether W&B is still there; says so once if it is not."""
+        if not self._lost and self._overdue():
+            self._lost = "it does not answer"
+        if self._lost and not self._told:
+            self._told = True
+            rank_zero_warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
+        return not self._lost
+
+    def finish(self, exit_code: int | None = None) -> None:
+        """Close the W&B run, and do not wait for ever.
+
+        Args:
+            exit_code: 0 if the run ended well; None leaves it to W&B to find out.
+        """
+        atexit.unregister(self.finish)
+        self._exit_code = exit_code
+        self._calls.put(None)
+        while self._thread.is_alive() and not self._overdue():
+            self._thread.join(0.2)
+        if self._thread.is_alive():
+            _ = self.alive
+            with contextlib.suppress(Exception):
+                _service().kill()  # a call that hangs would never return, nor would the program
+            self._thread.join(self.PATIENCE)
+        self._lost = self._lost or self._unwritten()
+        _ = self.alive
+
+    def _unwritten(self) -> str:
+        """What W&B's process could not write, which it tells to nobody but its log."""
+        with contextlib.suppress(Exception):
+            log = Path(self._experiment.settings.log_internal).read_text(errors="replace")
+            if found := re.search(r"failed to save record: ([^\"]*)", log):
+                return found[1]
+        return ""
+
+    # What a logger does ----------------------------------------------------------------------
+
+    @property
+    def experiment(self) -> Any:
+        """The run of W&B; once that is lost, something that does nothing."""
+        return _Nothing() if self._lost else super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Show numbers, once: a checkpoint has its step logged before the trainer does.
+
+        Args:
+            metrics: Names and numbers.
+            step: Where they stand.
+        """
+        if (row := (step, dict(metrics))) != self._last:
+            self._last = row
+            self._later(functools.partial(super().log_metrics, row[1], step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Show the model's description in the config.
+
+        Args:
+            params: The model's hyper-parameters.
+        """
+        self.log_config({"model": dict(params)})
+
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Show a config, or a part of it in the place of what there was.
+
+        Args:
+            config: Plain data.
+        """
+        self._later(lambda: self.experiment.config.update(config, allow_val_change=True))
+
+    log_image = _attempted(WandbLogger.log_image)
+    log_table = _attempted(WandbLogger.log_table)
+    log_audio = _attempted(WandbLogger.log_audio)
+    log_video = _attempted(WandbLogger.log_video)
+    after_save_checkpoint = _attempted(WandbLogger.after_save_checkpoint)
+    finalize = _attempted(WandbLogger.finalize)
+
+
+def _sentence(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
+
+
+def _service() -> Any:
+    """The process that W&B has started for this one."""
+    from wandb.sdk import wandb_setup
+
+    return wandb_setup.singleton()._connection._proc._process
+
+
+def _teardown() -> None:
+    """Have W&B forget its run, which the next one would go on with, and end its process."""
+    import wandb
+    from wandb.sdk.lib import module
+
+    process = None
+    with contextlib.suppress(Exception):
+        process = _service()
+    with contextlib.suppress(Exception):
+        module.unset_globals()
+        wandb.teardown()
+    if process is not None:
+        process.kill()
+        process.wait()
