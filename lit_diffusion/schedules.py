@@ -12,6 +12,7 @@ them share. As densities over λ the well-known names are::
     exponential          KarrasSchedule     EDM's sampling grid
     learned              LearnedSchedule    VDM
     a histogram          AdaptiveSchedule   VDM++
+    a published table    TableSchedule      improved DDPM's chain, and any other
     any of them, moved   ShiftedSchedule    larger images
 
 To add one: subclass `NoiseSchedule`, give `_logsnr`; `testing.check_schedule` proves it.
@@ -28,6 +29,7 @@ from lit_diffusion.adaptive_schedule import AdaptiveSchedule  # noqa: F401 (one 
 from lit_diffusion.learned_schedule import LearnedSchedule  # noqa: F401 (one of the family)
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.registry import Registry
+from lit_diffusion.table_schedule import TableSchedule  # noqa: F401 (one of the family)
 
 __all__ = [
     "SCHEDULES",

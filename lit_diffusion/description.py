@@ -1,0 +1,181 @@
+"""Descriptions: an object as plain data, and back.
+
+A checkpoint must hold how its model was made, yet load without executing anything
+(`weights_only=True`), so it holds {class_path, init_args} and nothing else. `describe` reads
+that from the object itself, by the house's rule that an argument is kept as an attribute of its
+own name; `build` makes the object again, and imports only modules that are allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_diffusion.decoders import Decoder
+from lit_diffusion.predictions import Prediction
+from lit_diffusion.registry import arguments, load_plugins
+from lit_diffusion.samplers import Sampler
+
+__all__ = ["allow", "allowed_modules", "build", "describe", "missing_package"]
+
+_ALLOWED = ["lit_diffusion", "torch.optim", "torch.nn", "lightning.pytorch"]
+_KINDS = (
+    nn.Module,
+    Prediction,
+    Sampler,
+    Decoder,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+
+
+def allow(module: str) -> None:
+    """Let classes of a module, and of the modules in it, be named in configs and checkpoints.
+
+    Args:
+        module: Its dotted name.
+
+    Example:
+        >>> allow("a_package")
+        >>> "a_package" in allowed_modules()
+        True
+    """
+    if module not in _ALLOWED:
+        _ALLOWED.append(module)
+
+
+def allowed_modules() -> list[str]:
+    """Modules that configs and checkpoints may import: ours, PyTorch's, installed plug-ins'.
+
+    Example:
+        >>> allowed_modules()[:2]
+        ['lit_diffusion', 'torch.optim']
+    """
+    for module in load_plugins():
+        allow(module.partition(".")[0])
+    return list(_ALLOWED)
+
+
+def missing_package(path: str) -> str | None:
+    """What to do about a class whose package is not here; None if the package is here.
+
+    The package is looked for, and nothing of it is imported.
+
+    Args:
+        path: The class's dotted path.
+
+    Example:
+        >>> missing_package("torch.optim.Adam") is None
+        True
+    """
+    module = path.rpartition(".")[0]
+    package = module.partition(".")[0]
+    if not package or package in sys.modules or importlib.util.find_spec(package):
+        return None
+    return (
+        f"{path} needs the package {package}, which is not installed: install it, or, if it is a "
+        f"file of yours, go where it is and name it: --plugins {module}."
+    )
+
+
+def _class_path(cls: type) -> str:
+    top = cls.__module__.partition(".")[0]
+    if getattr(sys.modules.get(top), cls.__name__, None) is cls:
+        return f"{top}.{cls.__name__}"  # by its public name, so that files may move
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(value: Any) -> Any:
+    """Say in plain data how an object was made.
+
+    Args:
+        value: A number, a string, None; a list, tuple or dict of such; an object that keeps its
+            arguments; a class, or a `functools.partial` of one, with keyword arguments.
+
+    Raises:
+        TypeError: If it cannot be said.
+
+    Example:
+        >>> from lit_diffusion import SigmoidWeighting
+        >>> describe(SigmoidWeighting(bias=1.0))
+        {'class_path': 'lit_diffusion.SigmoidWeighting', 'init_args': {'bias': 1.0}}
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, type):
+        return {"class_path": _class_path(value), "init_args": {}}
+    if isinstance(value, functools.partial):
+        # The command line's partials carry the class among their arguments.
+        classes = [part for part in (value.func, *value.args) if isinstance(part, type)]
+        if len(classes) != 1:
+            raise TypeError(f"{value!r} is not a class with keyword arguments only.")
+        return {"class_path": _class_path(classes[0]), "init_args": describe(value.keywords)}
+    if not isinstance(value, _KINDS):
+        raise TypeError(f"{value!r} is not plain data.")
+    return {"class_path": _class_path(type(value)), "init_args": describe(arguments(value))}
+
+
+def _find(path: str) -> type:
+    """The class of that path, importing its module only if that is allowed."""
+    module, _, name = path.rpartition(".")
+    if module not in sys.modules:
+        if missing := missing_package(path):
+            raise ValueError(f"The checkpoint's {missing}")
+        if not any(module == m or module.startswith(m + ".") for m in allowed_modules()):
+            raise ValueError(
+                f"{path} may not be imported from a checkpoint: its module is neither of "
+                f"{', '.join(_ALLOWED)} nor imported already. If you trust it, import it first "
+                f"(on the command line: --plugins {module or path})."
+            )
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"{path} is needed by the checkpoint, but: {error}.") from error
+    found = getattr(sys.modules[module], name, None)
+    if not (inspect.isclass(found) and issubclass(found, _KINDS)):
+        raise ValueError(f"{path} is not a class that a checkpoint may name, or it is gone.")
+    return found
+
+
+def build(description: Any) -> Any:
+    """Make an object from its description; the inverse of `describe`.
+
+    Optimizers and learning-rate schedulers come as `functools.partial`, to be called with what
+    they act on.
+
+    Args:
+        description: What `describe` returned, or the config of the same form.
+
+    Raises:
+        ValueError: If it names a class that is not allowed.
+
+    Example:
+        >>> build({"class_path": "lit_diffusion.SigmoidWeighting", "init_args": {"bias": 1.0}})
+        SigmoidWeighting(bias=1.0)
+    """
+    if isinstance(description, Mapping) and "class_path" in description:
+        cls = _find(description["class_path"])
+        values = {k: build(v) for k, v in (description.get("init_args") or {}).items()}
+        if issubclass(cls, _KINDS[-2:]):
+            return functools.partial(cls, **values)
+        return cls(**values)
+    if isinstance(description, Mapping):
+        return {key: build(item) for key, item in description.items()}
+    if isinstance(description, list):
+        return [build(item) for item in description]
+    return description
