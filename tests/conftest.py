@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ import pytest
 os.environ["WANDB_MODE"] = "disabled"  # the one test of W&B sets its own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Neither read nor write what the user keeps; it goes when the tests end.
+CACHE = tempfile.TemporaryDirectory(prefix="lit_diffusion_tests_")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
+
+# A project of its own, whose tests run in a venv where it is installed.
+collect_ignore = ["plugin_package"]
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
