@@ -14,7 +14,8 @@ import signal
 import sys
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "sample", "compare", "objective", "replay", "plugins"
+    "fit", "validate", "test", "predict", "sample", "evaluate", "compare", "ema", "objective",
+    "replay", "report", "export", "import", "encode", "decode", "plugins",
 )  # fmt: skip
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
@@ -27,9 +28,16 @@ commands:
   test       test loss         lit-diffusion test --ckpt_path X --config C
   predict    an image of the class of each validation example
   sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
+  evaluate   FID, bits and all    lit-diffusion evaluate --ckpt_path X --seeds [0,1,2]
   compare    runs over λ       lit-diffusion compare RUN1 RUN2 --out compare.png
+  ema        another average   lit-diffusion ema --run RUN --std 0.08
   objective  what it does      lit-diffusion objective --config C --out objective.png
   replay     where a NaN comes from                lit-diffusion replay RUN/non_finite/step-N.json
+  report     a run as one page lit-diffusion report RUN
+  export     a model alone     lit-diffusion export RUN --out folder
+  import     a diffusers model lit-diffusion import FOLDER --out model.ckpt
+  encode     images as latents lit-diffusion encode --vae FOLDER --data.path D --out LATENTS
+  decode     latents as images lit-diffusion decode samples.npy --vae FOLDER --out samples.png
   plugins    list every schedule, weighting, prediction, sampler and decoder there is
 
   lit-diffusion COMMAND --help              all arguments of a command
@@ -83,12 +91,14 @@ def _print_plugins(argv: list[str]) -> None:
     from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `lit-diffusion plugins | head` just ends
-    for family in (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS, DECODERS):
+    families = (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS, DECODERS)
+    packages = {cls: cls.__module__.partition(".")[0] for f in families for cls in f.classes()}
+    wide = max(map(len, packages.values()))
+    for family in families:
         print(f"{family.base.__name__}")
         for cls in family.classes():
-            package = cls.__module__.partition(".")[0]
             summary = (cls.__doc__ or "").strip().partition("\n")[0]
-            print(f"  {cls.__name__:22} {package:14} {summary}")
+            print(f"  {cls.__name__:22} {packages[cls]:{wide}} {summary}")
         print()
 
 

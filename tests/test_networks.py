@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lit_diffusion.description import build, describe
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.nn.embeddings import FourierWaves
-from lit_diffusion.training.description import build, describe
 
 B, C, H, W = 5, 3, 4, 2
 SHAPE, SEEN = (C, H, W), (C * 5, H, W)

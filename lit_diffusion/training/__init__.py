@@ -2,28 +2,39 @@
 
 from lit_diffusion.training.callbacks import (
     EMA,
+    FID,
     AdaptiveScheduleUpdate,
+    Averages,
     Guard,
     LastCheckpoint,
     Likelihood,
     NoiseLevelLoss,
+    Overview,
     RankWatch,
     SampleGrid,
+    Throughput,
 )
 from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.features import ClassifierFeatures, InceptionFeatures
 from lit_diffusion.training.learning_rates import WarmupDecayLR
 from lit_diffusion.training.module import LitDiffusion
 
 __all__ = [
     "EMA",
+    "FID",
     "AdaptiveScheduleUpdate",
+    "Averages",
+    "ClassifierFeatures",
     "Guard",
     "ImageDataModule",
+    "InceptionFeatures",
     "LastCheckpoint",
     "Likelihood",
     "LitDiffusion",
     "NoiseLevelLoss",
+    "Overview",
     "RankWatch",
     "SampleGrid",
+    "Throughput",
     "WarmupDecayLR",
 ]

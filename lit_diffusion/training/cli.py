@@ -26,44 +26,66 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.training.callbacks import (
+    FID,
     Guard,
     LastCheckpoint,
     Likelihood,
+    Overview,
     RankWatch,
     SampleGrid,
+    Throughput,
 )
 from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.comparison import compare
+from lit_diffusion.training.dashboard import Dashboard
 from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.environment import begin_session, end_session, outcome
+from lit_diffusion.training.evaluation import evaluate
 from lit_diffusion.training.explain import objective
+from lit_diffusion.training.export import export
+from lit_diffusion.training.importing import import_pipeline
+from lit_diffusion.training.latents import decode, encode
 from lit_diffusion.training.logging import (
     RunLogger,
     SaveConfig,
-    finish_wandb,
     last_checkpoint,
     new_run_folder,
     run_loggers,
 )
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.reconstruction import ema
 from lit_diffusion.training.replay import replay
+from lit_diffusion.training.report import report, write_report
 from lit_diffusion.training.sampling import sample
 
 __all__ = ["DiffusionCLI", "main"]
 
 #: What a user's mistake raises; anything else is ours, and shows its traceback.
-MISTAKES = (ValueError, KeyError, OSError, MisconfigurationException)
+MISTAKES = (ValueError, KeyError, OSError, ModuleNotFoundError, MisconfigurationException)
 
 #: Commands that need nothing but their words; each returns what there is to say.
-COMMANDS = {"compare": compare, "sample": sample}
+COMMANDS = {
+    "compare": compare,
+    "decode": decode,
+    "ema": ema,
+    "encode": encode,
+    "report": report,
+    "sample": sample,
+    "export": export,
+    "import": import_pipeline,
+}
 
 
 class _Bar(TQDMProgressBar):
-    """Lightning's bar without the logger's version, which is the run folder's name cut short."""
+    """Lightning's bar, with the time that the whole run will take from here."""
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
+        metrics.pop("v_num", None)  # of a logger: the run folder's name cut short
+        for callback in trainer.callbacks:
+            if isinstance(callback, Throughput) and (left := callback.time_left(trainer)):
+                metrics["left"] = left
         return metrics
 
 
@@ -78,6 +100,8 @@ class DiffusionCLI(LightningCLI):
     ) -> None:
         self.run_folder: Path | None = None
         self.resume_step: int | None = None
+        self.wandb_id: str | None = None
+        self.loggers: list[Any] = []
         self.described: dict[str, Any] = {}
         super().__init__(
             model_class,
@@ -132,6 +156,7 @@ class DiffusionCLI(LightningCLI):
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             self.resume_step = checkpoint["global_step"]
+            self.wandb_id = checkpoint.get("wandb_id")
             if Path(path).parent.name == "checkpoints":
                 self.run_folder = Path(path).parents[1]
             return
@@ -174,7 +199,8 @@ class DiffusionCLI(LightningCLI):
         if self.run_folder is None:
             self.run_folder = new_run_folder(Path(trainer.default_root_dir) / config.name)
         if trainer.logger in (None, True) and not trainer.fast_dev_run:
-            kwargs["logger"] = run_loggers(self.run_folder, self.resume_step)
+            self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
+            kwargs["logger"] = self.loggers
         if trainer.enable_checkpointing is not False and not any(
             isinstance(callback, Checkpoint) for callback in callbacks
         ):
@@ -184,12 +210,24 @@ class DiffusionCLI(LightningCLI):
         ):
             # Refreshed at every step the bar alone would cost most of a millisecond.
             callbacks.append(_Bar(refresh_rate=20))
-        if not any(isinstance(callback, Guard) for callback in callbacks):
-            callbacks.append(Guard())
+        for usual in (Guard, Throughput, Overview):  # the clock after Guard's look at the device
+            if not any(isinstance(callback, usual) for callback in callbacks):
+                callbacks.append(usual())
         if not any(isinstance(callback, RankWatch) for callback in callbacks):
             callbacks.insert(0, RankWatch())
         trainer.callbacks = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except BaseException:
+            self._finish_dashboard(exit_code=1)
+            self._discard_if_empty()
+            raise
+
+    def _finish_dashboard(self, exit_code: int) -> None:
+        """Close the W&B run, so that the next run of this process has its own."""
+        for logger in self.loggers:
+            if isinstance(logger, Dashboard):
+                logger.finish(exit_code)
 
     def _discard_if_empty(self) -> None:
         """Remove the folder of a run that failed before it had anything to keep."""
@@ -204,14 +242,42 @@ class DiffusionCLI(LightningCLI):
                     parent.rmdir()  # only if it is empty
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self._begin_report()
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
-            finish_wandb(exit_code=1)
+        except BaseException as error:
+            self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
+            self._end_report(outcome(error))
             raise
-        finish_wandb()
+        self._finish_dashboard(exit_code=0)
         self._summarise()
+
+    def _reports(self) -> bool:
+        """Whether this process tells what became of a training."""
+        kept = any(isinstance(logger, RunLogger) for logger in self.trainer.loggers)
+        return self.subcommand == "fit" and rank_zero_only.rank == 0 and kept
+
+    def _begin_report(self) -> None:
+        """Write down what the run runs on; a run is not ended by what is said of it."""
+        if self._reports():
+            try:
+                trainer = self.trainer
+                ranks = trainer.num_devices * trainer.num_nodes
+                device = trainer.strategy.root_device
+                begin_session(self.run_folder, device, ranks, str(trainer.precision))
+            except Exception as error:
+                _note(f"Warning: what the run ran on is not recorded: {error}")
+
+    def _end_report(self, how: str) -> Path | None:
+        """Write the report of the run folder, if there is one; return where it is."""
+        if self._reports() and self.run_folder.is_dir():
+            try:
+                end_session(self.run_folder, how, self.trainer.global_step)
+                return write_report(self.run_folder)
+            except Exception as error:
+                _note(f"Warning: there is no report of this run: {error}")
+        return None
 
     def _summarise(self) -> None:
         """Name what there is to look at; the last line is the run folder."""
@@ -223,13 +289,15 @@ class DiffusionCLI(LightningCLI):
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
         for callback in self.trainer.callbacks:
-            if isinstance(callback, Likelihood) and callback.summary is not None:
+            if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
                 _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return
         for callback in self.trainer.callbacks:
             if isinstance(callback, SampleGrid) and callback.last_path is not None:
                 _say(f"Samples: {callback.last_path}")
+        if (page := self._end_report("finished")) is not None:
+            _say(f"Report: {page}")
         _say(f"Run folder: {self.run_folder}")
 
 
@@ -310,6 +378,8 @@ def main(
             if text:
                 _say(text)
             raise SystemExit(code)
+        elif command == "evaluate":
+            _say(evaluate(argv[1:], data_class))
         elif command == "objective":
             _say(objective(argv[1:], model_class, data_class))
         else:

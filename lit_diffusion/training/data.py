@@ -3,7 +3,7 @@
 B examples, C channels, H rows, W columns. An image stays what it is, C × H × W bytes, until it has
 reached the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured
 on the way, for a silent repair would change what is being modelled: an image that does not fit is
-a bad example, which is left out and named, or an error.
+a bad example, which is left out and named, or an error. Floats, such as latents, stay floats.
 
     training     endless, shuffled, exactly resumable           see `lit_diffusion.training.stream`
                  the same from memory, if the data fit          see `lit_diffusion.training.memory`
@@ -19,40 +19,29 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_diffusion.training.bad_examples import Bad, BadExample, BadExamples
+from lit_diffusion.training.columns import BATCH
 from lit_diffusion.training.images import ImageDecoder
 from lit_diffusion.training.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.sources import find_splits, open_split
-from lit_diffusion.training.stream import Example, ShuffledBatches, TrainLoader
+from lit_diffusion.training.stream import ShuffledBatches, TrainLoader
+from lit_diffusion.training.validation import FixedBatches, usable
 
 ORDER_VERSION = 2  # to be raised whenever the same arguments give another order
 STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data whose length nobody knows
 FIRST_LOOK = 100  # examples of which one must fit, or the configuration is wrong and not the data
 
 
-class FixedBatches:
-    """Batches that are made once and come in the same order every time."""
-
-    def __init__(self, batches: list[dict[str, Any]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Shallow copies: who replaces an entry of a batch must not change the next pass.
-        return (dict(batch) for batch in self.batches)
-
-
 class ImageDataModule(L.LightningDataModule):
     """Images (and labels) from any Hugging Face data set, streamed or in memory.
 
     Batches are {"image": (B, C, H, W), "label": (B,), "index": (B,)}, the images uint8 up to the
-    device and float32 in [−1, 1] from there on, the indices those of the examples in the split.
+    device and float32 in [−1, 1] from there on (floats in .npy format, such as latents, are taken
+    as they are), the indices those of the examples in the split;
+    and, by its name, each further condition, (B, *), int64 if it is integers and float32 if not.
     Validation batches count the examples in use instead, and say how many there are ("total").
     The training order is a function of the data and the seed alone and continues exactly from a
     checkpoint.
@@ -67,6 +56,8 @@ class ImageDataModule(L.LightningDataModule):
         image_shape: (channels, height, width) of every image.
         image_key: Column that holds the images.
         label_key: Column that holds integer labels, null for none.
+        condition_keys: Columns that hold further conditions, each a number or nested lists of
+            numbers; as in the first example, so in all. A model is told by `model.conditions`.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none.
         batch_size: Examples in a batch, on each rank.
@@ -102,6 +93,7 @@ class ImageDataModule(L.LightningDataModule):
         image_shape: tuple[int, int, int] = (1, 8, 8),
         image_key: str = "image",
         label_key: str | None = "label",
+        condition_keys: tuple[str, ...] = (),
         train_split: str = "train",
         val_split: str | None = "test",
         batch_size: int = 64,
@@ -124,6 +116,7 @@ class ImageDataModule(L.LightningDataModule):
         self.image_shape = tuple(image_shape)
         self.image_key = image_key
         self.label_key = label_key
+        self.condition_keys = tuple(condition_keys)
         self.train_split = train_split
         self.val_split = val_split
         self.batch_size = batch_size
@@ -142,6 +135,13 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 "data.image_shape must be (channels, height, width), all positive, "
                 f"got {self.image_shape}"
+            )
+        taken = set(BATCH) & set(self.condition_keys)
+        if taken or len(set(self.condition_keys)) < len(self.condition_keys):
+            raise ValueError(
+                f"data.condition_keys must be different columns, none of them called "
+                f"{', '.join(BATCH)}, got {', '.join(self.condition_keys)}; a label is named by "
+                "data.label_key, any other column may be renamed"
             )
         least = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0}
         least |= {"open_shards": 1}
@@ -167,7 +167,7 @@ class ImageDataModule(L.LightningDataModule):
             if not self.streaming:
                 self._memory = self._open_map(self._train)
         if self.val_split is not None:
-            self._val = self._decoder(splits, self.val_split)
+            self._val = self._decoder(splits, self.val_split, self._train)
 
     def train_dataloader(self) -> TrainLoader:
         """Return the endless stream, in epochs of a stated length."""
@@ -182,7 +182,14 @@ class ImageDataModule(L.LightningDataModule):
         if self._val is None:
             return []  # Lightning's way to say: no validation
         if self._val_loader is None:
-            self._val_loader = self._make_val_loader(self._val)
+            rank, world = self._place()
+            examples: Any = self._val.source.head(self.val_examples)
+            if self._skip:
+                report = self._bad_examples(self._val.split)
+                examples = usable(self._val, examples, report, tell=rank == 0)
+            self._val_loader = FixedBatches(
+                self._val, list(examples), self.batch_size, rank, world
+            )
         return self._val_loader
 
     def test_dataloader(self) -> FixedBatches | list:
@@ -206,6 +213,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world = self._place()
         decode = self.decoder(split)
         examples = decode.source.head(None)
+        report, read, lost = self._bad_examples(split), 0, 0
         for number in itertools.count():
             found = list(itertools.islice(examples, batch_size))
             if not found:
@@ -213,9 +221,12 @@ class ImageDataModule(L.LightningDataModule):
             if number % world != rank:
                 continue
             decoded = decode.sift(found)
-            for one in decoded:
-                if isinstance(one, Bad) and not self._skip:
-                    raise BadExample(one, split)
+            bad = [one for one in decoded if isinstance(one, Bad)]
+            if bad and not self._skip:
+                raise BadExample(bad[0], split)
+            report.add(bad)
+            read, lost = read + len(found), lost + len(bad)
+            report.judge(read, lost)
             if kept := [one for one in decoded if not isinstance(one, Bad)]:
                 yield decode.collate(kept) | {"batch": number}
 
@@ -231,9 +242,11 @@ class ImageDataModule(L.LightningDataModule):
         return self._decoder(splits, split)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn bytes into x in [−1, 1], on the device; images that are floats already pass."""
+        """Turn bytes into x in [−1, 1], on the device; images that are floats pass as float32."""
         if isinstance(batch, dict) and batch["image"].dtype == torch.uint8:
-            batch = batch | {"image": batch["image"].float().div_(127.5).sub_(1.0)}
+            return batch | {"image": batch["image"].float().div_(127.5).sub_(1.0)}
+        if isinstance(batch, dict) and batch["image"].dtype == torch.float16:
+            return batch | {"image": batch["image"].float()}
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,6 +267,7 @@ class ImageDataModule(L.LightningDataModule):
             self._train_loader.close()
 
     def _forget(self) -> None:
+        self._folder: str | None = None
         self._train: ImageDecoder | None = None
         self._memory: MemoryMap | None = None
         self._val: ImageDecoder | None = None
@@ -327,6 +341,7 @@ class ImageDataModule(L.LightningDataModule):
         settings["the number of ranks"] = world
         settings |= {f"data.{name}": getattr(self, name) for name in names}
         settings["data.image_shape"] = list(self.image_shape)
+        settings["data.condition_keys"] = list(self.condition_keys) or None
         settings["the number of training examples"] = total
         settings["the number of shards"] = self._train.source.shards
         first = self._first(self._train)["image"]
@@ -337,51 +352,13 @@ class ImageDataModule(L.LightningDataModule):
         identity = {
             name: getattr(self, name) for name in ("image_shape", "image_key", "label_key")
         }
+        if self.condition_keys:
+            identity["condition_keys"] = self.condition_keys
         identity["fingerprint"] = decode.source.fingerprint
         share = self.max_bad_share if self._skip else None
         memory = open_map(decode, identity, cache_folder(self.cache_dir), share)
         self._bad_examples(decode.split).add(memory.bad if self._place()[0] == 0 else [])
         return memory
-
-    def _make_val_loader(self, decode: ImageDecoder) -> FixedBatches:
-        rank, world = self._place()
-        examples = self._usable(decode)
-        total = len(examples)
-        if total < world:
-            raise ValueError(
-                f"expected at least one validation example for each of {world} ranks, got "
-                f"{total}; use fewer ranks or a larger split than {self.val_split!r}"
-            )
-        # As many batches on every rank, or a collective call in validation would hang.
-        steps = min(-(-total // (world * self.batch_size)), total // world)
-        mine = np.array_split(np.arange(total), world)[rank]
-        batches = []
-        for index in np.array_split(mine, steps):
-            batch = decode([examples[i] for i in index])
-            batches.append(batch | {"index": torch.from_numpy(index), "total": total})
-        return FixedBatches(batches)
-
-    def _usable(self, decode: ImageDecoder) -> list[Example]:
-        """Return the validation examples without the bad ones, which rank 0 names.
-
-        Every rank looks at all of them, so that all agree on how many there are and in which
-        order.
-        """
-        examples = decode.source.head(self.val_examples)
-        if not self._skip:
-            return list(examples)
-        kept, bad = [], []
-        for example in examples:
-            (decoded,) = decode.sift([example])
-            if isinstance(decoded, Bad):
-                bad.append(decoded)
-            else:
-                kept.append(example)
-        lost = sum(one.rows for one in bad)
-        report = self._bad_examples(decode.split)
-        report.add(bad if self._place()[0] == 0 else [])
-        report.judge(len(kept) + lost, lost)
-        return kept
 
     def _bad_examples(self, split: str) -> BadExamples:
         rank, world = self._place()
@@ -405,12 +382,34 @@ class ImageDataModule(L.LightningDataModule):
                 problem = problem or error
         raise problem
 
-    def _decoder(self, splits: dict[str, Any], split: str) -> ImageDecoder:
+    def _decoder(
+        self, splits: dict[str, Any], split: str, other: ImageDecoder | None = None
+    ) -> ImageDecoder:
+        """Open a split; its conditions must look as in the other one, or as in its first."""
         source = open_split(
-            splits, split, self.image_key, self.label_key, self.open_shards, self._skip
+            splits,
+            split,
+            self.image_key,
+            self.label_key,
+            self.open_shards,
+            self._skip,
+            self.condition_keys,
         )
-        decode = ImageDecoder(source, split, self.image_shape, labels=self.label_key is not None)
-        self._first(decode)
+        decode = ImageDecoder(
+            source,
+            split,
+            self.image_shape,
+            labels=self.label_key is not None,
+            conditions=self.condition_keys,
+            like=None if other is None else other.like,
+        )
+        first = self._first(decode)
+        decode.like = {name: first[name][0].numpy() for name in ("image", *self.condition_keys)}
+        if self.horizontal_flip and first["image"].is_floating_point():
+            raise ValueError(
+                "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
+                "latent is no latent of the mirror image; set it to false"
+            )
         if source.lost:
             report = self._bad_examples(split)
             report.add(list(source.lost) if self._place()[0] == 0 else [])

@@ -32,12 +32,17 @@ from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.evaluation_tables import Row, draw, markdown
 from lit_diffusion.training.features import InceptionFeatures
 from lit_diffusion.training.figures import save_figure
-from lit_diffusion.training.generation import Generation
-from lit_diffusion.training.logging import last_checkpoint
+from lit_diffusion.training.generation import Generation, refuse_conditions
 from lit_diffusion.training.measurements import Measurement, add_measurements, versions
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.parsing import DiffusionParser, fail, find_device
+from lit_diffusion.training.parsing import (
+    DiffusionParser,
+    fail,
+    find_checkpoint,
+    find_device,
+)
 from lit_diffusion.training.reference import Reference, class_shares, open_reference
+from lit_diffusion.training.report import write_report
 
 __all__ = ["evaluate"]
 
@@ -71,7 +76,7 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     for word, otherwise in (("--ckpt_path", None), ("--name", "*"), ("--config", None)):
         first.add_argument(word, default=otherwise)
     known, _ = first.parse_known_args(argv)
-    path = None if known.ckpt_path is None else _find(known.ckpt_path, known.name)
+    path = None if known.ckpt_path is None else find_checkpoint(known.ckpt_path, known.name)
     run = None if path is None else _run_folder(path)
     experiment = _experiment(known.config, run)
 
@@ -83,6 +88,7 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     data = data_class(**vars(config.data))
     parts = parser.instantiate_classes(config)
     subject = _load(path, run, config.device)
+    refuse_conditions(subject.model)
     network = (parts.features or InceptionFeatures()).to(subject.model.device).eval()
 
     reference = open_reference(
@@ -106,6 +112,8 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     text = _write(out, subject, reference, floor, rows, bound)
     if run is not None:
         add_measurements(run, [*_measurements(rows, subject), *bound])
+        if (run / "report.html").is_file():
+            write_report(run)
     return f"{text}\nWritten to {out}"
 
 
@@ -209,15 +217,6 @@ def _check(config: Any) -> None:
     out = None if config.out is None else Path(config.out)
     if out is not None and (out.is_file() or out.suffix):
         fail(f"--out must be a folder, got {out}.")
-
-
-def _find(given: str, name: str) -> Path:
-    if given != "last":
-        return Path(given)
-    found = last_checkpoint(Path("runs"), name)
-    if found is None:
-        fail(f"there is no checkpoint below runs/{name}; train first, or give its path.")
-    return found
 
 
 def _run_folder(path: Path) -> Path | None:

@@ -18,19 +18,18 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 
+from lit_diffusion.description import build
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.objective import Objective, gaussian_error
 from lit_diffusion.predictions import Prediction, VPrediction, XPrediction
 from lit_diffusion.published import PUBLISHED, nearest_published
 from lit_diffusion.registry import arguments
-from lit_diffusion.training.description import build
 from lit_diffusion.training.figures import save_figure
-from lit_diffusion.training.logging import last_checkpoint
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.parsing import DiffusionParser, fail
+from lit_diffusion.training.parsing import DiffusionParser, fail, find_checkpoint
 from lit_diffusion.weighting import Weighting
 
-__all__ = ["objective", "save_objective"]
+__all__ = ["objective", "paragraphs", "save_objective"]
 
 DATA_STD, DIMS = 0.5, 192  # the Gaussian data that the report speaks of: 8×8 colour images
 ROWS = 9  # of the table
@@ -82,12 +81,7 @@ def objective(
     if "--ckpt_path" in asked:
         if other := [word for word in asked if word in ("-c", "--config") or "--model" in word]:
             fail(f"a checkpoint has its own objective: give --ckpt_path or {other[0]}, not both.")
-        path = config.ckpt_path
-        if path == "last":
-            name = config.name if "--name" in asked else "*"
-            path = last_checkpoint(Path("runs"), name)
-            if path is None:
-                fail(f"there is no checkpoint below runs/{name}; train first, or give its path.")
+        path = find_checkpoint(config.ckpt_path, config.name if "--name" in asked else "*")
         model = LitDiffusion.load_from_checkpoint(path)
     else:
         given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
@@ -113,6 +107,8 @@ def _call(value: Any) -> str:
     """How an object would be written, its inner ones too, on one line with six digits."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, tuple) and len(value) > 6:  # a table of levels has a thousand
+        return f"({_call(value[0])}, …, {_call(value[-1])})"
     if not isinstance(value, (NoiseSchedule, Weighting, Prediction)):
         return repr(value)
     try:
@@ -122,7 +118,13 @@ def _call(value: Any) -> str:
     return f"{type(value).__name__}({inner})"
 
 
-def _report(found: Objective, bound: str) -> str:
+def paragraphs(found: Objective, bound: str = "") -> list[str]:
+    """An objective in words: what it is, what it means, how it scatters, whose it is.
+
+    Args:
+        found: The objective.
+        bound: What is said of the decoder, if the loss is the whole bound.
+    """
     chain = "" if found.steps is None else f" in {found.steps} steps"
     head = (
         f"Objective: {_call(found.weighting)}, drawn from {_call(found.schedule)}{chain}, "
@@ -132,13 +134,18 @@ def _report(found: Objective, bound: str) -> str:
     if "added. A share" in meaning:  # the name of a density is not broken in two
         name = found.augmentation_name()
         meaning = meaning.replace(name, name.replace(" ", "\N{NO-BREAK SPACE}"))
-    paragraphs = [head, meaning, _scatter(found), _neighbours(found)]
+    said = [head, meaning, _scatter(found), _neighbours(found)]
     if bound:
-        paragraphs.insert(
+        said.insert(
             2,
             "The decoder's two terms are added as they are; all that is said here is of the rest.",
         )
-    wrapped = [textwrap.fill(p, 80, break_on_hyphens=False) for p in paragraphs]
+    return said
+
+
+def _report(found: Objective, bound: str) -> str:
+    said = paragraphs(found, bound)
+    wrapped = [textwrap.fill(p, 80, break_on_hyphens=False) for p in said]
     text = "\n\n".join([wrapped[0], _table(found), *wrapped[1:]])
     return text.replace("\N{NO-BREAK SPACE}", " ")
 

@@ -251,10 +251,14 @@ def extract(network: nn.Module, images: Tensor) -> Features:
         images (B, C, H, W), uint8; features (B, F), logits (B, K) or None.
 
     Raises:
-        TypeError: If the images are no bytes, or the network returns something else.
+        ValueError: If the images are no bytes.
+        TypeError: If the network returns something else than features.
     """
     if images.dtype != torch.uint8:
-        raise TypeError(f"expected images as bytes, uint8, got {images.dtype}")
+        raise ValueError(
+            f"expected images as bytes, uint8, to measure, got {images.dtype}: decode latents into "
+            "images first, and leave FID out of their training."
+        )
     with torch.autocast(images.device.type, enabled=False):
         found = network(images)
     features, logits = found if isinstance(found, tuple) else (found, None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 
-__all__ = ["Drawn", "Generation", "to_bytes"]
+__all__ = ["Drawn", "Generation", "refuse_conditions", "to_bytes"]
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -155,6 +155,23 @@ def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Ten
     place = (start + index.double() * ((5**0.5 - 1) / 2)) % 1
     found = torch.searchsorted(edges, place, right=True)
     return found.clamp(max=int(shares.nonzero().max()))
+
+
+def refuse_conditions(model: Any) -> None:
+    """Samples of a model are measured by their classes only: other conditions come from data.
+
+    Args:
+        model: The LitDiffusion.
+
+    Raises:
+        ValueError: If the model is told anything else.
+    """
+    if model.conditions:
+        raise ValueError(
+            f"Samples of a model that is told {', '.join(model.conditions)} are not measured: "
+            "nothing says which of these go with sample i. Draw by `lit-diffusion predict`, and "
+            "give the images to torch-fidelity."
+        )
 
 
 class _Zero(nn.Module):

@@ -111,5 +111,5 @@ def weights_in_use(trainer: Trainer) -> str:
 
     for callback in trainer.callbacks:
         if isinstance(callback, EMA):
-            return getattr(callback, "profile", "an average")
-    return "raw"
+            return callback.profile
+    return getattr(trainer.lightning_module, "weights", "raw")

@@ -1,7 +1,7 @@
 """The model in training: one LightningModule for every objective.
 
-    batch {"image": (B, C, H, W) in [−1, 1], "label": (B,)}
-      → training_step      drops labels for guidance, draws λ and ε, calls the loss
+    batch {"image": (B, C, H, W) in [−1, 1], "label": (B,), further conditions (B, *)}
+      → training_step      hides conditions for guidance, draws λ and ε, calls the loss
          → DiffusionLoss   z = diffuse(x, ε, λ); (x̂, ε̂) = denoiser(z, λ, label); ½ w/p · err
       ← {"loss", "logsnr", "eps_error"}, each detached but the loss, for the callbacks
 
@@ -10,7 +10,6 @@ Each step is a pure function of (seed, step, micro-batch, rank); see `randomness
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_diffusion.decoders import Decoder
-from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
-from lit_diffusion.gaussian import Generators, noise_like
+from lit_diffusion.denoisers import Denoiser, hide_condition
+from lit_diffusion.description import build, describe
+from lit_diffusion.drawing import DrawingModel
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.nn import UNet
 from lit_diffusion.noise_schedule import NoiseSchedule, lattice
@@ -35,14 +35,14 @@ from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
 from lit_diffusion.training.checkpoints import WholeCheckpointIO, load_checkpoint
-from lit_diffusion.training.description import build, describe
+from lit_diffusion.training.conditions import check_network, from_batch
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
 
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(L.LightningModule):
+class LitDiffusion(DrawingModel, L.LightningModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`
@@ -50,7 +50,8 @@ class LitDiffusion(L.LightningModule):
     drawn afterwards. Any of them can be changed without the others.
 
     Args:
-        network: Maps (z, logsnr, label) to z's shape; None means a `UNet` for image_shape.
+        network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
+            image_shape.
         schedule: Density p(λ) that training draws from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
         steps: Number T of steps of a discrete chain, whose levels are then the only ones; None
@@ -67,15 +68,20 @@ class LitDiffusion(L.LightningModule):
             optimizer step; None means a constant rate.
         image_shape: Channels, height and width of the data; the command line sets it to the
             data's.
-        label_dropout: Probability of hiding an example's label in training, in [0, 1], so that
-            the model also learns to do without and samples can be guided.
+        label_dropout: Probability of hiding an example's label in training, and all its further
+            conditions with it, in [0, 1], so that the model also learns to do without and samples
+            can be guided.
+        conditions: What else the network is told, tensors of a batch by their names, which are
+            also the network's arguments; None means what the network asks for by an attribute
+            `conditions`.
         clip: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
         seed: Of all noise in training, validation and sampling.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
-            label_dropout is no probability, or schedule_lr not above 0.
+            label_dropout is no probability, or schedule_lr not above 0, or the network does not
+            take a condition.
         TypeError: If a part is not what it should be, such as a class without its brackets.
 
     References:
@@ -102,6 +108,7 @@ class LitDiffusion(L.LightningModule):
         schedule_lr: float | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
         label_dropout: float = 0.1,
+        conditions: Sequence[str] | None = None,
         clip: bool = True,
         seed: int = 0,
     ) -> None:
@@ -137,16 +144,20 @@ class LitDiffusion(L.LightningModule):
                 "schedule with ends of its own: leave the sampler's schedule out, so that it "
                 "follows."
             )
-        _within(sampler, schedule)
         self._sampler = sampler
+        self.walk()  # refuses a sampler that leaves the range
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule_lr = schedule_lr
         self.image_shape = image_shape
         self.label_dropout = label_dropout
+        asked = getattr(network, "conditions", None) if conditions is None else conditions
+        self.conditions = tuple(asked or ())
+        check_network(network, self.conditions)
         self.clip = clip
         self.seed = seed
         self._validation: Tensor | None = None
+        self.weights = "raw"  # or the name of an average, of what was loaded
         self.remember(
             network=network,
             schedule=schedule,
@@ -160,6 +171,7 @@ class LitDiffusion(L.LightningModule):
             schedule_lr=schedule_lr,
             image_shape=image_shape,
             label_dropout=label_dropout,
+            conditions=conditions,
             clip=clip,
             seed=seed,
         )
@@ -204,9 +216,8 @@ class LitDiffusion(L.LightningModule):
         t = lattice(n, offset.to(x.device, non_blocking=True), first, total)
         randomness.reseed(x.device, self.seed, "step", step, micro, rank)
         cond = self.condition(batch)
-        if "label" in cond and self.label_dropout > 0:
-            hidden = torch.rand(n, device=x.device) < self.label_dropout
-            cond["label"] = torch.where(hidden, -1, cond["label"])
+        if cond and self.label_dropout > 0:
+            cond = hide_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = terms.loss.mean()
         if (step + 1) % trainer.log_every_n_steps == 0:  # the logger would drop the others
@@ -261,22 +272,28 @@ class LitDiffusion(L.LightningModule):
         self.log(f"{name}/eps_error", (total[1] / total[2]).float(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Draw one image for each example, of its class if there are classes."""
+        """Draw one image for each example, of its class and its other conditions."""
         noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
-        cond = self.condition(batch)
-        return self.sample(len(noise), noise, progress=self.watch(), **cond)
+        cond = dict(self.condition(batch))
+        label = cond.pop("label", None)
+        return self.sample(len(noise), noise, label, progress=self.watch(), cond=cond)
 
     def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What of a batch the network is told beside the image: the label, if it knows classes.
+        """What of a batch the network is told beside the image, by the names of its arguments.
+
+        The label, if it knows classes, and `conditions`. A model that makes them of something
+        else, such as an encoder's answer to a text, overrides this.
 
         Args:
             batch: A batch of the data.
 
         Raises:
-            ValueError: If a label is no class of the network (looked at on the CPU only).
+            ValueError: If a condition is not in the batch, or a label is no class of the network
+                (looked at on the CPU only).
         """
+        cond = from_batch(self.conditions, batch)
         if self.num_classes is None or "label" not in batch:
-            return {}
+            return cond
         label = batch["label"]
         # On a GPU a look at the labels would wait for the device, which refuses them by itself.
         if label.device.type == "cpu" and (
@@ -286,7 +303,7 @@ class LitDiffusion(L.LightningModule):
                 f"Expected labels from 0 to {self.num_classes - 1} (−1 for none), got "
                 f"{int(label.min())} to {int(label.max())}; set num_classes of the network."
             )
-        return {"label": label}
+        return {"label": label, **cond}
 
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one.
@@ -338,87 +355,12 @@ class LitDiffusion(L.LightningModule):
 
     # Sampling ------------------------------------------------------------------------------
 
-    @property
-    def sampler(self) -> Sampler:
-        """How images are drawn, over the range of λ as it is now."""
-        return _within(self._sampler, self.loss.schedule)
-
     def watch(self) -> Callable[[Any], Iterable[Any]]:
         """A progress bar for a walk of more than 100 levels, where the trainer shows bars."""
         long = len(self.sampler.levels()) > 100
         if long and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None:
             return functools.partial(tqdm, desc="Samples", leave=False)
         return iter
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes the network knows; None if it takes no labels."""
-        return getattr(self.denoiser.network, "num_classes", None)
-
-    @torch.inference_mode()
-    def sample(
-        self,
-        n: int,
-        generator: Generators = None,
-        label: Tensor | Sequence[int] | int | None = None,
-        sampler: Sampler | None = None,
-        guidance: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        progress: Callable[[Any], Iterable[Any]] = iter,
-    ) -> Tensor:
-        """Draw images.
-
-        Args:
-            n: How many.
-            generator: Source of all noise: None, one, or one for each image.
-            label: Class of each image, or one for all; −1 for none; None draws them uniformly.
-            sampler: How; None means the model's own.
-            guidance: Strength of classifier-free guidance; 1 for none.
-            guidance_interval: Guide only for λ within; None means everywhere.
-            progress: Wraps the list of steps, such as tqdm.
-
-        Shapes:
-            label (n,); result (n, C, H, W), float, in [−1, 1].
-
-        Raises:
-            ValueError: If labels are given to a model without classes, or there are not n.
-        """
-        z = torch.zeros(n, *self.image_shape, device=self.device)
-        cond = {} if self.num_classes is None else {"label": self._labels(n, label, generator)}
-        if self.num_classes is None and label is not None:
-            raise ValueError("This model was trained without classes: leave label out.")
-        denoiser: nn.Module = self.denoiser
-        if guidance != 1:
-            if not cond:
-                raise ValueError("Guidance needs classes, and this model has none.")
-            denoiser = GuidedDenoiser(denoiser, guidance, guidance_interval)
-        if self.clip:
-            denoiser = ClippedDenoiser(denoiser)
-        walk = self.sampler if sampler is None else _within(sampler, self.loss.schedule)
-        training = self.training
-        self.eval()
-        try:
-            x = walk(denoiser, noise_like(z, generator), generator, progress, **cond)
-        finally:
-            self.train(training)
-        return x.clamp(-1, 1) if self.clip else x
-
-    def _labels(
-        self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
-    ) -> Tensor:
-        if label is None:
-            # Φ of a normal draw is uniform, and a normal draw has one generator per image.
-            normal = noise_like(torch.zeros(n, 1, dtype=torch.float64), generator)[:, 0]
-            label = (torch.special.ndtr(normal) * self.num_classes).long()
-            label = label.clamp(max=self.num_classes - 1)
-        label = torch.as_tensor(label, device=self.device)
-        label = label.expand(n) if label.ndim == 0 else label
-        if len(label) != n or bool((label < -1).any() | (label >= self.num_classes).any()):
-            raise ValueError(
-                f"Expected {n} labels from 0 to {self.num_classes - 1} (−1 for none), "
-                f"got {len(label)}: {label.unique().tolist()}."
-            )
-        return label
 
     # Checkpoints ---------------------------------------------------------------------------
 
@@ -428,8 +370,16 @@ class LitDiffusion(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training goes on from the raw weights; everything else uses the average."""
+        average = "an average" if "current_model_state" in checkpoint else "raw"
         if self._trainer is None or not self.trainer.training:
+            self.weights = str(checkpoint.get("average", average))
             return
+        if "optimizer_states" not in checkpoint:
+            what = checkpoint.get("average", "no optimizer")
+            raise ValueError(
+                f"This checkpoint has weights alone ({what}): to go on training, take the "
+                "last.ckpt of its run."
+            )
         self._keep_schedule(checkpoint["state_dict"])
         if "current_model_state" not in checkpoint:
             return
@@ -507,17 +457,3 @@ def _agree_on_data_std(weighting: Weighting, prediction: Prediction) -> None:
                 f"{type(part).__name__} assumes data_std={assumed} and {prediction} another: "
                 "give both the same."
             )
-
-
-def _within(sampler: Sampler, schedule: NoiseSchedule) -> Sampler:
-    """The sampler with its schedule filled in, refused if it leaves the trained range."""
-    low, high = schedule.ends
-    if sampler.schedule is None:
-        return dataclasses.replace(sampler, schedule=sampler.default_schedule(low, high))
-    levels = sampler.levels()
-    if float(levels[0]) < low - 1e-6 or float(levels[-1]) > high + 1e-6:
-        raise ValueError(
-            f"The sampler walks λ from {float(levels[0]):.6g} to {float(levels[-1]):.6g}, but the "
-            f"model is trained on [{low:.6g}, {high:.6g}] only: give its schedule that range."
-        )
-    return sampler

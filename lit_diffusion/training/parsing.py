@@ -23,14 +23,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_diffusion.decoders import Decoder
+from lit_diffusion.description import allow, allowed_modules, missing_package
 from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import load_plugins
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training.description import allow, allowed_modules
+from lit_diffusion.training.logging import last_checkpoint
 from lit_diffusion.weighting import Weighting
 
-__all__ = ["DiffusionParser", "explain", "fail", "import_plugins"]
+__all__ = [
+    "DiffusionParser",
+    "explain",
+    "fail",
+    "find_checkpoint",
+    "find_device",
+    "import_plugins",
+]
 
 _FAMILIES = {
     "schedule": NoiseSchedule,
@@ -43,7 +51,10 @@ _FAMILIES = {
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
     "callbacks": Callback,
 }
-_PLUGINS = "`lit-diffusion plugins` lists what there is; a class of your own needs --plugins."
+_PLUGINS = (
+    "`lit-diffusion plugins` lists what there is; a class of your own needs --plugins, one of a "
+    "package needs the package installed."
+)
 
 
 def fail(message: str) -> NoReturn:
@@ -55,6 +66,35 @@ def fail(message: str) -> NoReturn:
     sys.stderr.write(f"lit-diffusion: error: {' '.join(message.split())}\n")
     sys.stderr.flush()
     raise SystemExit(2)
+
+
+def find_checkpoint(given: str, name: str = "*") -> Path:
+    """The checkpoint that is meant.
+
+    Args:
+        given: Its path; `last` for the newest below runs/.
+        name: With `last`: of runs of this name.
+    """
+    if given != "last":
+        return Path(given)
+    found = last_checkpoint(Path("runs"), name)
+    if found is None:
+        fail(f"there is no checkpoint below runs/{name}; train first, or give its path.")
+    return found
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, which must be there.
+
+    Args:
+        name: As PyTorch calls it; auto for the first GPU, or the CPU where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not here: {str(error).partition('. ')[0]}.")
 
 
 def _names(base: type) -> set[str]:
@@ -93,7 +133,11 @@ def explain(message: str) -> str:
         ]
         known = _names(families[-1]) if families else set().union(*map(_names, _FAMILIES.values()))
         return f"{where}no class is named {name[1]!r}. {_suggest(name[1], known, _PLUGINS)}"
+    if extra := re.search(r"^\s*(.*pip install .*)$", message, re.MULTILINE):
+        return f"{where}{extra[1]}"  # a class that lacks an optional package says so itself
     if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
+        if missing := missing_package(path[1]):
+            return f"{where}{missing}"
         allowed = ", ".join(allowed_modules())
         return f"{where}{path[1]} may not be imported; allowed are {allowed}, and --plugins."
     if "Expected an instantiatable class" in message:

@@ -52,6 +52,12 @@ def rgb(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def rgb64(tmp_path_factory):
+    """A small data set that looks like ImageNet at 64x64."""
+    return write_images(tmp_path_factory.mktemp("rgb64"), "image", (64, 64, 3))
+
+
+@pytest.fixture(scope="session")
 def grey(tmp_path_factory):
     """A small data set that looks like MNIST."""
     return write_images(tmp_path_factory.mktemp("grey"), "image", (28, 28))

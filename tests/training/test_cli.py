@@ -49,10 +49,11 @@ def run_folder(out):
 # Every config ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["digits", "mnist", "cifar10"])
-def test_base_config_runs(cli, base, rgb, grey):
-    data = {"digits": "digits8x8", "mnist": grey, "cifar10": rgb}[base]
-    code, out, err = fit(cli, CONFIGS / f"{base}.yaml", extra=[f"--data.path={data}"])
+@pytest.mark.parametrize("base", ["digits", "mnist", "cifar10", "imagenet64"])
+def test_base_config_runs(cli, base, rgb, rgb64, grey):
+    data = {"digits": "digits8x8", "mnist": grey, "cifar10": rgb, "imagenet64": rgb64}[base]
+    extra = [f"--data.path={data}", "--data.val_split=test"]
+    code, out, err = fit(cli, CONFIGS / f"{base}.yaml", extra=extra)
     assert code == 0, err
     folder = run_folder(out)
     assert folder.parts[:2] == ("runs", base)
@@ -91,10 +92,10 @@ def test_objective_runs_and_is_itself(cli, overlay):
     assert type(model.sampler).__name__ == name(named["sampler"])
     config = yaml.safe_load((folder / "config.yaml").read_text())
     callbacks = [c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]]
-    assert callbacks == ["EMA", "Likelihood", "SampleGrid", "LastCheckpoint"]
+    assert callbacks == ["EMA", "Likelihood", "FID", "SampleGrid", "LastCheckpoint"]
 
 
-@pytest.mark.parametrize("base", ["mnist", "cifar10"])
+@pytest.mark.parametrize("base", ["mnist", "cifar10", "imagenet64", "imagenet256-latent"])
 @pytest.mark.parametrize("overlay", OBJECTIVES, ids=lambda path: path.stem)
 def test_every_composition_has_its_range(cli, base, overlay):
     code, out, err = cli(
@@ -130,7 +131,7 @@ def test_callbacks_are_appended_by_an_overlay(cli, tmp_path):
     code, out, err = fit(cli, CONFIGS / "digits.yaml", overlay)
     assert code == 0, err
     config = yaml.safe_load((run_folder(out) / "config.yaml").read_text())
-    assert len(config["trainer"]["callbacks"]) == 5
+    assert len(config["trainer"]["callbacks"]) == 6
 
 
 # The run folder and what one does with it -----------------------------------------------------

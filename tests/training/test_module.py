@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lit_diffusion as ld
+from lit_diffusion.description import build, describe
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import (
     EMA,
@@ -22,7 +23,6 @@ from lit_diffusion.training import (
     WarmupDecayLR,
 )
 from lit_diffusion.training.checkpoints import load_checkpoint
-from lit_diffusion.training.description import build, describe
 
 
 def tiny_model(**arguments):

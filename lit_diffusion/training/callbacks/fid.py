@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import scores
 from lit_diffusion.training.features import InceptionFeatures
-from lit_diffusion.training.generation import Generation
+from lit_diffusion.training.generation import Generation, refuse_conditions
 from lit_diffusion.training.measurements import (
     Measurement,
     add_measurements,
@@ -120,6 +120,7 @@ class FID(L.Callback):
         self._open(trainer, pl_module)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        refuse_conditions(pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None or not hasattr(data, "examples"):
             raise ValueError("FID needs an ImageDataModule to compare with, got none.")

@@ -1,0 +1,405 @@
+"""The diffusion transformer: an image is a row of patches, and every patch looks at all others.
+
+The image is cut into squares of P × P pixels, and each becomes one vector, a *token*. From then on
+all blocks are alike, at one resolution and one width, so that a larger model is more of the same.
+What a token looks at is decided by what it holds; where it stands must be told it. λ and the label
+steer each block by *adaptive layer norm*: they scale and shift what goes into a branch, and *gate*
+what comes out of it. The gates start at zero, so a new network is the identity from end to end.
+
+    z ─ patches ─ linear ─ + place ─ block ─ ··· ─ block ─ norm, linear ─ patches ─ out
+                                       │             │          │
+                  λ, label, ··· ─ e ───┴─────────────┴──────────┘
+
+    block:  h ← h + gate · attend(scale · norm(h) + shift),  then the same with a perceptron
+
+Legend: B batch, C channels, H × W pixels, P side of a patch, N = H·W / P² tokens, E width of a
+token and of the embedding e.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_diffusion.nn.embeddings import (
+    ConditionEmbedding,
+    FourierWaves,
+    LabelEmbedding,
+    LogSNREmbedding,
+)
+
+
+class Size(NamedTuple):
+    """How large a transformer is: blocks, width of a token, attention heads."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+#: The published sizes: 33, 130, 458 and 675 million parameters at 1000 classes and patches of 2.
+SIZES = {
+    "S": Size(depth=12, width=384, heads=6),
+    "B": Size(depth=12, width=768, heads=12),
+    "L": Size(depth=24, width=1024, heads=16),
+    "XL": Size(depth=28, width=1152, heads=16),
+}
+
+
+def patchify(z: Tensor, patch: int) -> Tensor:
+    """Cut images into tokens, row by row: (B, C, H, W) → (B, N, C·P·P).
+
+    Args:
+        z: Images, with sides that are multiples of the patch's.
+        patch: Side P of a patch.
+
+    Example:
+        >>> patchify(torch.arange(8.0).view(1, 1, 2, 4), patch=2)
+        tensor([[[0., 1., 4., 5.],
+                 [2., 3., 6., 7.]]])
+    """
+    return F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Put tokens together as images, the inverse of `patchify`: (B, N, C·P·P) → (B, C, H, W).
+
+    Args:
+        tokens: The tokens, row by row.
+        patch: Side P of a patch.
+        height: H, in pixels.
+        width: W, in pixels.
+    """
+    grid = tokens.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+    return F.pixel_shuffle(grid, patch)
+
+
+def phases(rows: int, columns: int, waves: int, longest: float, device: torch.device) -> Tensor:
+    """Where each token stands, as phases: ω_k · row, then ω_k · column, ω_k = longest^(−k/waves).
+
+    Computed in float32 at every call. A buffer would be rounded by ``.to(torch.bfloat16)`` and
+    fix the size of the images.
+
+    Args:
+        rows: Rows of tokens.
+        columns: Columns of tokens.
+        waves: Number K of frequencies, the first of which is one radian a token.
+        longest: By how much the last would be slower.
+        device: Where the result is to be.
+
+    Shapes:
+        (rows·columns, 2·waves), float32.
+
+    Example:
+        >>> phases(1, 3, waves=2, longest=100, device=torch.device("cpu"))
+        tensor([[0.0000, 0.0000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 1.0000, 0.1000],
+                [0.0000, 0.0000, 2.0000, 0.2000]])
+    """
+    omega = longest ** -(torch.arange(waves, dtype=torch.float32, device=device) / waves)
+    row = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * omega
+    column = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * omega
+    return torch.cat([row.repeat_interleave(columns, dim=0), column.repeat(rows, 1)], dim=1)
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its angle, at least in float32.
+
+    Turned by their places, a query and a key have a product that depends on how far apart they
+    are and not on where: ⟨R(a)q, R(b)k⟩ = ⟨q, R(b − a)k⟩.
+
+    Args:
+        x: What is turned.
+        angle: In radians.
+
+    Shapes:
+        x (*, N, D), angle (N, D/2) → (*, N, D).
+
+    References:
+        Su et al. (2021), RoFormer, arXiv:2104.09864, Section 3.2.2.
+
+    Example:
+        >>> rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([[torch.pi / 6]]))
+        tensor([[0.8660, 0.5000]])
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Every token gathers from all tokens what answers its query: softmax(q kᵀ / √D) v, by heads.
+
+    Args:
+        width: Width E of a token.
+        heads: Number of heads, each of width D = E / heads.
+        qk_norm: Normalise queries and keys (layer norm in each head, with a gain g), which bounds
+            the logits by √D · max|g_q| · max|g_k|.
+
+    Shapes:
+        h (B, N, E), angle (N, D/2) or None → (B, N, E). Queries and keys are turned by ``angle``.
+
+    References:
+        Dehghani et al. (2023), Scaling Vision Transformers to 22 Billion Parameters,
+        arXiv:2302.05442, Section 2 (``qk_norm``).
+    """
+
+    def __init__(self, width: int, heads: int = 1, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        head = width // heads
+        self.norm_query = nn.LayerNorm(head, bias=False) if qk_norm else nn.Identity()
+        self.norm_key = nn.LayerNorm(head, bias=False) if qk_norm else nn.Identity()
+        self.project = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, angle: Tensor | None = None) -> Tensor:
+        """What each token gathers."""
+        packed = self.query_key_value(h).unflatten(2, (3, self.heads, -1))
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
+        query, key = self.norm_query(query), self.norm_key(key)
+        if angle is not None:
+            query, key = rotate(query, angle), rotate(key, angle)
+        # What was normalised or turned is float32 under autocast.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        return self.project(seen.transpose(1, 2).flatten(2))
+
+
+class Modulation(nn.Module):
+    """The vectors that steer a block, from the embedding: a linear layer that starts at zero.
+
+    Computed in float32, under autocast too: one row for each image and not for each token, so it
+    costs next to nothing, and an error here is the same for all tokens and does not average out.
+
+    Args:
+        width: Width E of the embedding and of a vector.
+        vectors: How many vectors.
+
+    Shapes:
+        embedding (B, E) → ``vectors`` times (B, 1, E).
+    """
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__()
+        self.vectors = vectors
+        self.layer = nn.Linear(width, vectors * width)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """The vectors, each to be broadcast over the tokens."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.layer(embedding)[:, None].chunk(self.vectors, dim=2)
+
+
+class DiTBlock(nn.Module):
+    """Attention, then a perceptron, each beside an identity and steered by the embedding.
+
+    Args:
+        width: Width E of a token.
+        heads: Number of attention heads.
+        qk_norm: Normalise queries and keys.
+
+    Shapes:
+        h (B, N, E), embedding (B, E), angle (N, E / heads / 2) or None → (B, N, E).
+    """
+
+    def __init__(self, width: int, heads: int = 1, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = Modulation(width, vectors=6)
+        self.attend = SelfAttention(width, heads, qk_norm)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, h: Tensor, embedding: Tensor, angle: Tensor | None = None) -> Tensor:
+        """Add to ``h`` what the tokens say to each other, and what each makes of it."""
+        shift, scale, gate, shift_own, scale_own, gate_own = self.modulation(embedding)
+        h = h + gate * self.attend(torch.addcmul(shift, self.norm(h), 1 + scale), angle)
+        return h + gate_own * self.perceptron(
+            torch.addcmul(shift_own, self.norm(h), 1 + scale_own)
+        )
+
+
+class DiT(nn.Module):
+    """A diffusion transformer for images or latents, steered by λ, label and other numbers.
+
+    For much data and much compute: it knows nothing of neighbourhoods and must learn them, and
+    then it gains from every enlargement. On small images and few data a `UNet` is ahead. The work
+    grows with the square of the number of tokens, so large images come as latents. The output
+    starts at exactly zero.
+
+    Args:
+        image_shape: (C, H, W) of the images; H and W multiples of ``patch``. Images of other
+            sides pass as well, if they are multiples too.
+        patch: Side P of a patch; half the side means four times the tokens.
+        size: S, B, L or XL: a published choice of the three that follow.
+        depth: Number of blocks; None takes the size's.
+        width: Width E of a token, a multiple of 4·``heads``; None takes the size's.
+        heads: Number of attention heads; None takes the size's.
+        num_classes: Number of classes, for a class-conditional network; None for none.
+        rope: Turn queries and keys by their places, too, so that tokens find each other by
+            distance; alone it would not tell a token where it stands.
+        qk_norm: Normalise queries and keys, against attention that grows until training breaks
+            down; worth its small price in long runs, in bfloat16 and at high learning rates.
+        fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) shown beside z, such as (6, 7) for
+            256 grey levels and (3, 4) for 17; () for none. Not for latents.
+        conditions: What else the network is told of an example, by name, and how many numbers
+            that is, such as {attributes: 40}, each of size about 1; None for nothing.
+
+    Shapes:
+        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
+        Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
+        where hidden (B,), bool; none at all means all hidden.
+
+    Raises:
+        ValueError: If a number does not fit the others, or an image does not fit the patches.
+
+    References:
+        Peebles & Xie (2022), Scalable Diffusion Models with Transformers, arXiv:2212.09748,
+        Section 3.2 and Table 1. Su et al. (2021), RoFormer, arXiv:2104.09864 (``rope``). Dehghani
+        et al. (2023), arXiv:2302.05442 (``qk_norm``).
+
+    Example:
+        >>> net = DiT(image_shape=(3, 8, 12), depth=2, width=64, heads=4, num_classes=10)
+        >>> z, logsnr = torch.randn(2, 3, 8, 12), torch.tensor([-1.0, 4.0])
+        >>> net(z, logsnr, label=torch.tensor([7, -1])).shape
+        torch.Size([2, 3, 8, 12])
+        >>> net(z, logsnr).abs().max().item()  # at first it says nothing
+        0.0
+        >>> with torch.device("meta"):  # the size of DiT-XL/2, without its memory
+        ...     large = DiT(image_shape=(4, 32, 32), patch=2, size="XL", num_classes=1000)
+        >>> round(sum(p.numel() for p in large.parameters()) / 1e6)
+        675
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        patch: int = 2,
+        size: str = "S",
+        depth: int | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+        num_classes: int | None = None,
+        rope: bool = False,
+        qk_norm: bool = False,
+        fourier: tuple[int, ...] = (),
+        conditions: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(
+                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+            )
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}.")
+        usual = SIZES[size]
+        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.patch = patch
+        self.size = size
+        self.depth = usual.depth if depth is None else depth
+        self.width = usual.width if width is None else width
+        self.heads = usual.heads if heads is None else heads
+        self.num_classes = num_classes
+        self.rope = rope
+        self.qk_norm = qk_norm
+        self.fourier = tuple(fourier)
+        self.conditions = dict(conditions or {})
+        if min(patch, self.depth, self.heads) < 1:
+            raise ValueError(
+                "patch, depth and heads must be at least 1, "
+                f"got {patch}, {self.depth} and {self.heads}."
+            )
+        if self.width < 1 or self.width % (4 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of 4·heads = {4 * self.heads}, got {self.width}."
+            )
+        self._check(self.image_shape)
+
+        features, channels = self.width, image_shape[0]
+        self.embed_logsnr = LogSNREmbedding(features)
+        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
+        self.embed_condition = (
+            ConditionEmbedding(self.conditions, features) if self.conditions else None
+        )
+        self.waves = FourierWaves(self.fourier)
+        seen = channels * (1 + 2 * len(self.fourier))
+        self.layer_in = nn.Linear(seen * patch**2, features)
+        self.blocks = nn.ModuleList(
+            DiTBlock(features, self.heads, qk_norm) for _ in range(self.depth)
+        )
+        self.norm_out = nn.LayerNorm(features, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = Modulation(features, vectors=2)
+        self.layer_out = nn.Linear(features, channels * patch**2)
+        self._begin()
+
+    def _begin(self) -> None:
+        """First values: even variance through the layers, zero for what steers and what says."""
+        for layer in [self.layer_in, *self.blocks.modules()]:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        steering = [m.layer for m in self.modules() if isinstance(m, Modulation)]
+        for layer in [*steering, self.layer_out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images that cannot be cut into patches."""
+        channels, height, width = shape
+        if channels != self.image_shape[0] or height % self.patch or width % self.patch:
+            raise ValueError(
+                f"a DiT of patch={self.patch} for {self.image_shape[0]} channels takes images "
+                f"whose sides are multiples of {self.patch}, got (C, H, W) = {tuple(shape)}; give "
+                "another patch, or crop the images."
+            )
+
+    def forward(
+        self,
+        z: Tensor,
+        logsnr: Tensor,
+        label: Tensor | None = None,
+        hidden: Tensor | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        """Map noisy images to a prediction of the same shape and type."""
+        self._check(z.shape[1:])
+        embedding = self.embed_logsnr(logsnr)
+        if self.embed_label is not None:
+            embedding = embedding + self.embed_label(label, z.shape[0])
+        elif label is not None:
+            raise ValueError(
+                "this DiT was built without classes (num_classes=None) but got a label; give "
+                "num_classes, or pass no label."
+            )
+        if self.embed_condition is not None:
+            embedding = embedding + self.embed_condition(cond, hidden, z.shape[0])
+        elif cond:
+            raise ValueError(
+                f"this DiT was built without conditions but got {', '.join(cond)}; give "
+                "conditions, or pass none."
+            )
+        embedding = F.silu(embedding)
+
+        height, width = z.shape[2:]
+        grid = height // self.patch, width // self.patch
+        place = phases(*grid, self.width // 4, 10_000.0, z.device)
+        h = self.layer_in(patchify(self.waves(z), self.patch))
+        h = h + torch.cat([place.sin(), place.cos()], dim=1).to(z.dtype)
+        head = self.width // self.heads
+        angle = phases(*grid, head // 4, 100.0, z.device) if self.rope else None
+        for block in self.blocks:
+            h = block(h, embedding, angle)
+        shift, scale = self.modulation_out(embedding)
+        out = self.layer_out(torch.addcmul(shift, self.norm_out(h), 1 + scale))
+        return unpatchify(out, self.patch, height, width).to(z.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        names = (
+            "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, fourier, "
+            "conditions"
+        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
