@@ -256,8 +256,8 @@ def extract(network: nn.Module, images: Tensor) -> Features:
     """
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"expected images as bytes, uint8, to measure, got {images.dtype}: decode latents into "
-            "images first, and leave FID out of their training."
+            f"expected images as bytes, uint8, to measure, got {images.dtype}: decode latents "
+            "into images first, and leave FID out of their training."
         )
     with torch.autocast(images.device.type, enabled=False):
         found = network(images)
