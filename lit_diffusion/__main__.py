@@ -14,8 +14,8 @@ import signal
 import sys
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "sample", "evaluate", "compare", "ema", "objective",
-    "replay", "report", "export", "import", "encode", "decode", "plugins",
+    "fit", "validate", "test", "predict", "sample", "evaluate", "report", "compare", "objective",
+    "ema", "replay", "export", "import", "encode", "decode", "plugins",
 )  # fmt: skip
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
@@ -23,22 +23,22 @@ HELP = """usage: lit-diffusion COMMAND [arguments]
 Train diffusion models, and know what the objective does.
 
 commands:
-  fit        train             lit-diffusion fit --config configs/digits.yaml
-  validate   validation loss   lit-diffusion validate --ckpt_path X --config C
-  test       test loss         lit-diffusion test --ckpt_path X --config C
-  predict    an image of the class of each validation example
-  sample     draw images       lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
-  evaluate   FID, bits and all    lit-diffusion evaluate --ckpt_path X --seeds [0,1,2]
-  compare    runs over λ       lit-diffusion compare RUN1 RUN2 --out compare.png
-  ema        another average   lit-diffusion ema --run RUN --std 0.08
-  objective  what it does      lit-diffusion objective --config C --out objective.png
-  replay     where a NaN comes from                lit-diffusion replay RUN/non_finite/step-N.json
-  report     a run as one page lit-diffusion report RUN
-  export     a model alone     lit-diffusion export RUN --out folder
-  import     a diffusers model lit-diffusion import FOLDER --out model.ckpt
-  encode     images as latents lit-diffusion encode --vae FOLDER --data.path D --out LATENTS
-  decode     latents as images lit-diffusion decode samples.npy --vae FOLDER --out samples.png
-  plugins    list every schedule, weighting, prediction, sampler and decoder there is
+  fit       train              lit-diffusion fit --config configs/digits.yaml
+  validate  validation loss    lit-diffusion validate --ckpt_path X --config C
+  test      test loss          lit-diffusion test --ckpt_path X --config C
+  predict   an image like each lit-diffusion predict --ckpt_path X --config C
+  sample    draw images        lit-diffusion sample --ckpt_path X --num_samples 16 --out grid.png
+  evaluate  FID, bits and all  lit-diffusion evaluate --ckpt_path X --seeds [0,1,2]
+  report    a run as one page  lit-diffusion report RUN
+  compare   runs over λ        lit-diffusion compare RUN1 RUN2 --out compare.png
+  objective what it does       lit-diffusion objective --config C --out objective.png
+  ema       another average    lit-diffusion ema --run RUN --std 0.08
+  replay    where a NaN began  lit-diffusion replay RUN/non_finite/step-N.json
+  export    a model alone      lit-diffusion export RUN --out folder
+  import    a diffusers model  lit-diffusion import FOLDER --out model.ckpt
+  encode    images as latents  lit-diffusion encode --vae FOLDER --data.path D --out LATENTS
+  decode    latents as images  lit-diffusion decode LATENTS.npy --vae FOLDER --out grid.png
+  plugins   list every schedule, weighting, prediction, sampler and decoder there is
 
   lit-diffusion COMMAND --help              all arguments of a command
   lit-diffusion fit --model.weighting.help SigmoidWeighting    the arguments of a plug-in
