@@ -119,14 +119,25 @@ def test_places_are_the_published_waves():
         torch.testing.assert_close(place[token], torch.tensor(expected))
 
 
-def test_the_places_are_added_to_the_tokens():
-    net = DiT(**SMALL, num_classes=4)
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_places_are_added_to_the_tokens(rope):
+    net = DiT(**SMALL, num_classes=4, rope=rope)
     seen = []
     net.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     net(**inputs(net))
     place = phases(ROWS, COLUMNS, 8, 10_000, CPU)
     table = seen[0] - net.layer_in(patchify(inputs(net)["z"], P))
     torch.testing.assert_close(table, torch.cat([place.sin(), place.cos()], 1).expand(B, -1, -1))
+
+
+def test_waves_are_shown_beside_the_image():
+    net, seen = DiT(**SMALL, fourier=(3, 4)), []
+    net.layer_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    z = inputs(net)["z"]
+    net(z, torch.zeros(B))
+    waves = [8 * torch.pi * z, 16 * torch.pi * z]
+    shown = torch.cat([z, *(w.sin() for w in waves), *(w.cos() for w in waves)], dim=1)
+    torch.testing.assert_close(unpatchify(seen[0], P, H, W), shown, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", [False, True])

@@ -40,6 +40,11 @@ def sample(argv: list[str]) -> Path:
     _check(config, out)
     path = find_checkpoint(config.ckpt_path, config.name)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(config.device))
+    if not out.suffix and model.image_shape[0] not in (1, 3):
+        fail(
+            f"examples of {model.image_shape[0]} channels are no image files: give --out a .npy "
+            "file, and for latents decode it by `lit-diffusion decode`."
+        )
     classes = _classes(model, config)
     n = MANY if config.num_samples is None else config.num_samples
     if config.per_class is not None:

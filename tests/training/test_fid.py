@@ -642,9 +642,9 @@ def test_a_model_with_other_conditions_is_refused_before_it_is_trained(tmp_path)
 def test_measurements_are_replaced_when_they_are_repeated(tmp_path):
     callback = FID(4, Flat(), "test")
     for _ in range(2):
-        trainer(tmp_path, [callback]).test(model(), ImageDataModule(val_examples=8))
+        trainer(tmp_path, [callback], logger=False).test(model(), ImageDataModule(val_examples=8))
     assert [one.name for one in read_measurements(tmp_path)] == ["fid"]
     other = dataclasses.replace(callback.generation, seed=3)
     callback.generation = other
-    trainer(tmp_path, [callback]).test(model(), ImageDataModule(val_examples=8))
+    trainer(tmp_path, [callback], logger=False).test(model(), ImageDataModule(val_examples=8))
     assert [one.protocol["seed"] for one in read_measurements(tmp_path)] == [0, 3]
