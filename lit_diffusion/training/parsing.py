@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -176,6 +177,32 @@ class DiffusionParser(LightningArgumentParser):
         fail(explain(str(message)))
 
 
+def _prefer_what_may_be_named() -> None:
+    """Let a bare name mean the class that may be named, where another library has it, too.
+
+    jsonargparse looks for it among all classes that happen to be imported, and diffusers has a
+    FourierFeatures as well. Two that may both be named stay ambiguous.
+    """
+    from jsonargparse import _typehints
+
+    find = _typehints.get_all_subclass_paths
+    if hasattr(find, "__wrapped__"):  # done before
+        return
+
+    @functools.wraps(find)
+    def paths(*args: Any, **kwargs: Any) -> list[str]:
+        found = find(*args, **kwargs)
+        allowed = tuple(f"{module}." for module in allowed_modules())
+        taken = {path.rpartition(".")[2] for path in found if path.startswith(allowed)}
+        return [
+            path
+            for path in found
+            if path.startswith(allowed) or path.rpartition(".")[2] not in taken
+        ]
+
+    _typehints.get_all_subclass_paths = paths
+
+
 def import_plugins(argv: list[str]) -> None:
     """Import the modules named by --plugins or a config's plugins:, before parsing needs them.
 
@@ -203,6 +230,7 @@ def import_plugins(argv: list[str]) -> None:
                 config = yaml.safe_load(Path(value).read_text())
                 add(config.get("plugins") if isinstance(config, dict) else None)
     load_plugins()
+    _prefer_what_may_be_named()
     for module in named:
         module = module.removesuffix(".py")
         allow(module)

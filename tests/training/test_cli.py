@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -502,3 +503,16 @@ def test_our_warnings_are_lines_for_the_user():
     ours = command_line._one_line("a\nb", UserWarning, command_line.__file__, 3)
     assert ours == "Warning: a b\n"
     assert "elsewhere.py:3" in command_line._one_line("a", UserWarning, "/elsewhere.py", 3)
+
+
+def test_a_bare_name_is_ours_where_another_library_has_it_too(cli, monkeypatch):
+    library = types.ModuleType("another_library")
+    library.UNet = type("UNet", (torch.nn.Module,), {"__module__": "another_library"})
+    monkeypatch.setitem(sys.modules, "another_library", library)
+    code, out, err = cli("fit", "--config", CONFIGS / "digits.yaml", "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["network"]["class_path"] == "lit_diffusion.nn.UNet"
+    # By its own path it is refused, as ever.
+    code, _, err = cli("fit", "--model.network=another_library.UNet", "--print_config")
+    assert code == 2
+    assert "another_library.UNet may not be imported" in err
