@@ -385,7 +385,8 @@ def test_a_run_that_is_stopped_leaves_a_report(cli, tmp_path, monkeypatch):
     (tmp_path / "stops.yaml").write_text(
         "plugins: [stops]\ntrainer:\n  callbacks+:\n    - class_path: stops.Stops\n"
     )
-    handler = signal.getsignal(signal.SIGINT)
+    # In the background of a shell the tests would inherit that it is ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         configs = (CONFIGS / "digits.yaml", overlay(tmp_path), tmp_path / "stops.yaml")
         code, _, _ = fit(cli, *configs, extra=["--trainer.max_steps=6"])
