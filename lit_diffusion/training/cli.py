@@ -35,7 +35,7 @@ from lit_diffusion.training.callbacks import (
     SampleGrid,
     Throughput,
 )
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.checkpoints import load_checkpoint, refuse_weights_alone
 from lit_diffusion.training.comparison import compare
 from lit_diffusion.training.dashboard import Dashboard
 from lit_diffusion.training.data import ImageDataModule
@@ -155,6 +155,7 @@ class DiffusionCLI(LightningCLI):
         checkpoint = load_checkpoint(path)
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
+            refuse_weights_alone(checkpoint)
             self.resume_step = checkpoint["global_step"]
             self.wandb_id = checkpoint.get("wandb_id")
             if Path(path).parent.name == "checkpoints":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from lit_diffusion.training.callbacks.likelihood import Likelihood
 from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
 from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.evaluation_tables import Row, draw, markdown
-from lit_diffusion.training.features import InceptionFeatures
+from lit_diffusion.training.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.figures import save_figure
 from lit_diffusion.training.generation import Generation, refuse_conditions
 from lit_diffusion.training.measurements import Measurement, add_measurements, versions
@@ -79,6 +78,16 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     path = None if known.ckpt_path is None else find_checkpoint(known.ckpt_path, known.name)
     run = None if path is None else _run_folder(path)
     experiment = _experiment(known.config, run)
+    if (
+        path is not None
+        and path.is_file()
+        and not experiment
+        and not any(w.startswith("--data.p") for w in argv)
+    ):
+        fail(
+            f"{path} does not lie in a run folder, and does not say which data it was trained on: "
+            "give --config with that of its run, or --data.path."
+        )
 
     parser = _parser(data_class, experiment)
     config = parser.parse_args(argv)
@@ -89,6 +98,11 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     parts = parser.instantiate_classes(config)
     subject = _load(path, run, config.device)
     refuse_conditions(subject.model)
+    if subject.model.image_shape != tuple(data.image_shape):
+        fail(
+            f"expected data of the model's shape {subject.model.image_shape}, got "
+            f"{tuple(data.image_shape)}: is --config, or --data.image_shape, that of its run?"
+        )
     network = (parts.features or InceptionFeatures()).to(subject.model.device).eval()
 
     reference = open_reference(
@@ -214,6 +228,8 @@ def _check(config: Any) -> None:
         fail(f"--steps must be numbers of at least 1, got {config.steps}.")
     if config.samplers is not None and not config.samplers:
         fail("--samplers must name at least one, got none.")
+    if config.guidance_interval is not None and config.guidance == 1:
+        fail("--guidance_interval says where to guide, and --guidance 1 is none: give --guidance.")
     out = None if config.out is None else Path(config.out)
     if out is not None and (out.is_file() or out.suffix):
         fail(f"--out must be a folder, got {out}.")
@@ -300,7 +316,7 @@ def _row(
         judge = scores.Scores(network, reference, others)
         what = f"{type(sampler).__name__} {sampler.steps}, seed {seed}"
         drawn = dataclasses.replace(generation, seed=seed).draw(subject.model, shares)
-        with tqdm(total=generation.num_samples, desc=what, leave=False) as bar:
+        with tqdm(total=generation.num_samples, desc=what, leave=False, disable=None) as bar:
             for batch in drawn:
                 judge.add(batch)
                 bar.update(len(batch.index))
@@ -309,10 +325,8 @@ def _row(
         "reference": reference.protocol,
         **generation.protocol(subject.model),
         "weights": subject.weights,
-        "weights hash": _weights_hash(subject.model),
         "versions": versions(),
     }
-    del protocol["seed"]
     return Row(
         sampler=type(sampler).__name__,
         steps=sampler.steps,
@@ -331,7 +345,9 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
     data.setup("validate")
     total = torch.zeros(5, dtype=torch.float64)
     decoder = likelihood.protocol(subject.model)["decoder"]
-    for i, batch in enumerate(tqdm(data.val_dataloader(), desc="bound", leave=False)):
+    for i, batch in enumerate(
+        tqdm(data.val_dataloader(), desc="bound", leave=False, disable=None)
+    ):
         moved = {
             key: value.to(subject.model.device) if torch.is_tensor(value) else value
             for key, value in batch.items()
@@ -343,20 +359,14 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
     return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
 
 
-@functools.lru_cache(maxsize=1)
-def _weights_hash(model: LitDiffusion) -> str:
-    from lit_diffusion.training.features import fingerprint
-
-    return fingerprint(model.denoiser)
-
-
 def _measurements(rows: list[Row], subject: _Model) -> Iterator[Measurement]:
     for row in rows:
         for name, one in row.scores.items():
             mean, scatter = row.mean(name)
-            protocol = row.protocol | one[0].protocol | {"seeds": row.seeds}
+            protocol = row.protocol | one[0].protocol | {"seed": row.seeds[0]}
             if len(one) > 1:
-                protocol["error"] = "deviation over the seeds"
+                del protocol["seed"]
+                protocol |= {"seeds": row.seeds, "error": "deviation over the seeds"}
             yield Measurement(name, mean, scatter, subject.step, "evaluate", protocol)
 
 
@@ -377,6 +387,7 @@ def _write(
     record = {
         "checkpoint": {"file": subject.checkpoint.name, "sha256": digest, "step": subject.step},
         "weights": subject.weights,
+        "weights hash": fingerprint(subject.model.denoiser),
         "reference": reference.protocol,
         "floor": floor,
         "scores": [row.plain() for row in rows],

@@ -100,10 +100,11 @@ def markdown(
         lines.append(f"| {row.sampler} | {row.steps} | {row.calls} | {' | '.join(cells)} |")
     if floor is not None:
         ratio = min(row.mean("fid")[0] for row in rows) / floor
+        which = "the best row above" if len(rows) > 1 else "the samples above"
         lines += [
             "",
-            f"Real images of another split are {floor:.4g} away from the reference; the best row "
-            f"above is {ratio:.2f} times as far.",
+            f"Real images of another split are {floor:.4g} away from the reference; {which} "
+            f"{'is' if len(rows) > 1 else 'are'} {ratio:.2f} times as far.",
         ]
     if bound:
         bits, *terms = bound
@@ -132,6 +133,7 @@ def draw(rows: list[Row], floor: float | None) -> Any:
         floor: Distance of another split of real images; None for no line.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     axes = figure.add_subplot(
@@ -154,6 +156,8 @@ def draw(rows: list[Row], floor: float | None) -> Any:
         axes.axhline(floor, color="0.5", linestyle=":", label="real images of another split")
     ticks = sorted({row.calls for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)

@@ -18,6 +18,7 @@ import lit_diffusion
 from lit_diffusion.objective import Objective
 from lit_diffusion.pretrained import Pretrained
 from lit_diffusion.training.explain import paragraphs
+from lit_diffusion.training.measurement_tables import overview
 from lit_diffusion.training.measurements import Measurement
 
 __all__ = ["PUBLISHED", "SAMPLES", "model_card"]
@@ -101,16 +102,10 @@ def _numbers(measured: list[Measurement]) -> Iterator[str]:
     if not measured:
         yield "Nothing was measured of these weights."
         return
-    protocols: list[dict[str, Any]] = []
-    rows = []
-    for one in measured:
-        if one.protocol not in protocols:
-            protocols.append(one.protocol)
-        value = f"{one.value:.6g}" + ("" if one.error is None else f" ± {one.error:.2g}")
-        rows.append((one.name, value, one.stage, str(1 + protocols.index(one.protocol))))
-    yield _table(["number", "value", "stage", "protocol"], rows)
-    yield "Each was measured under the protocol of that number:"
-    for i, protocol in enumerate(protocols, 1):
+    found = overview(measured)
+    yield _table(found.heads, found.rows)
+    yield "Each row was measured under the protocol of that number:"
+    for i, protocol in enumerate(found.protocols, 1):
         told = "\n".join(f"   - {name}: {_plain(value)}" for name, value in protocol.items())
         yield f"{i}. Protocol\n\n{told}"
 

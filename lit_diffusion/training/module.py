@@ -34,7 +34,11 @@ from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
-from lit_diffusion.training.checkpoints import WholeCheckpointIO, load_checkpoint
+from lit_diffusion.training.checkpoints import (
+    WholeCheckpointIO,
+    load_checkpoint,
+    refuse_weights_alone,
+)
 from lit_diffusion.training.conditions import check_network, from_batch
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
@@ -374,12 +378,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         if self._trainer is None or not self.trainer.training:
             self.weights = str(checkpoint.get("average", average))
             return
-        if "optimizer_states" not in checkpoint:
-            what = checkpoint.get("average", "no optimizer")
-            raise ValueError(
-                f"This checkpoint has weights alone ({what}): to go on training, take the "
-                "last.ckpt of its run."
-            )
+        refuse_weights_alone(checkpoint)
         self._keep_schedule(checkpoint["state_dict"])
         if "current_model_state" not in checkpoint:
             return

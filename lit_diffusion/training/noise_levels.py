@@ -211,7 +211,13 @@ def _heat_map(figure: Any, axes: Any, records: list[NoiseLevels], name: str, tit
     from matplotlib.colors import LogNorm
 
     # A run may only be resumed with the same bins, but the file may have been carried along.
-    records = [r for r in records if torch.equal(r.edges, records[-1].edges)]
+    # What was read from the file has fewer digits than what was just measured.
+    records = [
+        r
+        for r in records
+        if len(r.edges) == len(records[-1].edges)
+        and torch.allclose(r.edges.double(), records[-1].edges.double(), atol=1e-3)
+    ]
     axes.set(title=title, xlabel="λ", ylabel="step")
     values = [getattr(record, name).clone() for record in records]
     field = torch.stack(values) if values else torch.zeros(0, 1)

@@ -60,7 +60,7 @@ def sample(argv: list[str]) -> Path:
             sampler=config.get("sampler"),
             guidance=config.guidance,
             guidance_interval=config.guidance_interval,
-            progress=partial(tqdm, desc=f"images {first}-{last}"),
+            progress=partial(tqdm, desc=f"images {first}-{last}", disable=None),
         )
         images.append(batch.cpu())
     whole = torch.cat(images)

@@ -19,6 +19,7 @@ from lit_diffusion.published import nearest_published
 from lit_diffusion.training.chart import Line, chart
 from lit_diffusion.training.evaluation_tables import TITLES
 from lit_diffusion.training.explain import save_objective
+from lit_diffusion.training.measurement_tables import overview
 from lit_diffusion.training.measurements import Measurement
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.noise_levels import NoiseLevels, read_table
@@ -196,6 +197,11 @@ def _quality(run: Run) -> str:
     # What evaluate measured is in its own tables, if they are there.
     groups = _groups([m for m in run.measured if m.stage != "evaluate" or not told.is_file()])
     parts += [_measurements(group) for group in groups]
+    if evaluated := [m for m in run.measured if m.stage == "evaluate"]:
+        found = overview(evaluated[::-1])
+        parts.append("<h3>All evaluations, the latest first</h3>")
+        parts.append(table(found.heads, found.rows, "All evaluations"))
+        parts.append(fold("protocols", code(plain(dict(enumerate(found.protocols, 1))))))
     if told.is_file():
         parts.append(markdown(told.read_text(encoding="utf-8")))
     if (drawn := told.with_suffix(".png")).is_file():

@@ -64,8 +64,10 @@ def test_without_words_it_repeats_what_training_logged(run, cli):
     assert bound["bpd"]["protocol"]["draws"] == 8
     assert "| AncestralSampler | 2 | 2 |" in (run / "evaluation" / "evaluation.md").read_text()
     assert not (run / "evaluation" / "evaluation.png").exists()  # one point is no curve
-    stages = {one.stage for one in read_measurements(run) if one.name == "fid"}
-    assert stages == {"val", "evaluate"}
+    measured = [one for one in read_measurements(run) if one.name == "fid"]
+    assert [one.stage for one in measured] == ["val", "evaluate"]
+    assert measured[0]._replace(stage="evaluate") == measured[1]  # protocol and all
+    assert "All evaluations" in (run / "report.html").read_text()
 
 
 def test_a_sweep_over_samplers_steps_and_seeds(run, cli):
@@ -100,9 +102,13 @@ def test_a_sweep_over_samplers_steps_and_seeds(run, cli):
 
 def test_a_checkpoint_without_its_run_needs_a_config(run, cli):
     shutil.copy(run / "checkpoints" / "last.ckpt", "alone.ckpt")
-    few = ["--num_samples=10", "--features=ClassifierFeatures", "--split=test"]
-    code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few, "--out=here", "--bound=false")
-    assert code == 0, err  # digits8x8 is the default of the data
+    few = ["--num_samples=10", "--features=ClassifierFeatures", "--split=test", "--bound=false"]
+    code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
+    assert code == 2
+    assert "alone.ckpt does not lie in a run folder" in err  # and not: measured on other data
+    few += ["--data.path=digits8x8", "--out=here"]
+    code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
+    assert code == 0, err
     code, _, err = cli(
         "evaluate", "--ckpt_path=alone.ckpt", "--config", CONFIGS / "digits.yaml", "--out=there",
         "--num_samples=10",
@@ -126,7 +132,7 @@ def test_it_knows_no_stale_numbers(run, cli):
         assert code == 0, err
         found.append(told(run / "evaluation"))
     assert found[0]["checkpoint"]["sha256"] != found[1]["checkpoint"]["sha256"]
-    hashes = {one["scores"][0]["protocol"]["weights hash"] for one in found}
+    hashes = {one["weights hash"] for one in found}
     assert len(hashes) == 2
     assert found[0]["scores"][0]["scores"]["fid"] != found[1]["scores"][0]["scores"]["fid"]
 
@@ -143,10 +149,11 @@ MISTAKES = [
     (["--ckpt_path=nope.ckpt"], "No checkpoint at nope.ckpt"),
     (["--data.path=./nope"], "expected a file or folder at './nope'"),
     (["--guidance=2", "--guidance_interval=[2,1]"], "interval must be (low, high)"),
+    (["--guidance_interval=[-2,2]"], "--guidance 1 is none: give --guidance"),
     (["--config=nope.yaml"], "--config nope.yaml cannot be read"),
     (["--device=nope"], "--device nope is not here: Expected one of cpu, cuda"),
     (["--likelihood.draws=0"], "steps and draws must be at least 1"),
-    (["--data.image_shape=[3,8,8]"], "expected an image"),
+    (["--data.image_shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
     (["--nope=1"], "no argument is called --nope"),
 ]
 

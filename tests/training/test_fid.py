@@ -456,7 +456,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=path,
         feature_layer_prc="2048",
-        cuda=False, isc=True, fid=True, kid=True, prc=True, kid_subset_size=N, cache=False,
+        cuda=False, isc=True, fid=True, kid=True, prc=True, kid_subset_size=N // 2, cache=False,
         verbose=False, save_cpu_ram=True,
     )  # fmt: skip
     names = {
