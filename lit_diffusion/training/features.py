@@ -73,11 +73,12 @@ class InceptionFeatures(nn.Module):
         # torch-fidelity would execute what is in the file: what passes here has nothing to.
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-            self.network = FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                ["2048", "logits_unbiased"],
-                feature_extractor_weights_path=str(path),
-            )
+            with torch.random.fork_rng([]):  # to be measured must not change a run
+                self.network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat",
+                    ["2048", "logits_unbiased"],
+                    feature_extractor_weights_path=str(path),
+                )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -174,7 +175,8 @@ class ClassifierFeatures(nn.Module):
                 made = json.loads((file.metadata() or {})["made"])
                 state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
             self.image_shape = tuple(made["image_shape"])
-            self.network = Classifier(self.image_shape, made["num_classes"])
+            with torch.random.fork_rng([]):  # to be measured must not change a run
+                self.network = Classifier(self.image_shape, made["num_classes"])
             self.network.load_state_dict(state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(

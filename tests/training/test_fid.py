@@ -344,6 +344,16 @@ def test_inceptions_file_is_checked_before_it_is_read(inception, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_to_make_one_draws_no_random_numbers(inception):
+    """Networks are made before the model: else a run with FID would begin with other weights."""
+    for make in (ClassifierFeatures, lambda: InceptionFeatures(*inception)):
+        torch.manual_seed(0)
+        make()
+        found = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(found, torch.rand(3))
+
+
 def test_inception_sees_grey_as_colour_without_colour(inception):
     net = InceptionFeatures(*inception)
     grey = torch.randint(0, 256, (2, 1, 8, 9), dtype=torch.uint8)
