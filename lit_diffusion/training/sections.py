@@ -271,19 +271,26 @@ def _problems(run: Run) -> str:
 
 
 def _config(run: Run) -> str:
-    files = run.configs[-3:]
+    files = _first_and_last(run.configs)
     return "".join(fold(p.name, code(p.read_text(encoding="utf-8"))) for p in reversed(files))
 
 
+def _first_and_last(found: list[Any]) -> list[Any]:
+    """The beginning, and the newest: a run that is resumed every hour has too many to show."""
+    return [*found[:1], *found[1:][-3:]]
+
+
 def _environment(run: Run) -> str:
-    sessions = run.sessions[-3:]
+    sessions = _first_and_last(run.sessions)
     names = list(dict.fromkeys(name for session in sessions for name in session))
     rows = [[name.replace("_", " "), *(one.get(name) for one in sessions)] for name in names]
     rows = [[str(cell or "") for cell in row] for row in rows if any(row[1:])]
     heads = ["", *map(when, sessions)]
     if not sessions:
         return paragraph("Not recorded.")
-    return table(heads, rows, "Environment")
+    left = len(run.sessions) - len(sessions)
+    more = paragraph(f"{left} starts between are in environment.json.", "soft") if left else ""
+    return table(heads, rows, "Environment") + more
 
 
 def _others(run: Run) -> str:

@@ -507,3 +507,15 @@ def test_many_points_are_means_of_neighbours():
     assert len(line) == POINTS
     assert len({y for _, y in line}) == 1
     assert "<b>0.5</b>" in svg
+
+
+def test_a_run_of_many_starts_shows_the_first_and_the_newest(cli, run, tmp_path):
+    folder = tmp_path / "many"
+    shutil.copytree(run, folder)
+    (first,) = json.loads((folder / "environment.json").read_text())
+    sessions = [first | {"device": f"device {i}"} for i in range(7)]
+    (folder / "environment.json").write_text(json.dumps(sessions))
+    assert cli("report", folder)[0] == 0
+    text = Page(folder / "report.html").text
+    assert [i for i in range(7) if f"device {i}" in text] == [0, 4, 5, 6]
+    assert "3 starts between are in environment.json" in text
