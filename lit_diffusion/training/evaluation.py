@@ -385,7 +385,12 @@ def _write(
     with subject.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
-        "checkpoint": {"file": subject.checkpoint.name, "sha256": digest, "step": subject.step},
+        "checkpoint": {
+            # <name>/<time>/checkpoints/<file> of a run, and no folder of this machine
+            "file": "/".join(subject.checkpoint.parts[-4 if subject.run else -1 :]),
+            "sha256": digest,
+            "step": subject.step,
+        },
         "weights": subject.weights,
         "weights hash": fingerprint(subject.model.denoiser),
         "reference": reference.protocol,

@@ -81,6 +81,7 @@ def find_checkpoint(given: str, name: str = "*") -> Path:
     found = last_checkpoint(Path("runs"), name)
     if found is None:
         fail(f"there is no checkpoint below runs/{name}; train first, or give its path.")
+    sys.stderr.write(f"The newest checkpoint is {found}.\n")
     return found
 
 
