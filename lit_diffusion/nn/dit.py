@@ -22,12 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import (
-    ConditionEmbedding,
-    FourierWaves,
-    LabelEmbedding,
-    LogSNREmbedding,
-)
+from lit_diffusion.nn.embeddings import FourierWaves, SteeredNetwork
 
 
 class Size(NamedTuple):
@@ -222,7 +217,7 @@ class DiTBlock(nn.Module):
         )
 
 
-class DiT(nn.Module):
+class DiT(SteeredNetwork):
     """A diffusion transformer for images or latents, steered by λ, label and other numbers.
 
     For much data and much compute: it knows nothing of neighbourhoods and must learn them, and
@@ -319,11 +314,7 @@ class DiT(nn.Module):
         self._check(self.image_shape)
 
         features, channels = self.width, image_shape[0]
-        self.embed_logsnr = LogSNREmbedding(features)
-        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
-        self.embed_condition = (
-            ConditionEmbedding(self.conditions, features) if self.conditions else None
-        )
+        self.make_steering(features, num_classes, self.conditions)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
         self.layer_in = nn.Linear(seen * patch**2, features)
@@ -366,22 +357,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         self._check(z.shape[1:])
-        embedding = self.embed_logsnr(logsnr)
-        if self.embed_label is not None:
-            embedding = embedding + self.embed_label(label, z.shape[0])
-        elif label is not None:
-            raise ValueError(
-                "this DiT was built without classes (num_classes=None) but got a label; give "
-                "num_classes, or pass no label."
-            )
-        if self.embed_condition is not None:
-            embedding = embedding + self.embed_condition(cond, hidden, z.shape[0])
-        elif cond:
-            raise ValueError(
-                f"this DiT was built without conditions but got {', '.join(cond)}; give "
-                "conditions, or pass none."
-            )
-        embedding = F.silu(embedding)
+        embedding = F.silu(self.steer(logsnr, label, hidden, cond))
 
         height, width = z.shape[2:]
         grid = height // self.patch, width // self.patch

@@ -241,3 +241,63 @@ class ConditionEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"sizes={self.sizes}, features={self.features}"
+
+
+class SteeredNetwork(nn.Module):
+    """A network that λ, a label and other numbers steer: e = embed(λ) + embed(label) + embed(c).
+
+    What all networks of this folder have in common, errors included. A network calls
+    `make_steering` where its first layers are made, and `steer` for e.
+    """
+
+    def make_steering(
+        self, features: int, num_classes: int | None, conditions: Mapping[str, int]
+    ) -> None:
+        """Make what is needed of the three embeddings.
+
+        Args:
+            features: Width F of e.
+            num_classes: Number of classes, None for none.
+            conditions: How many numbers each further condition has, by its name.
+        """
+        self.embed_logsnr = LogSNREmbedding(features)
+        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
+        self.embed_condition = ConditionEmbedding(conditions, features) if conditions else None
+
+    def steer(
+        self,
+        logsnr: Tensor,
+        label: Tensor | None,
+        hidden: Tensor | None,
+        cond: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The sum e of the embeddings.
+
+        Args:
+            logsnr: λ.
+            label: Class of each example, −1 for none; None for none at all.
+            hidden: Whose conditions are hidden; None for nobody's.
+            cond: The further conditions; empty for all hidden.
+
+        Shapes:
+            logsnr, label and hidden (B,), each condition (B, *) → (B, F).
+
+        Raises:
+            ValueError: If the network was built without what it is given.
+        """
+        embedding: Tensor = self.embed_logsnr(logsnr)
+        if self.embed_label is not None:
+            embedding = embedding + self.embed_label(label, len(logsnr))
+        elif label is not None:
+            raise ValueError(
+                f"this {type(self).__name__} was built without classes (num_classes=None) but got "
+                "a label; give num_classes, or pass no label."
+            )
+        if self.embed_condition is not None:
+            embedding = embedding + self.embed_condition(cond, hidden, len(logsnr))
+        elif cond:
+            raise ValueError(
+                f"this {type(self).__name__} was built without conditions but got "
+                f"{', '.join(cond)}; give conditions, or pass none."
+            )
+        return embedding

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import LabelEmbedding, LogSNREmbedding
+from lit_diffusion.nn.embeddings import SteeredNetwork
 
 
 class MLPBlock(nn.Module):
@@ -40,7 +40,7 @@ class MLPBlock(nn.Module):
         return h + self.layer_out(F.silu(branch))
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(SteeredNetwork):
     """A residual perceptron, steered by λ and label: out = W·norm(h), h ← h + f(h; λ, label).
 
     For data of a few numbers, up to some hundreds: toy densities, tables, codes. Every number
@@ -93,8 +93,7 @@ class ResidualMLP(nn.Module):
         self.layers = layers
         self.num_classes = num_classes
         size = image_shape[0] * image_shape[1] * image_shape[2]
-        self.embed_logsnr = LogSNREmbedding(features)
-        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
+        self.make_steering(features, num_classes, conditions={})
         self.layer_in = nn.Linear(size, features)
         self.blocks = nn.ModuleList(MLPBlock(features) for _ in range(layers))
         self.norm_out = nn.LayerNorm(features)
@@ -109,15 +108,7 @@ class ResidualMLP(nn.Module):
                 f"this ResidualMLP was built for examples of shape {self.image_shape}, got "
                 f"{tuple(z.shape[1:])}; give image_shape={tuple(z.shape[1:])}."
             )
-        embedding = self.embed_logsnr(logsnr)
-        if self.embed_label is not None:
-            embedding = embedding + self.embed_label(label, z.shape[0])
-        elif label is not None:
-            raise ValueError(
-                "this ResidualMLP was built without classes (num_classes=None) but got a label; "
-                "give num_classes, or pass no label."
-            )
-        embedding = F.silu(embedding)
+        embedding = F.silu(self.steer(logsnr, label, hidden=None, cond={}))
         h = self.layer_in(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -20,12 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import (
-    ConditionEmbedding,
-    FourierWaves,
-    LabelEmbedding,
-    LogSNREmbedding,
-)
+from lit_diffusion.nn.embeddings import FourierWaves, SteeredNetwork
 
 
 def _group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
@@ -153,7 +148,7 @@ class Block(nn.Module):
         return self.attend(self.residual(h, embedding))
 
 
-class UNet(nn.Module):
+class UNet(SteeredNetwork):
     """A U-Net for images of any size, steered by λ and, if wanted, by a label and other numbers.
 
     The workhorse: convolutions do with little data and few steps, where a transformer needs many
@@ -255,11 +250,7 @@ class UNet(nn.Module):
         self.conditions = dict(conditions or {})
 
         features = 4 * channels[0] if embedding_features is None else embedding_features
-        self.embed_logsnr = LogSNREmbedding(features)
-        self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
-        self.embed_condition = (
-            ConditionEmbedding(self.conditions, features) if self.conditions else None
-        )
+        self.make_steering(features, num_classes, self.conditions)
 
         def block(channels_in: int, channels_out: int, attend: bool) -> Block:
             heads = self._heads(channels_out) if attend else None
@@ -318,22 +309,7 @@ class UNet(nn.Module):
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
-        embedding = self.embed_logsnr(logsnr)
-        if self.embed_label is not None:
-            embedding = embedding + self.embed_label(label, z.shape[0])
-        elif label is not None:
-            raise ValueError(
-                "this UNet was built without classes (num_classes=None) but got a label; give "
-                "num_classes, or pass no label."
-            )
-        if self.embed_condition is not None:
-            embedding = embedding + self.embed_condition(cond, hidden, z.shape[0])
-        elif cond:
-            raise ValueError(
-                f"this UNet was built without conditions but got {', '.join(cond)}; give "
-                "conditions, or pass none."
-            )
-        embedding = F.silu(embedding)
+        embedding = F.silu(self.steer(logsnr, label, hidden, cond))
 
         h, skips = self.waves(z), []
         for step in self.down:

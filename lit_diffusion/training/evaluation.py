@@ -115,7 +115,7 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     if config.floor_split is not None:
         other = open_reference(data, config.floor_split, network, subject.model.device)
         floor = scores.frechet_distance(other, reference)
-    others = SCORES if _names_classes(network, reference, data) else (SCORES[0], *SCORES[2:])
+    others = SCORES if _names_classes(network, data) else (SCORES[0], *SCORES[2:])
     rows = [
         _row(subject, network, reference, shares, others, generation, config.seeds)
         for generation in _generations(config, parts.samplers, subject.model)
@@ -273,7 +273,7 @@ def _load(path: Path, run: Path | None, device: str) -> _Model:
     )
 
 
-def _names_classes(network: nn.Module, reference: Reference, data: ImageDataModule) -> bool:
+def _names_classes(network: nn.Module, data: ImageDataModule) -> bool:
     """Whether the feature network also returns logits, which the Inception Score needs."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     blank = torch.zeros(1, *data.image_shape, dtype=torch.uint8, device=device)
@@ -327,6 +327,7 @@ def _row(
         "weights": subject.weights,
         "versions": versions(),
     }
+    del protocol["seed"]  # one of several, which the row has
     return Row(
         sampler=type(sampler).__name__,
         steps=sampler.steps,

@@ -178,7 +178,7 @@ def test_the_hub_can_read_the_card(cli, run):
     card_of(cli, run, "--license", "mit")
     card = ModelCard.load("exported/README.md")
     assert card.data.license == "mit"
-    assert card.data.library_name == "lit-diffusion"
+    assert card.data.to_dict()["library_name"] == "lit-diffusion"
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert "diffusion" in card.data.tags
     assert card.text.lstrip().startswith("# tiny")

@@ -456,6 +456,9 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     told = json.loads((run / "evaluation" / "evaluation.json").read_text())
     (row,) = told["scores"]
 
+    assert row["seeds"] == [5]
+    assert "seed" not in row["protocol"]
+
     subject = LitDiffusion.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
     data = ImageDataModule(str(folder))
     shares = torch.ones(10) + (torch.arange(10) < 6)  # 16 training images, labels i % 10

@@ -132,10 +132,10 @@ class Averages(L.Callback):
         """Put the power averages into a file; if that cannot be, the run goes on."""
         self._written = step = trainer.global_step
         powers = [one for one in self._averages if isinstance(one.profile, PowerProfile)]
-        if not trainer.is_global_zero or not powers:
+        if self._run is None or not trainer.is_global_zero or not powers:
             return
         try:
-            path = write_snapshot(self._run, step, list(self._weights), powers)  # type: ignore
+            path = write_snapshot(self._run, step, list(self._weights), powers)
         except OSError as error:
             rank_zero_warn(f"{error} Training goes on.")
         else:
