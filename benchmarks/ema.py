@@ -3,7 +3,7 @@
     python benchmarks/ema.py [--steps 4000] [--tensors 300]
 
 First the time of one update of an average, all tensors in one call against loops over them, taken
-in random order; medians. Then a small network is trained on the digits, averages of many widths
+in turns; medians. Then a small network is trained on the digits, averages of many widths
 are followed directly, and each is made again from snapshots of two of them: by what the library
 minimises, and by least squares on the densities with and without the sum of 1; from snapshots in
 float32, float16 and bfloat16. Errors are relative to the average's distance from the weights.
@@ -11,16 +11,15 @@ float32, float16 and bfloat16. Errors are relative to the average's distance fro
 
 from __future__ import annotations
 
-import argparse
 import functools
-import random
 import statistics
 import tempfile
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from measuring import arguments, machine, ratio, report, take_turns
 from torch import Tensor
 
 import lit_diffusion as ld
@@ -33,8 +32,8 @@ TRACKED = (0.05, 0.1)
 WANTED = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.28)
 
 
-def times(tensors: int, numbers: int, device: str) -> dict[str, float]:
-    """Milliseconds of one update, by the way it is done."""
+def times(tensors: int, numbers: int, seconds: float, device: str) -> dict[str, list[float]]:
+    """Milliseconds of one update in each round, by the way it is done."""
     weights = [torch.randn(numbers, device=device) for _ in range(tensors)]
     average = RunningAverage(ConstantProfile(0.999), weights)
 
@@ -56,16 +55,7 @@ def times(tensors: int, numbers: int, device: str) -> dict[str, float]:
         "loop, mul_ and add_": in_place,
         "loop, lerp_": lerp,
     }
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    order = random.Random(0)
-    for _ in range(1000):
-        for name, way in order.sample(sorted(ways.items()), len(ways)):
-            start = time.perf_counter()
-            way()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            found[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(found[name][20:]) for name in ways}
+    return take_turns(ways, seconds, device, warmup=20)
 
 
 class Follow(L.Callback):
@@ -172,24 +162,35 @@ def errors(follow: Follow, std: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and print; the times as JSON, too."""
+    parser = arguments(__doc__, seconds=20)
+    parser.add_argument("--steps", type=int, default=4000, help="of the training; 0 for none")
     parser.add_argument("--tensors", type=int, default=300)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
-    for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
-        for numbers in (100, 1000, 10_000):
-            found = times(chosen.tensors, numbers, device)
-            one = found["one call"]
-            shown = ", ".join(f"{k} {v:.3f} ms ({one / v:.2f})" for k, v in found.items())
-            print(f"{chosen.tensors} tensors of {numbers} on {device}: {shown}", flush=True)
+    rows = []
+    for numbers in (100, 1000, 10_000):
+        found = times(chosen.tensors, numbers, chosen.seconds, chosen.device)
+        rows += [
+            {
+                "tensors": chosen.tensors,
+                "numbers in each": numbers,
+                "way": way,
+                "ms": statistics.median(ms),
+                "one call over it": ratio(found["one call"], ms),
+            }
+            for way, ms in found.items()
+        ]
+    result = report("One update of an average", machine(chosen.device), rows, chosen.json)
+    if not chosen.steps:
+        return result
     follow = train(chosen.steps)
     print(f"{chosen.steps} steps, {len(follow.kept) // len(TRACKED)} snapshots of {TRACKED}")
     for std in WANTED:
         found = errors(follow, std)
         print(f"std {std}: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()), flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,32 +1,34 @@
 """What the framework costs: `lit-diffusion fit` against a bare PyTorch loop, step for step.
 
-    python benchmarks/overhead.py [--steps 600] [--block 20] [--device cpu]
+    python benchmarks/overhead.py [--seconds 60] [--block 20] [--device cpu]
 
 Both run in one process and take turns, a block of steps each, so that a noisy machine disturbs
 them alike. The bare loop has a copy of the same network, the same optimizer, batch and data
 loader, and does the same work: λ and ε, label drop, weighted loss, clipping, learning rate, EMA.
 On the other side stands everything a user gets: the trainer, callbacks, logging to metrics.csv,
 the progress bar. Reported are the medians over blocks: with the network of the demo, where a
-noisy machine hides a millisecond, and with a single convolution, where it shows.
+noisy machine hides a millisecond, and with a single convolution, where it shows. The third row
+is the second under a trainer that has our model and nothing else, no callback, logger or bar:
+what Lightning itself costs.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from measuring import arguments, machine, ratio, report
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +113,13 @@ class Interleave(L.Callback):
 
     Args:
         block: Steps in a block.
+        seconds: When to end the run.
         warmup: Blocks that are not counted.
     """
 
-    def __init__(self, block: int = 20, warmup: int = 3) -> None:
+    def __init__(self, block: int = 20, seconds: float = 60.0, warmup: int = 3) -> None:
         self.block = block
+        self.seconds = seconds
         self.warmup = warmup
         self.trainer_ms: list[float] = []
         self.bare_ms: list[float] = []
@@ -130,7 +134,7 @@ class Interleave(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the bare loop."""
         self.bare = BareLoop(pl_module, trainer.datamodule)
-        self.since = self._now()
+        self.start = self.since = self._now()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Between two steps: close the trainer's block, and run a bare one."""
@@ -142,6 +146,9 @@ class Interleave(L.Callback):
             self.bare.step()
         self.since = self._now()
         self.bare_ms.append((self.since - now) / self.block * 1e3)
+        enough = len(self.bare_ms) >= self.warmup + 3
+        if enough and self.since - self.start > self.seconds:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Report."""
@@ -153,19 +160,25 @@ class Interleave(L.Callback):
             "fit_ms": statistics.median(ours),
             "bare_ms": statistics.median(bare),
             "extra_ms": statistics.median(extra),
-            "ratio": statistics.median(a / b for a, b in zip(ours, bare, strict=True)),
+            "ratio": ratio(ours, bare),
         }
         print(RESULT, json.dumps(result), flush=True)
 
 
-def measure(network: str | None, steps: int, block: int, device: str) -> dict[str, float]:
+def measure(network: str | None, alone: bool, chosen: Any) -> dict[str, float]:
     """Run the real command once, in a process of its own."""
+    device = "gpu" if chosen.device.startswith("cuda") else "cpu"
     words = [
         *(sys.executable, "-m", "lit_diffusion", "fit", "--plugins", "overhead"),
         *("--config", str(ROOT / "configs" / "digits.yaml")),
-        *("--trainer.callbacks+=overhead.Interleave", f"--trainer.callbacks.block={block}"),
-        *(f"--trainer.max_steps={steps}", f"--data.steps_per_epoch={steps + 1}"),
-        *(f"--trainer.accelerator={device}", "--trainer.devices=1"),
+        *(["--trainer.callbacks=[]", "--trainer.logger=false"] if alone else []),
+        *(["--trainer.enable_progress_bar=false"] if alone else []),
+        *(["--trainer.enable_checkpointing=false"] if alone else []),
+        *("--trainer.callbacks+=overhead.Interleave", f"--trainer.callbacks.block={chosen.block}"),
+        f"--trainer.callbacks.seconds={chosen.seconds}",
+        *("--trainer.max_steps=10000000", "--data.steps_per_epoch=10000000"),
+        *("--trainer.limit_val_batches=0", f"--trainer.accelerator={device}"),
+        "--trainer.devices=1",
         *([f"--model.network={network}"] if network else []),
     ]
     environment = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT / "benchmarks")}
@@ -177,33 +190,32 @@ def measure(network: str | None, steps: int, block: int, device: str) -> dict[st
     raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and print a table, and the same as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="steps of the trainer at each size")
+    parser = arguments(__doc__)
     parser.add_argument("--block", type=int, default=20, help="steps in a turn")
-    parser.add_argument("--device", default="cpu", help="cpu or gpu")
-    parser.add_argument("--json", default=None, help="also write the results here")
-    chosen = parser.parse_args()
-    device = torch.cuda.get_device_name() if chosen.device == "gpu" else platform.processor()
-    print(
-        f"{device or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}"
+    chosen = parser.parse_args(argv)
+    one = "overhead.OneConvolution"
+    cases = (
+        ("configs/digits.yaml", None, False),
+        ("one convolution", one, False),
+        ("one convolution, the trainer alone", one, True),
     )
-    print("| network | parameters | bare ms/step | fit ms/step | extra ms | ratio | blocks |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    results = {}
-    cases = (("configs/digits.yaml", None, 1), ("one convolution", "overhead.OneConvolution", 4))
-    for name, network, times in cases:
-        steps = times * chosen.steps
-        r = results[name] = measure(network, steps, chosen.block, chosen.device)
-        print(
-            f"| {name} | {r['parameters']:,} | {r['bare_ms']:.2f} | {r['fit_ms']:.2f} "
-            f"| {r['extra_ms']:.2f} | {r['ratio']:.3f} | {r['blocks']} |",
-            flush=True,
+    rows = []
+    for name, network, alone in cases:
+        r = measure(network, alone, chosen)
+        rows.append(
+            {
+                "network": name,
+                "parameters": r["parameters"],
+                "bare ms/step": r["bare_ms"],
+                "fit ms/step": r["fit_ms"],
+                "extra ms": r["extra_ms"],
+                "ratio": r["ratio"],
+                "blocks": r["blocks"],
+            }
         )
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps(results, indent=1))
+    return report("Overhead over a bare loop", machine(chosen.device), rows, chosen.json)
 
 
 if __name__ == "__main__":

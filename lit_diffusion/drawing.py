@@ -158,7 +158,7 @@ class DrawingModel(nn.Module):
             normal = noise_like(torch.zeros(n, 1, dtype=torch.float64), generator)[:, 0]
             label = (torch.special.ndtr(normal) * classes).long().clamp(max=classes - 1)
         label = torch.as_tensor(label)
-        label = label.expand(n) if label.ndim == 0 else label
+        label = label.repeat(n) if label.ndim == 0 else label
         if len(label) != n or bool((label < -1).any() | (label >= classes).any()):
             raise ValueError(
                 f"Expected {n} labels from 0 to {classes - 1} (−1 for none), "

@@ -25,6 +25,7 @@ gives the posterior that ancestral sampling walks along::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
 
     Args:
         z: Gives shape, dtype and device.
-        generator: None, one generator, or a sequence of B; any device.
+        generator: None, one generator, or a sequence of B on one device; any device.
 
     Shapes:
         z (B, *); result (B, *).
@@ -205,4 +206,6 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
         raise ValueError(
             f"Expected one generator for each of {len(z)} examples, got {len(generator)}."
         )
-    return torch.cat([noise_like(row, g) for row, g in zip(z.split(1), generator, strict=True)])
+    like: dict[str, Any] = {"dtype": z.dtype, "device": generator[0].device}
+    rows = [torch.randn(z.shape[1:], generator=each, **like) for each in generator]
+    return torch.stack(rows).to(z.device)  # all rows at once: each copy may wait for the device

@@ -28,7 +28,7 @@ from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
 
-__all__ = ["DiffusionLoss", "LossTerms", "draw_times", "weighted_error"]
+__all__ = ["DiffusionLoss", "LossTerms", "draw_times", "noise_error", "weighted_error"]
 
 
 class LossTerms(NamedTuple):
@@ -70,6 +70,32 @@ def draw_times(x: Tensor, generator: Generators = None) -> Tensor:
     return lattice(len(x), torch.rand((), dtype=torch.float64, generator=generator, device=device))
 
 
+def noise_error(
+    denoiser: Callable[..., Denoised], x: Tensor, eps: Tensor, logsnr: Tensor, **cond: Any
+) -> Tensor:
+    """How far the denoiser's noise is from the true one: mean (ε̂ − ε)², at z = α x + σ ε.
+
+    All of a loss that is as large as the images, from the noise added to the error taken, and
+    nothing that is drawn: so it can be compiled as one piece.
+
+    Args:
+        denoiser: Called as denoiser(z, logsnr, **cond).
+        x: Data.
+        eps: Noise.
+        logsnr: λ of each example.
+        **cond: Handed to the denoiser.
+
+    Shapes:
+        x and eps (B, *); logsnr and result (B,).
+
+    Example:
+        >>> noise_error(GaussianDenoiser(0.5), torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1))
+        tensor([0.0400])
+    """
+    z = diffuse(x, eps, logsnr)
+    return (denoiser(z, logsnr, **cond).eps - eps).square().flatten(1).mean(1)
+
+
 def weighted_error(
     denoiser: Callable[..., Denoised],
     x: Tensor,
@@ -78,6 +104,7 @@ def weighted_error(
     steps: int | None,
     t: Tensor,
     eps: Tensor,
+    noise_error: Callable[..., Tensor] = noise_error,
     **cond: Any,
 ) -> LossTerms:
     """The estimator itself: ½ w(λ)/p(λ) · mean (ε̂ − ε)², or T/2 · expm1(λ_s − λ) w(λ) · mean (…)².
@@ -90,6 +117,7 @@ def weighted_error(
         steps: Number T of steps of a discrete chain; None means continuous time.
         t: Times; in discrete time t stands for the end of the step that it falls into.
         eps: Noise.
+        noise_error: The function of this name, or the same compiled.
         **cond: Handed to the denoiser.
 
     Shapes:
@@ -116,9 +144,7 @@ def weighted_error(
             logsnr, log_prob = schedule.at(t)
         width = torch.exp(-log_prob)
     # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
-    z = diffuse(x, eps, logsnr)
-    error = denoiser(z, logsnr, **cond).eps - eps
-    eps_error = error.square().flatten(1).mean(1)
+    eps_error = noise_error(denoiser, x, eps, logsnr, **cond)
     loss = 0.5 * expand(weighting(logsnr) * width, eps_error) * eps_error
     if shape_gradient is not None:
         shape_gradient.copy_(2 * loss.detach())
@@ -166,6 +192,7 @@ class DiffusionLoss(nn.Module):
         self.weighting = ELBOWeighting() if weighting is None else weighting
         self.steps = steps
         self.decoder = decoder
+        self._compiled: Callable[..., Tensor] | None = None
         parts = [(self.schedule, NoiseSchedule), (self.weighting, Weighting)]
         for part, family in [*parts, *([] if decoder is None else [(decoder, Decoder)])]:
             if not isinstance(part, family):
@@ -234,8 +261,10 @@ class DiffusionLoss(nn.Module):
             t = draw_times(x, generator)
         if eps is None:
             eps = noise_like(x, generator)
+        error = self._compiled if self.training and self._compiled is not None else noise_error
+        t = t.to(x.device)
         terms = weighted_error(
-            denoiser, x, self.schedule, self.weighting, self.steps, t.to(x.device), eps, **cond
+            denoiser, x, self.schedule, self.weighting, self.steps, t, eps, error, **cond
         )
         if self.decoder is None:
             return terms
@@ -258,6 +287,22 @@ class DiffusionLoss(nn.Module):
         eps = noise_like(x, generator)
         reconstruction = decoder.reconstruction(denoiser, x, cleanest, eps, **cond)
         return prior_divergence(x, noisiest) + reconstruction
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place what is as large as the images, `noise_error` with the network in it.
+
+        For training; λ and its weights, a few numbers in float64, stay as they are. In evaluation
+        the network is asked as it is, compiled in place or not.
+
+        Args:
+            *args: Of `torch.compile`.
+            **kwargs: Of `torch.compile`.
+        """
+        self._compiled = torch.compile(noise_error, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: neither is a copied module."""
+        return {**super().__getstate__(), "_compiled": None}
 
     def extra_repr(self) -> str:
         """The arguments that are not modules."""

@@ -116,8 +116,8 @@ class Prediction(ABC):
         a, b = self.coefficients(logsnr)
         alpha, sigma = alpha_sigma(logsnr)
         det = a * sigma - b * alpha
-        return Denoised(
-            x=expand(sigma / det, z) * out - expand(b / det, z) * z,
+        return Denoised(  # z first: both are laid out in memory as z is, whatever the network's
+            x=expand(-b / det, z) * z + expand(sigma / det, z) * out,
             eps=expand(a / det, z) * z - expand(alpha / det, z) * out,
         )
 

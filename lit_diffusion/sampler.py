@@ -8,7 +8,7 @@ own: how λ was drawn in training and how it is walked afterwards are unrelated 
 
 A leaf gives one `step`; the loop is written once. `steps` counts levels, so a sampler that asks
 once a step calls the network `steps` times, DDPM's 1000, and one that asks twice does so at each
-level but the last, EDM's 18 → 35. The family is in `samplers`.
+level but the last, EDM's 18 → 35; `calls` says which. The family is in `samplers`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ class Sampler(ABC):
     """A walk from noise to data: z at low λ → x̂ at high λ.
 
     A leaf is a frozen dataclass with the fields `steps` and `schedule` (and its own), names its
-    `order` of convergence, and gives `step`. The last level is the base's: its answer is x̂. A
-    leaf that has more to do there gives `finish`, too.
+    `order` of convergence and its `calls_per_step`, if that is not 1, and gives `step`. The last
+    level is the base's: its answer is x̂. A leaf that has more to do there gives `finish`, too.
+
+    From the first call of the denoiser to the last nothing is read from the device or sent to it,
+    and no shape changes, so that the host runs ahead and a compiled network stays compiled.
 
     Example:
         >>> z = torch.randn(1000, 4)
@@ -46,8 +49,19 @@ class Sampler(ABC):
     """
 
     order: ClassVar[int]
+    calls_per_step: ClassVar[int] = 1
     steps: int
     schedule: NoiseSchedule | None
+
+    @property
+    def calls(self) -> int:
+        """How often the denoiser is asked in a walk: as a step does, and once at the last level.
+
+        Example:
+            >>> DDIMSampler(steps=18).calls, HeunSampler(steps=18).calls
+            (18, 35)
+        """
+        return (self.steps - 1) * self.calls_per_step + 1
 
     @abstractmethod
     def step(
@@ -139,7 +153,8 @@ class Sampler(ABC):
         def ask(z: Tensor, logsnr: Tensor) -> Denoised:
             return denoiser(z, logsnr, **cond)
 
-        levels = [level.to(z.device).expand(len(z)) for level in self.levels()]
+        # All of them at once, before the walk: each copy to a device waits for it.
+        levels = [level.expand(len(z)) for level in self.levels().to(z.device)]
         memory = None
         for logsnr, logsnr_next in progress([*pairwise(levels), (levels[-1], None)]):
             if logsnr_next is None:

@@ -202,6 +202,7 @@ class HeunSampler(Sampler):
     """
 
     order: ClassVar[int] = 2
+    calls_per_step: ClassVar[int] = 2
     steps: int = 18
     schedule: NoiseSchedule | None = None
     s_churn: float = 0.0

@@ -83,6 +83,11 @@ class LinearSchedule(NoiseSchedule):
         low, high = self.ends
         return (high - logsnr) / (high - low)
 
+    def _slope(self, t: Tensor, s: Tensor) -> Tensor | None:
+        if isinstance(self.logsnr_min, Tensor) or isinstance(self.logsnr_max, Tensor):
+            return None  # to read learned ends would be to wait for the device
+        return torch.full_like(t, self.logsnr_min - self.logsnr_max)
+
 
 class CosineSchedule(NoiseSchedule):
     """Cosine, p(λ) = sech(λ/2)/2π: λ = −2 log tan(πt/2), so that α = cos(πt/2).
@@ -112,6 +117,9 @@ class CosineSchedule(NoiseSchedule):
 
     def _time(self, logsnr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(-logsnr / 2))
+
+    def _slope(self, t: Tensor, s: Tensor) -> Tensor:
+        return -2 * math.pi / torch.sin(math.pi * torch.minimum(t, s))
 
 
 class FlowSchedule(NoiseSchedule):
@@ -143,6 +151,9 @@ class FlowSchedule(NoiseSchedule):
 
     def _time(self, logsnr: Tensor) -> Tensor:
         return torch.sigmoid(-logsnr / 2)
+
+    def _slope(self, t: Tensor, s: Tensor) -> Tensor:
+        return -2 / (t * s)
 
 
 class NormalSchedule(NoiseSchedule):

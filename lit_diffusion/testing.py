@@ -304,7 +304,7 @@ def check_sampler(sampler: Sampler) -> None:
 
     On Gaussian data with the exact denoiser the answer is known: mean and standard deviation
     come out right, and their error falls as steps^(−order). Seeds reproduce, per batch and per
-    example; float32 stays finite.
+    example; float32 stays finite; the denoiser is asked `calls` times.
 
     Args:
         sampler: The sampler, of any arguments; its steps and schedule are replaced.
@@ -363,8 +363,14 @@ def check_sampler(sampler: Sampler) -> None:
     _law(torch.equal(seeded(0, 4), whole), sampler, "the same seeds give the same samples.")
     halves = torch.cat([seeded(0, 2), seeded(2, 4)])
     _law(_close(halves, whole, 1e-6), sampler, "a sample depends on its own seed only.")
-    calls = _count_calls(dataclasses.replace(short, steps=1), z)  # type: ignore[type-var]
-    _law(calls == 1, sampler, f"one step is one call of the denoiser, got {calls}.")
+    for steps in (1, 5):
+        walk = dataclasses.replace(short, steps=steps)  # type: ignore[type-var]
+        calls = _count_calls(walk, z)
+        _law(
+            calls == walk.calls,
+            sampler,
+            f"it asks as often as it says: calls={walk.calls} at {steps} steps, got {calls}.",
+        )
 
 
 def _is_frozen(instance: object) -> bool:

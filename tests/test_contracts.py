@@ -156,6 +156,18 @@ def test_broken_samplers_are_caught():
         def step(self, denoiser, z, logsnr, logsnr_next, memory, generator):
             return DDIMSampler().step(denoiser, z, logsnr, logsnr_next, memory, generator)
 
+    @dataclasses.dataclass(frozen=True)
+    class AsksMoreThanItSays(Sampler):
+        order = 1
+        steps: int = 10
+        schedule: NoiseSchedule | None = None
+
+        def step(self, denoiser, z, logsnr, logsnr_next, memory, generator):
+            denoiser(z, logsnr)
+            return DDIMSampler().step(denoiser, z, logsnr, logsnr_next, memory, generator)
+
+    with pytest.raises(AssertionError, match="calls=5 at 5 steps, got 9"):
+        check_sampler(AsksMoreThanItSays())
     with pytest.raises(AssertionError, match=r"comes out right|order"):
         check_sampler(WrongCoefficient())
     with pytest.raises(AssertionError, match="order 2"):

@@ -6,11 +6,16 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lit_diffusion.sampler
 import lit_diffusion.samplers
-from lit_diffusion.denoisers import GaussianDenoiser
+from lit_diffusion import SAMPLERS
+from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GaussianDenoiser, GuidedDenoiser
 from lit_diffusion.gaussian import alpha_sigma, expand, noise_like, posterior
+from lit_diffusion.nn import DiT, UNet
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.samplers import (
     AncestralSampler,
@@ -75,6 +80,88 @@ def test_number_of_calls(cls):
         assert len(spy.levels) == (2 * steps - 1 if cls is HeunSampler else steps)
     with pytest.raises(ValueError, match="at least 1 step"):
         cls(steps=0)(GAUSS, torch.randn(3, 2))
+
+
+# What costs nothing ---------------------------------------------------------------------------
+
+EVERY = [cls() for cls in SAMPLERS.classes()] + [
+    AncestralSampler(variance=0.5),
+    DDIMSampler(eta=0.5),
+    HeunSampler(s_churn=10.0, s_max=5.0),
+]
+
+
+class Network(torch.nn.Module):
+    """One convolution that knows its label, on a device without an autocast, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+        self.embed = torch.nn.Embedding(4, 1)
+
+    def forward(self, z, logsnr, label):
+        return self.layer(z) + expand(self.embed(label + 1)[:, 0] * logsnr, z)
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations on tensors of two devices, and those among them within a walk.
+
+    On a GPU the host waits at each copy between the two. Looked at, a tensor without values raises
+    by itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.within, self.walking = 0, [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        if len({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}) > 1:
+            self.all += 1
+            self.within += [func] * self.walking
+        return out
+
+
+@pytest.mark.parametrize("sampler", EVERY, ids=repr)
+def test_it_asks_as_often_as_it_says_and_the_host_never_waits(sampler):
+    walk = dataclasses.replace(sampler, steps=6)
+    guided = GuidedDenoiser(Denoiser(Network().to("meta")), 2.0, interval=(-3.0, 3.0))
+    denoiser, calls = ClippedDenoiser(guided), []
+
+    def ask(z, logsnr, **cond):
+        calls.append(1)
+        crossings.walking = True
+        answer = denoiser(z, logsnr, **cond)
+        crossings.walking = len(calls) < walk.calls
+        return answer
+
+    z, label = torch.empty(2, 1, 4, 4, device="meta"), torch.zeros(2, dtype=int, device="meta")
+    with Crossings() as crossings:
+        assert walk(ask, z, label=label).shape == z.shape
+    assert len(calls) == walk.calls
+    assert crossings.within == []
+    assert crossings.all == 1  # all levels at once, before the first call
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        UNet((3, 4, 4), channels=[8], attention=[4], num_classes=3, channels_last=True),
+        DiT((3, 4, 4), depth=1, width=8, heads=1, num_classes=3),
+    ],
+    ids=["UNet", "DiT"],
+)
+def test_a_compiled_network_is_compiled_once(network):
+    """At every step of every sampler it sees the same shapes, strides and types."""
+    graphs = CompileCounter()
+    network.compile(backend=graphs, fullgraph=True)
+    for sampler in EVERY:
+        walk = dataclasses.replace(sampler, steps=3)
+        label = torch.tensor([0, 2])
+        with torch.inference_mode():
+            walk(ClippedDenoiser(Denoiser(network)), torch.randn(2, 3, 4, 4), label=label)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("sampler", [HeunSampler(), DPMSolverSampler(), DDIMSampler()])

@@ -242,6 +242,9 @@ class DiT(SteeredNetwork):
             256 grey levels and (3, 4) for 17; () for none. Not for latents.
         conditions: What else the network is told of an example, by name, and how many numbers
             that is, such as {attributes: 40}, each of size about 1; None for nothing.
+        activation_checkpointing: Keep of each block only what goes into it, and compute the rest
+            again in the backward pass: the same gradients for less memory, and up to a third more
+            arithmetic.
 
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
@@ -282,6 +285,7 @@ class DiT(SteeredNetwork):
         qk_norm: bool = False,
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -302,6 +306,7 @@ class DiT(SteeredNetwork):
         self.qk_norm = qk_norm
         self.fourier = tuple(fourier)
         self.conditions = dict(conditions or {})
+        self.activation_checkpointing = activation_checkpointing
         if min(patch, self.depth, self.heads) < 1:
             raise ValueError(
                 "patch, depth and heads must be at least 1, "
@@ -367,7 +372,7 @@ class DiT(SteeredNetwork):
         head = self.width // self.heads
         angle = phases(*grid, head // 4, 100.0, z.device) if self.rope else None
         for block in self.blocks:
-            h = block(h, embedding, angle)
+            h = self.recall(block, h, embedding, angle)
         shift, scale = self.modulation_out(embedding)
         out = self.layer_out(torch.addcmul(shift, self.norm_out(h), 1 + scale))
         return unpatchify(out, self.patch, height, width).to(z.dtype)
@@ -376,6 +381,6 @@ class DiT(SteeredNetwork):
         """The arguments."""
         names = (
             "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, fourier, "
-            "conditions"
+            "conditions, activation_checkpointing"
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))

@@ -12,11 +12,12 @@ images (B, C, H, W).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class LogSNREmbedding(nn.Module):
@@ -247,8 +248,11 @@ class SteeredNetwork(nn.Module):
     """A network that λ, a label and other numbers steer: e = embed(λ) + embed(label) + embed(c).
 
     What all networks of this folder have in common, errors included. A network calls
-    `make_steering` where its first layers are made, and `steer` for e.
+    `make_steering` where its first layers are made, and `steer` for e. Where it has an argument
+    `activation_checkpointing` it calls its blocks by `recall`.
     """
+
+    activation_checkpointing = False
 
     def make_steering(
         self, features: int, num_classes: int | None, conditions: Mapping[str, int]
@@ -301,3 +305,18 @@ class SteeredNetwork(nn.Module):
                 f"{', '.join(cond)}; give conditions, or pass none."
             )
         return embedding
+
+    def recall(self, block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+        """Call a block; with `activation_checkpointing` keep only what it was given.
+
+        In training, what it computes on its way is then forgotten, and computed again, random
+        numbers included, when the backward pass comes to it. Loss and gradients are the same.
+
+        Args:
+            block: The block.
+            *given: Its arguments.
+        """
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, *given, use_reentrant=False)
+            return out
+        return block(*given)

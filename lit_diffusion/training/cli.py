@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
 from lit_diffusion.training.callbacks import (
     FID,
     Guard,
@@ -54,6 +55,7 @@ from lit_diffusion.training.logging import (
 )
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reconstruction import ema
 from lit_diffusion.training.replay import replay
 from lit_diffusion.training.report import report, write_report
@@ -218,7 +220,9 @@ class DiffusionCLI(LightningCLI):
             callbacks.insert(0, RankWatch())
         trainer.callbacks = callbacks
         try:
-            return super().instantiate_trainer(**kwargs)
+            made = super().instantiate_trainer(**kwargs)
+            settle_precision(made)  # the model would do it, too, when its report has begun
+            return made
         except BaseException:
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
@@ -329,6 +333,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The model is told its config after it is made, so nothing is lost.
     warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
+    # Compiling for a CPU where the tools for CUDA are installed, too.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
@@ -390,7 +398,9 @@ def main(
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         fail(f"{explain(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error) and not os.environ.get("LIT_DIFFUSION_TRACEBACK"):
+            fail(say_what_fits(error, command))
         if "Error(s) in loading state_dict" in str(error):
             fail(f"The checkpoint's weights do not fit the model of this config: {error}"[:600])
         if "more than one stateful callback" in str(error):

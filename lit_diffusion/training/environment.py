@@ -22,10 +22,19 @@ import torch
 import lit_diffusion
 from lit_diffusion.training.checkpoints import write_whole
 
-__all__ = ["FILE", "begin_session", "end_session", "outcome", "read_sessions"]
+__all__ = ["FILE", "begin_session", "device_name", "end_session", "outcome", "read_sessions"]
 
 FILE = "environment.json"
 PACKAGES = ("torch", "lightning", "datasets", "torchmetrics", "wandb")
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: NVIDIA H200, or just cpu.
+
+    Args:
+        device: Any.
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def begin_session(folder: Path, device: torch.device, ranks: int, precision: str) -> None:
@@ -45,7 +54,7 @@ def begin_session(folder: Path, device: torch.device, ranks: int, precision: str
         "ended": None,
         "outcome": None,
         "steps": None,
-        "device": _name(device),
+        "device": f"cuda, {device_name(device)}" if device.type == "cuda" else device.type,
         "ranks": ranks,
         "precision": precision,
         "cpu_threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
@@ -115,12 +124,6 @@ def _write(folder: Path, sessions: list[dict[str, Any]]) -> None:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(device)}"
-    return device.type
 
 
 def _version(package: str) -> str | None:

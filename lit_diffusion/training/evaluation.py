@@ -27,6 +27,7 @@ from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import scores
 from lit_diffusion.training.callbacks.likelihood import Likelihood
 from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.evaluation_tables import Row, draw, markdown
 from lit_diffusion.training.features import InceptionFeatures, fingerprint
@@ -98,6 +99,8 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     parts = parser.instantiate_classes(config)
     subject = _load(path, run, config.device)
     refuse_conditions(subject.model)
+    if config.compile:
+        compile_in_place(subject.model, subject.model.device)
     if subject.model.image_shape != tuple(data.image_shape):
         fail(
             f"expected data of the model's shape {subject.model.image_shape}, got "
@@ -206,6 +209,9 @@ def _parser(data_class: type[ImageDataModule], experiment: dict[str, Any]) -> Di
     )
     parser.add_argument("--out", type=str | None, help="A folder; RUN/evaluation by default.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+    parser.add_argument(
+        "--compile", type=bool, default=False, help="Compile the network: for many, on a GPU."
+    )
     parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
     parser.add_class_arguments(Likelihood, "likelihood")
     parser.add_lightning_class_args(data_class, "data")

@@ -34,12 +34,14 @@ from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule
 from lit_diffusion.training import randomness
+from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.checkpoints import (
     WholeCheckpointIO,
     load_checkpoint,
     refuse_weights_alone,
 )
 from lit_diffusion.training.conditions import check_network, from_batch
+from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
 
@@ -203,7 +205,11 @@ class LitDiffusion(DrawingModel, L.LightningModule):
     # Training and validation ---------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Have every checkpoint of the run written whole or not at all."""
+        """Have checkpoints written whole or not at all, and settle what the device cannot do."""
+        settle_precision(self.trainer)
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BatchFit) for callback in callbacks):
+            callbacks.insert(0, BatchFit())
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -322,6 +328,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             rate = {} if self.schedule_lr is None else {"lr": self.schedule_lr}
             groups = [{"params": network}, {"params": schedule, "weight_decay": 0.0, **rate}]
         optimizer = self.optimizer(groups)
+        optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -439,6 +446,19 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             model = cls(**kept, **arguments)
         model.load_state_dict(checkpoint["state_dict"], strict=strict)
         return model.eval()
+
+
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimizer remembers of a weight the weight's order in memory.
+
+    A checkpoint keeps the order of its time; a fused optimizer reads both as if they had the same,
+    and would mix up their numbers without a word.
+    """
+    for weight, kept in optimizer.state.items():
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _unknown_optimizer(parameters: Any) -> Any:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.generation import to_bytes
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.parsing import (
@@ -45,6 +46,8 @@ def sample(argv: list[str]) -> Path:
             f"examples of {model.image_shape[0]} channels are no image files: give --out a .npy "
             "file, and for latents decode it by `lit-diffusion decode`."
         )
+    if config.compile:
+        compile_in_place(model, model.device)
     classes = _classes(model, config)
     n = MANY if config.num_samples is None else config.num_samples
     if config.per_class is not None:
@@ -127,6 +130,9 @@ def _parser() -> DiffusionParser:
     )
     parser.add_argument("--batch_size", type=int, default=256, help="Images at a time.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+    parser.add_argument(
+        "--compile", type=bool, default=False, help="Compile the network: for many, on a GPU."
+    )
     parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
     return parser
 

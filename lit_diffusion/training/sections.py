@@ -44,6 +44,7 @@ CLOCKS = {
     "step_ms": "Milliseconds for a step",
     "data_wait": "Share of the time that waits for data",
     "mfu": "Share of the device's arithmetic that is used",
+    "peak_memory_gib": "Most memory so far, GiB",
 }
 GROUPS = 8  # of measurements, for each protocol one
 GRIDS = 12  # of samples

@@ -1,7 +1,9 @@
 """Throughput: its arithmetic on a clock that only moves when it is told to, and its count."""
 
 import csv
+import sys
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -76,7 +78,7 @@ def fit(folder, callbacks, data=None, model=None, **arguments):
         int(row["step"]): {
             name.removeprefix("throughput/"): float(value)
             for name, value in row.items()
-            if name.startswith("throughput/") and value
+            if name.startswith("throughput/") and value and "memory" not in name
         }
         for row in rows
         if row["train/loss"]
@@ -164,6 +166,44 @@ def test_the_time_that_is_left(tmp_path, clock):
     fit(tmp_path, [rates, Costs(clock), Ask()], data, max_steps=1000, limit_train_batches=3,
         max_epochs=1)  # fmt: skip
     assert told == [None, str(throughput.timedelta(seconds=4 * 998)), "1:06:28"]
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+class Memory(L.Callback):
+    """What is logged of memory, at each step, and what the system says then."""
+
+    def __init__(self):
+        self.logged, self.system = [], []
+
+    def on_train_batch_end(self, trainer, *args):
+        if "throughput/peak_memory_gib" in trainer.callback_metrics:
+            self.logged.append(float(trainer.callback_metrics["throughput/peak_memory_gib"]))
+            told = Path("/proc/self/status").read_text()
+            self.system.append(int(told.partition("VmHWM:")[2].split()[0]) / 2**20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what it knows of the process")
+def test_the_peak_of_memory_is_what_the_system_says(tmp_path):
+    memory = Memory()
+    fit(tmp_path, [Throughput(), memory], max_steps=5)
+    assert len(memory.logged) == 4  # from the second step on
+    assert memory.logged == sorted(memory.logged)
+    assert memory.logged == pytest.approx(memory.system, rel=0.05)
+
+
+def test_the_peak_on_a_gpu_and_on_a_mac(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device: (3 + device.index) << 30
+    )
+    assert throughput.peak_memory(torch.device("cuda", 1)) == 4.0
+    if sys.platform == "linux":
+        here = throughput.peak_memory(torch.device("cpu"))
+        monkeypatch.setattr(sys, "platform", "darwin")  # where the same number is of bytes
+        assert throughput.peak_memory(torch.device("cpu")) == pytest.approx(here / 1024, rel=0.05)
+        monkeypatch.setitem(sys.modules, "resource", None)
+        assert throughput.peak_memory(torch.device("cpu")) is None
 
 
 # Operations ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from lit_diffusion.training.callbacks.adaptive_schedule import AdaptiveScheduleUpdate
 from lit_diffusion.training.callbacks.averages import Averages
+from lit_diffusion.training.callbacks.compile import Compile
 from lit_diffusion.training.callbacks.ema import EMA
 from lit_diffusion.training.callbacks.fid import FID
 from lit_diffusion.training.callbacks.guard import Guard
@@ -18,6 +19,7 @@ __all__ = [
     "FID",
     "AdaptiveScheduleUpdate",
     "Averages",
+    "Compile",
     "Guard",
     "LastCheckpoint",
     "Likelihood",

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.environment import device_name
 
 __all__ = ["Guard", "account", "gather", "plain"]
 
@@ -220,7 +221,7 @@ class Guard(L.Callback):
                 "seed": pl_module.seed,
                 "world_size": trainer.world_size,
                 "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "device": _device(pl_module.device),
+                "device": device_name(pl_module.device),
                 "torch": torch.__version__,
                 "config": self._keep_config(trainer, path.with_suffix(".yaml")),
                 "checkpoint": self._keep_checkpoint(trainer, step.number),
@@ -331,7 +332,3 @@ def _where(batches: list[dict[str, Any]]) -> str:
     ]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"at {', '.join(named)}{more} ({len(bad)} of {len(every)} examples)"
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

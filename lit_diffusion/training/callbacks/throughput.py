@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from datetime import timedelta
 from time import perf_counter
 from typing import Any
@@ -40,13 +41,15 @@ EXAMPLES = 8  # of the batch, for which operations are counted
 
 
 class Throughput(L.Callback):
-    """Logs the speed of training: images a second, time of a step, wait for data, use of the peak.
+    """Logs what training costs: time, wait for data, use of the device's peak, memory.
 
     At each log step, of the steps since the one before: `throughput/images_per_s`, over all ranks
     and accumulated micro-batches; `throughput/step_ms`, for one optimizer step;
     `throughput/data_wait`, the share of the time in which this rank waited for the loader; and
     `throughput/mfu`, the model's floating-point operations over what the devices could do at their
-    peak, where that is known. Validation, checkpoints and the first step do not count.
+    peak, where that is known. Validation, checkpoints and the first step do not count. And of the
+    whole training so far `throughput/peak_memory_gib`, the most memory in GiB that this rank's
+    tensors took on its CUDA device; elsewhere, that its whole process took in RAM.
 
     Operations are counted once, in one forward and backward pass of the loss over a few examples:
     matrix products, convolutions and attention, a multiplication and its addition as two. The
@@ -100,6 +103,8 @@ class Throughput(L.Callback):
         self._forget()
         self._last_step = trainer.global_step
         device, peak = pl_module.device, self.peak_tflops
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         if peak is None and device.type == "cuda":
             peak = _peak(torch.cuda.get_device_name(device), str(trainer.precision))
         self._peak = None if peak is None else peak * 1e12 * trainer.world_size
@@ -162,7 +167,10 @@ class Throughput(L.Callback):
             self._reset(now)
         elif step % trainer.log_every_n_steps == 0:
             seconds = self._busy + (0.0 if self._since is None else now - self._since)
-            for name, value in self._rates(seconds, trainer.world_size).items():
+            rates = self._rates(seconds, trainer.world_size)
+            if (memory := peak_memory(pl_module.device)) is not None:
+                rates["peak_memory_gib"] = memory
+            for name, value in rates.items():
                 pl_module.log(f"throughput/{name}", value)
             self._reset(now)
 
@@ -208,6 +216,25 @@ def _peak(device: str, precision: str) -> float | None:
     return float(found[0][column]) if found else None
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory so far, in GiB; None where the system does not tell.
+
+    On CUDA that of tensors, without what the allocator keeps for later, and nothing waits for the
+    device; elsewhere that of the whole process.
+
+    Args:
+        device: Where training happens.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
 def count_flops(pl_module: Any, batch: Any) -> float:
     """Floating-point operations of a training step for one image, forward and backward.
 
@@ -222,6 +249,9 @@ def count_flops(pl_module: Any, batch: Any) -> float:
     modes = [(module, module.training) for module in pl_module.modules()]
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
     pl_module.eval()
+    for module, _ in modes:
+        if getattr(module, "activation_checkpointing", False):
+            module.training = True  # of itself alone: it recomputes, and nothing in it drops out
     try:
         with (
             torch.random.fork_rng([x.device] if x.device.type == "cuda" else []),

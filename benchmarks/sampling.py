@@ -1,0 +1,134 @@
+"""What drawing costs beside the network: images a second against calls, and milliseconds a call.
+
+    python benchmarks/sampling.py [--batch_sizes 16 64] [--steps 10 50] [--compile] [--bf16]
+        [--config configs/cifar10.yaml] [--device cuda] [--seconds 60] [--json FILE]
+
+Every registered sampler draws by `model.sample`, in turns with the least that its walk can cost:
+the network alone, called as often on a batch of that size. The difference drowns in the noise of a
+busy machine; so the walk by itself, around a network that answers at once, is timed beside it. On
+a GPU that one is hidden behind the network as long as it is the shorter of the two.
+
+A hook on the network counts the calls first; if they are not those that the sampler states, that
+is an error. The ancestral sampler draws once more with a generator for each image, as
+`lit-diffusion sample` and `evaluate` do, so that image i is the same in any batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import (
+    Echo,
+    arguments,
+    count_calls,
+    machine,
+    network_of,
+    ratio,
+    report,
+    take_turns,
+    usual_config,
+)
+from torch import Tensor
+
+from lit_diffusion import SAMPLERS
+from lit_diffusion.samplers import AncestralSampler, Sampler
+from lit_diffusion.training import LitDiffusion
+from lit_diffusion.training.randomness import generators
+
+
+def walks(steps: Sequence[int]) -> Iterator[tuple[Sampler, str]]:
+    """Every sampler at every number of steps, and for what one stream of noise is drawn."""
+    for n in steps:
+        for cls in SAMPLERS.classes():
+            yield cls(steps=n), "batch"
+        yield AncestralSampler(steps=n), "image"
+
+
+def drawing(model: LitDiffusion, n: int, sampler: Sampler, noise: str) -> Callable[[], Tensor]:
+    """The way a user draws n images of class 0."""
+
+    def draw() -> Tensor:
+        each = generators(0, "sample", list(range(n))) if noise == "image" else None
+        label = None if model.num_classes is None else 0
+        return model.sample(n, each, label, sampler)
+
+    return draw
+
+
+def calling(model: LitDiffusion, n: int, calls: int) -> Callable[[], None]:
+    """The network alone."""
+    z = torch.randn(n, *model.image_shape, device=model.device)
+    logsnr, told = torch.zeros(n, device=model.device), {}
+    if model.num_classes is not None:
+        told["label"] = torch.zeros(n, dtype=torch.int64, device=model.device)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for _ in range(calls):
+            model.denoiser.network(z, logsnr, **told)
+
+    return bare
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, and print a table."""
+    parser = arguments(__doc__, seconds=30)
+    parser.add_argument("--config", type=Path, default=None, help="whose network; of the device")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--compile", action="store_true", help="compile the network in place")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    chosen = parser.parse_args(argv)
+    config = chosen.config or usual_config(chosen.device)
+    kind, rows = torch.device(chosen.device).type, []
+    with torch.autocast(kind, torch.bfloat16, enabled=chosen.bf16):
+        for n in chosen.batch_sizes:
+            network = network_of(config)
+            model = LitDiffusion(network, image_shape=network.image_shape).to(chosen.device).eval()
+            cases = list(walks(chosen.steps))
+            for sampler, noise in cases:
+                made = count_calls(network, drawing(model, n, sampler, noise))
+                if made != sampler.calls:
+                    raise AssertionError(f"{sampler!r} states {sampler.calls} calls, made {made}.")
+            echo = Echo(network.image_shape, network.num_classes)
+            hollow = LitDiffusion(echo, image_shape=echo.image_shape).to(chosen.device).eval()
+            if chosen.compile:
+                torch._dynamo.reset()  # a second size would be compiled for any size
+                network.compile()
+            for sampler, noise in cases:
+                calls = sampler.calls
+                ways = {
+                    "draw": drawing(model, n, sampler, noise),
+                    "bare": calling(model, n, calls),
+                    "walk": drawing(hollow, n, sampler, noise),
+                }
+                times = take_turns(ways, chosen.seconds, chosen.device, warmup=1)
+                draw, bare = times["draw"], times["bare"]
+                extra = statistics.median(a - b for a, b in zip(draw, bare, strict=True))
+                rows.append(
+                    {
+                        "sampler": type(sampler).__name__,
+                        "noise for": noise,
+                        "batch": n,
+                        "steps": sampler.steps,
+                        "calls": calls,
+                        "images/s": n / statistics.median(draw) * 1e3,
+                        "bare images/s": n / statistics.median(bare) * 1e3,
+                        "ratio": ratio(draw, bare),
+                        "extra ms a call": extra / calls,
+                        "walk itself, ms a call": statistics.median(times["walk"]) / calls,
+                        "rounds": len(draw),
+                    }
+                )
+    size = sum(p.numel() for p in network.parameters())
+    how = f"{'compiled' if chosen.compile else 'eager'}, {'bf16' if chosen.bf16 else 'float32'}"
+    title = f"Sampling: the network of {config.name}, {size:,} parameters, {how}"
+    return report(title, machine(chosen.device), rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Compiling: what is as large as the images becomes a few kernels made for it, in place.
+
+In place, so that weights keep their names and checkpoints fit with and without. What a compiler
+has made is kept in a folder that outlives the machine's temporary files, so that the next start
+of the same network takes seconds and not a minute.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_diffusion.drawing import DrawingModel
+
+__all__ = ["compile_in_place", "why_not"]
+
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # where torch looks for what it compiled before
+
+
+def compile_in_place(
+    model: DrawingModel, device: torch.device, required: bool = False, mode: str | None = None
+) -> bool:
+    """Compile a model's network, and its loss with the network in it, at their first call.
+
+    Where nothing can be compiled the model stays as it is, with a warning; returns whether it is
+    compiled.
+
+    Args:
+        model: The model.
+        device: Where it will run.
+        required: Whether that it cannot be is an error.
+        mode: Of `torch.compile`.
+
+    Raises:
+        ValueError: If nothing can be compiled and it is required.
+    """
+    if model.denoiser.network._compiled_call_impl is not None:
+        return True
+    if (reason := why_not(device)) is not None:
+        if required:
+            raise ValueError(
+                f"nothing can be compiled for {device} ({reason}): install what is missing, or do "
+                "not ask for it."
+            )
+        rank_zero_warn(
+            f"nothing can be compiled for {device} ({reason}): going on without, slower and "
+            "otherwise the same."
+        )
+        return False
+    model.denoiser.network.compile(mode=mode)
+    model.loss.compile(mode=mode)
+    return True
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept if TORCHINDUCTOR_CACHE_DIR does not say it."""
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_diffusion/compiled"
+    )
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device, in a few words; None if it can.
+
+    Found by compiling something very small: what it takes (a C++ compiler, Triton, the headers of
+    Python, a GPU that is not too old) is known to torch and not to us.
+
+    Args:
+        device: Where the model is.
+    """
+    os.environ.setdefault(FOLDER, str(cache_folder()))
+
+    @torch.compile
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() + 1
+
+    try:
+        probe(torch.ones(8, device=device))
+    except Exception as error:
+        # Whatever wraps it, the first line of the innermost cause is the one to act on.
+        cause: BaseException = error
+        while cause.__cause__ is not None or getattr(cause, "inner_exception", None) is not None:
+            cause = getattr(cause, "inner_exception", None) or cause.__cause__  # type: ignore
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        return f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"
+    return None
