@@ -155,7 +155,7 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.sigmoid((low + high) / 2)
 
     def _slope(self, t: Tensor, s: Tensor) -> Tensor | None:
-        """f′(t), if there is a closed form: it spares each training step a differentiation.
+        """The derivative of f, if there is a closed form: it spares each step a differentiation.
 
         t and s = 1 − t, each of them accurate where it is small.
         """

@@ -41,6 +41,7 @@ from lit_diffusion.training.checkpoints import (
     refuse_weights_alone,
 )
 from lit_diffusion.training.conditions import check_network, from_batch
+from lit_diffusion.training.hooks import leave_out_empty_hooks
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.weighting import Weighting
 from lit_diffusion.weightings import ELBOWeighting
@@ -212,6 +213,10 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             callbacks.insert(0, BatchFit())
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_train_start(self) -> None:
+        """Spare each step the hooks that no callback has."""
+        leave_out_empty_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
