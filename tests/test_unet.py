@@ -5,9 +5,11 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lit_diffusion.nn import UNet
 from lit_diffusion.nn.embeddings import FourierWaves, LabelEmbedding, LogSNREmbedding
+from lit_diffusion.nn.unet import Upsample
 
 B, C, H, W = 5, 3, 12, 10
 ARGUMENTS = tuple(inspect.signature(UNet).parameters)
@@ -222,3 +224,22 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_compiles_into_one_graph(net):
     compiled = torch.compile(net, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs(net)), net(*inputs(net)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(6, 10), (5, 9), (6, 9), (12, 10)])
+def test_enlarging_is_repeating_pixels_and_a_convolution(size):
+    """To the last bits in float64, values and gradients, whichever way it is computed."""
+    torch.manual_seed(0)
+    enlarge = Upsample(4).double()
+    h = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    over = torch.randn(2, 4, *size, dtype=torch.float64)
+    expected = enlarge.conv(F.interpolate(h, size=size, mode="nearest"))
+    found = enlarge(h, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    inputs = [h, *enlarge.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((found * over).sum(), inputs),
+        torch.autograd.grad((expected * over).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

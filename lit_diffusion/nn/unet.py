@@ -110,7 +110,10 @@ class Attention(nn.Module):
 class Upsample(nn.Module):
     """Enlarge to a given size by repeating pixels, then smooth by a 3×3 convolution.
 
-    The size is that of the skip to be met next, so 9 pixels that became 5 come back as 9.
+    The size is that of the skip to be met next, so 9 pixels that became 5 come back as 9. Where
+    it is exactly double, a window of 3×3 sees only 2×2 different pixels: its nine weights fall
+    together into four, and the whole is one transposed convolution with a kernel of 4×4, the
+    same numbers to rounding at less than half the work.
 
     Args:
         channels: Channels in and out.
@@ -125,6 +128,11 @@ class Upsample(nn.Module):
 
     def forward(self, h: Tensor, size: Sequence[int]) -> Tensor:
         """Enlarge ``h`` to ``size``."""
+        if tuple(size) == (2 * h.shape[2], 2 * h.shape[3]):
+            weight = self.conv.weight
+            kernel = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # sums
+            kernel = kernel.transpose(0, 1).flip(2, 3)
+            return F.conv_transpose2d(h, kernel, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(h, size=tuple(size), mode="nearest"))
 
 
