@@ -216,6 +216,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="each compiled as well")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")
+    parser.add_argument("--channels_last", action="store_true", help="every network in it")
     parser.add_argument("--image", type=int, nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"))
     parser.add_argument("--channels", type=int, nargs="+", help="default: by the device")
     parser.add_argument("--blocks", type=int, default=2)
@@ -250,6 +251,7 @@ def main(words: list[str] | None = None) -> int:
         device="cuda" if chosen.device.startswith("cuda") else chosen.device,
         precision=chosen.precision,
         compiled=False,
+        channels_last=chosen.channels_last,
     )
     try:
         workers, notes = start(task, chosen)
@@ -272,6 +274,7 @@ def main(words: list[str] | None = None) -> int:
     title = (
         f"Training step: {task.batch} images of {shape}, channels {list(task.channels)}, "
         f"{task.blocks} blocks, attention {list(task.attention)}, precision {task.precision}"
+        + (", channels last" if task.channels_last else "")
     )
     result = report(title, machine(chosen.device), rows, None)
     for note in notes:

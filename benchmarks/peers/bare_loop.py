@@ -32,7 +32,7 @@ def forward(network: nn.Module, z: Tensor) -> Tensor:
 def train(task: Task, turns: Turns) -> None:
     """Train in turns."""
     chosen = arguments(task)
-    network = UNet(**chosen)
+    network = UNet(**chosen, channels_last=task.channels_last)
     turns.introduce("", measure(network, forward, task), chosen)
     network.to(task.device)
     if task.compiled:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ def train(task: Task, turns: Turns) -> None:
     if task.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     network = Unet(**chosen)
+    if task.channels_last:
+        network.to(memory_format=torch.channels_last)
     if task.compiled:
         network.compile()
     diffusion = GaussianDiffusion(network, image_size=task.image_shape[1:], auto_normalize=False)

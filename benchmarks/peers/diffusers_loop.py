@@ -51,6 +51,8 @@ def train(task: Task, turns: Turns) -> None:
     chosen, size = nearest(task, candidates(task), UNet2DModel, forward)
     turns.introduce("diffusers", size, chosen)
     network = UNet2DModel(**chosen).to(task.device)
+    if task.channels_last:
+        network.to(memory_format=torch.channels_last)
     if task.compiled:
         network.compile()
     scheduler = DDPMScheduler(num_train_timesteps=1000)

@@ -63,6 +63,8 @@ def train(task: Task, turns: Turns) -> None:
     network = build(**chosen).to(task.device)
     model = K.config.make_denoiser_wrapper(options)(network)
     averaged = copy.deepcopy(model)
+    if task.channels_last:
+        network.to(memory_format=torch.channels_last)
     if task.compiled:
         network.compile()
     adam = options["optimizer"]

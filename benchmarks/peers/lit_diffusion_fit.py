@@ -59,7 +59,7 @@ class TakeTurns(L.Callback):
 def train(task: Task, turns: Turns) -> None:
     """Train in turns."""
     chosen = arguments(task)
-    network = UNet(**chosen)
+    network = UNet(**chosen, channels_last=task.channels_last)
     turns.introduce("lightning", measure(network, forward, task), chosen)
     callbacks: list[L.Callback] = [EMA(decay=0.9999), Guard(), Throughput()]
     if task.compiled:

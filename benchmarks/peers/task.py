@@ -30,6 +30,7 @@ class Task:
         device: cpu or cuda.
         precision: 32, or bf16 for autocast.
         compiled: Whether the network is compiled.
+        channels_last: Whether every network keeps the features of a pixel side by side.
         parameters: Of our network, which the others come near to; 0 while not known.
         flops: Of our network for an image, forward and backward.
     """
@@ -42,6 +43,7 @@ class Task:
     device: str
     precision: str
     compiled: bool
+    channels_last: bool
     parameters: int = 0
     flops: int = 0
 
