@@ -173,6 +173,7 @@ ALONE = [
 ]
 CASES = {
     "configs/digits.yaml": [],
+    "configs/digits.yaml, images from memory": MEMORY,
     "one convolution": NETWORK,
     "one convolution, images from memory": [*NETWORK, *MEMORY],
     "the same, least callbacks": [*NETWORK, *MEMORY, *ALONE],

@@ -15,7 +15,7 @@ class Compile(L.Callback):
     """Compiles the network, and in training the noise, the loss and their gradient with it.
 
     For GPUs, where it saves most of the trips through memory between two matrix products; on a
-    CPU convolutions take nearly all the time, and little is won. The first step takes from half a
+    CPU convolutions take nearly all the time, and nothing is won. The first step takes from half a
     minute to some minutes; of the same network in the same versions only the first time, since
     the kernels are kept (in ~/.cache/lit_diffusion/compiled, or where TORCHINDUCTOR_CACHE_DIR
     says). Weights and checkpoints are those of a run without; numbers agree to rounding.
