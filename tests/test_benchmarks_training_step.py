@@ -27,7 +27,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def task(script):
-    return script("peers.task").Task((3, 8, 8), (8, 16), 1, (4,), 2, "cpu", "32", False)
+    return script("peers.task").Task((3, 8, 8), (8, 16), 1, (4,), 2, "cpu", "32", False, False)
 
 
 def test_ours_against_diffusers_beside_one_that_is_missing_and_one_that_is_broken(
@@ -63,12 +63,11 @@ def test_ours_against_diffusers_beside_one_that_is_missing_and_one_that_is_broke
     assert rows["lit-diffusion"]["fit is × as fast"] == 1
     assert rows["bare loop"]["bare is × as fast"] == 1
     # The same network for all three: ours twice, and diffusers' layer for layer, but for the
-    # embedding of the noise level.
+    # embedding of the noise level and what our enlarging saves.
     ours = rows["bare loop"]
-    for name in ("lit-diffusion", "diffusers"):
-        near = 0 if name == "lit-diffusion" else 0.05
+    for name, near, more in (("lit-diffusion", 0, 1), ("diffusers", 0.05, 1.1)):
         assert rows[name]["parameters"] == pytest.approx(ours["parameters"], rel=near)
-        assert rows[name]["GFLOP/image"] == pytest.approx(ours["GFLOP/image"], rel=near)
+        assert 1 <= rows[name]["GFLOP/image"] / ours["GFLOP/image"] <= more
     assert rows["diffusers"]["library"].startswith("diffusers ")
 
 
