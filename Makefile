@@ -34,8 +34,8 @@ docs: .venv/.dev  ## Build the documentation, gallery included; any warning is a
 
 check: lint docs test  ## All that a change must pass.
 
-benchmark: .venv/.dev  ## Measure the overhead over a bare loop.
-	$(BIN)/python benchmarks/overhead.py
+benchmark: .venv/.dev  ## Measure the speed of everything (half an hour); results go to speed/
+	$(BIN)/python benchmarks/speed.py --out speed
 
 clean:  ## Remove what the commands above made (not runs/).
 	rm -rf .venv docs/_build docs/gallery_built docs/api/generated .pytest_cache .ruff_cache .mypy_cache
