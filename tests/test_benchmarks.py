@@ -150,6 +150,7 @@ def test_imports_are_told_apart(script, tmp_path, monkeypatch):
     assert rows["outer"]["ms"] == pytest.approx(parts, abs=0.05)
 
 
+@pytest.mark.slow  # three processes
 def test_memory(run):
     small = ("--model.network.channels=[8,8]", "--model.network.attention=[]")
     words = ("--device", "cpu", "--steps", 16, "--every", 2)
