@@ -81,9 +81,9 @@ def why_not(device: torch.device) -> str | None:
         probe(torch.ones(8, device=device))
     except Exception as error:
         # Whatever wraps it, the first line of the innermost cause is the one to act on.
-        cause: BaseException = error
-        while cause.__cause__ is not None or getattr(cause, "inner_exception", None) is not None:
-            cause = getattr(cause, "inner_exception", None) or cause.__cause__  # type: ignore
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        return f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"
+        cause: BaseException | None = error
+        while cause is not None:
+            error, cause = cause, getattr(cause, "inner_exception", None) or cause.__cause__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
     return None

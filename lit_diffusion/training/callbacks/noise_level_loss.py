@@ -215,7 +215,7 @@ class NoiseLevelLoss(L.Callback):
         """The sums over all ranks: a collective."""
         if self._trainer is None:
             return self._sums.clone()
-        return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")  # type: ignore
+        return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")  # type: ignore[union-attr]
 
     def _write(self, trainer: L.Trainer, total: Tensor) -> bool:
         """Put what is new into the file, and draw all of it; return whether that was done."""
