@@ -26,7 +26,7 @@ import lit_diffusion as ld
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, RunningAverage, Snapshot
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import ImageDataModule, LitDiffusion, WarmupDecayLR
-from lit_diffusion.training.snapshots import next_step
+from lit_diffusion.training.run.snapshots import next_step
 
 TRACKED = (0.05, 0.1)
 WANTED = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.28)

@@ -21,9 +21,9 @@ from lit_diffusion.denoisers import ClippedDenoiser
 from lit_diffusion.nn import UNet
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import ClassifierFeatures, ImageDataModule, LitDiffusion
-from lit_diffusion.training.generation import Generation
-from lit_diffusion.training.reference import open_reference
-from lit_diffusion.training.scores import Scores
+from lit_diffusion.training.evaluation.generation import Generation
+from lit_diffusion.training.evaluation.reference import open_reference
+from lit_diffusion.training.evaluation.scores import Scores
 
 
 @torch.inference_mode()

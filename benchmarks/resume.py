@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_diffusion.training.checkpoints import load_checkpoint
 from lit_diffusion.training.cli import main as lit_diffusion
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 24

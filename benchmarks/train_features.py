@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.training import ImageDataModule
-from lit_diffusion.training.features import Classifier
+from lit_diffusion.training.evaluation.features import Classifier
 
 
 def load(data: ImageDataModule, split: str) -> tuple[Tensor, Tensor]:

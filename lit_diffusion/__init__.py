@@ -12,58 +12,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lit_diffusion.adaptive_schedule import *
     from lit_diffusion.averaging import *
-    from lit_diffusion.chain_weightings import *
     from lit_diffusion.decoders import *
     from lit_diffusion.denoisers import *
-    from lit_diffusion.diffusers_network import *
-    from lit_diffusion.diffusers_pipeline import *
-    from lit_diffusion.drawing import *
     from lit_diffusion.gaussian import *
-    from lit_diffusion.learned_schedule import *
-    from lit_diffusion.levels import *
+    from lit_diffusion.grey_levels import *
     from lit_diffusion.likelihood import *
     from lit_diffusion.loss import *
-    from lit_diffusion.noise_schedule import *
+    from lit_diffusion.models import *
+    from lit_diffusion.nn import *
     from lit_diffusion.objective import *
     from lit_diffusion.predictions import *
-    from lit_diffusion.pretrained import *
     from lit_diffusion.probability_flow import *
     from lit_diffusion.published import *
     from lit_diffusion.registry import *
-    from lit_diffusion.sampler import *
     from lit_diffusion.samplers import *
     from lit_diffusion.schedules import *
-    from lit_diffusion.table_schedule import *
-    from lit_diffusion.weighting import *
     from lit_diffusion.weightings import *
 
 _ROOMS = (
     "gaussian",
-    "noise_schedule",
-    "learned_schedule",
-    "adaptive_schedule",
-    "table_schedule",
     "schedules",
-    "weighting",
-    "chain_weightings",
     "weightings",
     "predictions",
     "denoisers",
-    "levels",
+    "grey_levels",
     "decoders",
     "loss",
     "objective",
     "published",
     "likelihood",
     "probability_flow",
-    "sampler",
     "samplers",
-    "drawing",
-    "pretrained",
-    "diffusers_network",
-    "diffusers_pipeline",
+    "models",
+    "nn",
     "averaging",
     "registry",
 )

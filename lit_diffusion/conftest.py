@@ -1,5 +1,6 @@
 """Doctests run with the public names in reach and a seed set."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import lit_diffusion
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
-    doctest_namespace |= {name: getattr(lit_diffusion, name) for name in dir(lit_diffusion)}
+    public = {name: getattr(lit_diffusion, name) for name in dir(lit_diffusion)}
+    # Not the rooms: `nn` is torch's in an example.
+    doctest_namespace |= {k: v for k, v in public.items() if not isinstance(v, ModuleType)}
     doctest_namespace["torch"] = torch
     torch.manual_seed(0)

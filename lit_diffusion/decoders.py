@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
-from lit_diffusion.levels import Levels, level_borders, level_index, level_values
+from lit_diffusion.grey_levels import Levels, level_borders, level_index, level_values
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.registry import Registry
 

@@ -34,8 +34,8 @@ from lit_diffusion.gaussian import (
     prior_divergence,
 )
 from lit_diffusion.loss import draw_times, weighted_error
-from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Denoised
+from lit_diffusion.schedules import NoiseSchedule
 from lit_diffusion.weightings import ELBOWeighting
 
 __all__ = ["BoundTerms", "consistency_bound", "variational_bound"]

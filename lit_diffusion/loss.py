@@ -21,12 +21,9 @@ from torch import Tensor, nn
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.gaussian import Generators, diffuse, expand, noise_like, prior_divergence
-from lit_diffusion.learned_schedule import LearnedSchedule
-from lit_diffusion.noise_schedule import NoiseSchedule, lattice
 from lit_diffusion.predictions import Denoised
-from lit_diffusion.schedules import CosineSchedule
-from lit_diffusion.weighting import Weighting
-from lit_diffusion.weightings import ELBOWeighting
+from lit_diffusion.schedules import CosineSchedule, LearnedSchedule, NoiseSchedule, lattice
+from lit_diffusion.weightings import ELBOWeighting, Weighting
 
 __all__ = ["DiffusionLoss", "LossTerms", "draw_times", "noise_error", "weighted_error"]
 

@@ -25,10 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_diffusion.chain_weightings import chain_step
-from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
-from lit_diffusion.weighting import Weighting
+from lit_diffusion.schedules import NoiseSchedule
+from lit_diffusion.weightings import Weighting, chain_step
 
 __all__ = ["NoiseMixture", "NoisePart", "Objective", "gaussian_error"]
 

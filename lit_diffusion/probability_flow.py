@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import Generators, alpha_sigma, expand, noise_like
-from lit_diffusion.levels import Levels, level_borders, level_index, level_values
+from lit_diffusion.grey_levels import Levels, level_borders, level_index, level_values
 from lit_diffusion.predictions import Denoised
 
 __all__ = ["Dequantiser", "TruncatedNormalDequantiser", "UniformDequantiser", "log_likelihood"]

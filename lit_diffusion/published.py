@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_diffusion.chain_weightings import PosteriorMeanWeighting, VariationalWeighting
 from lit_diffusion.objective import Objective, gaussian_error
 from lit_diffusion.predictions import (
     EDMPrediction,
@@ -39,9 +38,11 @@ from lit_diffusion.weightings import (
     MinSNRWeighting,
     MonotoneWeighting,
     P2Weighting,
+    PosteriorMeanWeighting,
     SechWeighting,
     SigmoidWeighting,
     SoftMinSNRWeighting,
+    VariationalWeighting,
 )
 
 __all__ = ["PUBLISHED", "ObjectiveDistance", "nearest_published", "objective_distance"]

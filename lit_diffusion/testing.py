@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import GaussianDenoiser
 from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
-from lit_diffusion.levels import level_values
-from lit_diffusion.noise_schedule import NoiseSchedule
+from lit_diffusion.grey_levels import level_values
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.schedules import LinearSchedule
-from lit_diffusion.weighting import Weighting
+from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
+from lit_diffusion.weightings import Weighting
 
 __all__ = [
     "check_decoder",

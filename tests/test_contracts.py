@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
-from lit_diffusion.noise_schedule import NoiseSchedule
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
+from lit_diffusion.schedules import NoiseSchedule
 from lit_diffusion.testing import (
     check_decoder,
     check_plugin,
@@ -17,7 +17,7 @@ from lit_diffusion.testing import (
     check_schedule,
     check_weighting,
 )
-from lit_diffusion.weighting import Weighting
+from lit_diffusion.weightings import Weighting
 
 CHECKS = [
     (SCHEDULES, check_schedule),

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lit_diffusion.sampler
 import lit_diffusion.samplers
+import lit_diffusion.samplers.base
 from lit_diffusion import SAMPLERS
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GaussianDenoiser, GuidedDenoiser
 from lit_diffusion.gaussian import alpha_sigma, expand, noise_like, posterior
@@ -65,9 +65,8 @@ class Spy:
 
 
 def test_the_base_lives_in_its_own_room():
-    assert lit_diffusion.samplers.Sampler is lit_diffusion.sampler.Sampler
-    assert lit_diffusion.sampler.__all__ == ["Sampler"]
-    assert "Sampler" not in lit_diffusion.samplers.__all__
+    assert lit_diffusion.samplers.Sampler is lit_diffusion.samplers.base.Sampler
+    assert lit_diffusion.samplers.base.__all__ == ["Sampler"]
     assert set(lit_diffusion.SAMPLERS) >= {"DPMSolverSampler", "HeunSampler"}
     assert importlib.import_module("lit_diffusion").Sampler is Sampler
 

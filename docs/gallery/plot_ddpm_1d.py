@@ -232,7 +232,7 @@ for axis in axes:
 # -------------------
 #
 # Colour is the expected step: up is red, down is blue. The sampler
-# (:class:`~lit_diffusion.samplers.AncestralSampler`) follows it from noise, on the left, to data,
+# (:class:`~lit_diffusion.AncestralSampler`) follows it from noise, on the left, to data,
 # on the right, and adds at each step the noise that the mean leaves out. All three start from the
 # same noise and add the same. The network trained on roll-outs has not found the border between
 # the heaps, and leaves numbers stranded there.

@@ -4,7 +4,7 @@ A schedule that learns where to look
 
 The loss is an integral over λ, and a noise schedule is the density from which λ is drawn. It
 changes nothing but the scatter of the estimate, so the best schedule is the one under which the
-estimate scatters least. :class:`~lit_diffusion.learned_schedule.LearnedSchedule` finds it by
+estimate scatters least. :class:`~lit_diffusion.schedules.learned.LearnedSchedule` finds it by
 gradient descent. Here the denoiser is exact and stays fixed, and the schedule alone learns.
 """
 

@@ -65,7 +65,7 @@ figure.supylabel("density p(λ)", fontsize=10)
 #
 # λ(t) is the quantile function: draw t uniformly on [0, 1] and λ(t) has the density above. Where
 # the curve is flat, many draws fall. The ends are exact: the formula is restricted to a part of
-# its time axis, and λ is never clipped. :class:`~lit_diffusion.schedules.ShiftedSchedule` is the
+# its time axis, and λ is never clipped. :class:`~lit_diffusion.ShiftedSchedule` is the
 # cosine until it is given a shift.
 
 t = torch.linspace(0, 1, 1001, dtype=torch.float64)

@@ -15,8 +15,8 @@ from lit_diffusion.training.callbacks import (
     SampleGrid,
     Throughput,
 )
-from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.features import ClassifierFeatures, InceptionFeatures
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
 from lit_diffusion.training.learning_rates import WarmupDecayLR
 from lit_diffusion.training.module import LitDiffusion
 

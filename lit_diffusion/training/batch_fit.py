@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lit_diffusion.training.environment import device_name
 from lit_diffusion.training.precision import has_bfloat16
+from lit_diffusion.training.run.environment import device_name
 
 __all__ = [
     "BatchFit",

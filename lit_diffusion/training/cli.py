@@ -36,30 +36,30 @@ from lit_diffusion.training.callbacks import (
     SampleGrid,
     Throughput,
 )
-from lit_diffusion.training.checkpoints import load_checkpoint, refuse_weights_alone
-from lit_diffusion.training.comparison import compare
-from lit_diffusion.training.dashboard import Dashboard
-from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.environment import begin_session, end_session, outcome
-from lit_diffusion.training.evaluation import evaluate
-from lit_diffusion.training.explain import objective
-from lit_diffusion.training.export import export
-from lit_diffusion.training.importing import import_pipeline
-from lit_diffusion.training.latents import decode, encode
-from lit_diffusion.training.logging import (
+from lit_diffusion.training.commands.compare import compare
+from lit_diffusion.training.commands.ema import ema
+from lit_diffusion.training.commands.encode import decode, encode
+from lit_diffusion.training.commands.evaluate import evaluate
+from lit_diffusion.training.commands.export import export
+from lit_diffusion.training.commands.import_diffusers import import_pipeline
+from lit_diffusion.training.commands.objective import objective
+from lit_diffusion.training.commands.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.commands.replay import replay
+from lit_diffusion.training.commands.sample import sample
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.reporting.write import report, write_report
+from lit_diffusion.training.run.checkpoints import load_checkpoint, refuse_weights_alone
+from lit_diffusion.training.run.dashboard import Dashboard
+from lit_diffusion.training.run.environment import begin_session, end_session, outcome
+from lit_diffusion.training.run.folder import (
     RunLogger,
     SaveConfig,
     last_checkpoint,
     new_run_folder,
     run_loggers,
 )
-from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.parsing import DiffusionParser, explain, fail, import_plugins
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.reconstruction import ema
-from lit_diffusion.training.replay import replay
-from lit_diffusion.training.report import report, write_report
-from lit_diffusion.training.sampling import sample
 
 __all__ = ["DiffusionCLI", "main"]
 

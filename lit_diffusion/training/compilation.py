@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_diffusion.drawing import DrawingModel
+from lit_diffusion.models import DrawingModel
 
 __all__ = ["compile_in_place", "why_not"]
 

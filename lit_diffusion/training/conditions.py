@@ -20,8 +20,8 @@ from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.likelihood import consistency_bound, variational_bound
 from lit_diffusion.loss import DiffusionLoss, weighted_error
 from lit_diffusion.probability_flow import log_likelihood
-from lit_diffusion.sampler import Sampler
-from lit_diffusion.training.columns import BATCH
+from lit_diffusion.samplers import Sampler
+from lit_diffusion.training.data.columns import BATCH
 
 __all__ = ["RESERVED", "check_network", "from_batch"]
 

@@ -26,25 +26,23 @@ from tqdm import tqdm
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, hide_condition
 from lit_diffusion.description import build, describe
-from lit_diffusion.drawing import DrawingModel
 from lit_diffusion.loss import DiffusionLoss, LossTerms
+from lit_diffusion.models import DrawingModel
 from lit_diffusion.nn import UNet
-from lit_diffusion.noise_schedule import NoiseSchedule, lattice
 from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
-from lit_diffusion.schedules import CosineSchedule
+from lit_diffusion.schedules import CosineSchedule, NoiseSchedule, lattice
 from lit_diffusion.training import randomness
 from lit_diffusion.training.batch_fit import BatchFit
-from lit_diffusion.training.checkpoints import (
+from lit_diffusion.training.conditions import check_network, from_batch
+from lit_diffusion.training.hooks import leave_out_empty_hooks
+from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.run.checkpoints import (
     WholeCheckpointIO,
     load_checkpoint,
     refuse_weights_alone,
 )
-from lit_diffusion.training.conditions import check_network, from_batch
-from lit_diffusion.training.hooks import leave_out_empty_hooks
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.weighting import Weighting
-from lit_diffusion.weightings import ELBOWeighting
+from lit_diffusion.weightings import ELBOWeighting, Weighting
 
 __all__ = ["LitDiffusion"]
 

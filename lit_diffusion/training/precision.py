@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_diffusion.training.environment import device_name
+from lit_diffusion.training.run.environment import device_name
 
 __all__ = ["has_bfloat16", "settle_precision"]
 

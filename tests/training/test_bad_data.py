@@ -32,9 +32,9 @@ from image_files import (
 )
 from PIL import Image
 
-from lit_diffusion.training import network
-from lit_diffusion.training.bad_examples import Bad
-from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.data import retry as network
+from lit_diffusion.training.data.bad_examples import Bad
+from lit_diffusion.training.data.module import ImageDataModule
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in (*PARDONS, "ignore:.*skipped ")]

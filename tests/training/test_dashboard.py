@@ -20,10 +20,14 @@ from test_module import tiny_data, tiny_model, trainer
 
 import lit_diffusion as ld
 from lit_diffusion.training import LastCheckpoint, Overview
-from lit_diffusion.training.checkpoints import load_checkpoint
-from lit_diffusion.training.dashboard import Dashboard, _service
-from lit_diffusion.training.logging import run_loggers
-from lit_diffusion.training.measurements import Measurement, add_measurements, read_measurements
+from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.dashboard import Dashboard, _service
+from lit_diffusion.training.run.folder import run_loggers
+from lit_diffusion.training.run.measurements import (
+    Measurement,
+    add_measurements,
+    read_measurements,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -339,7 +343,7 @@ def test_the_objective_of_a_schedule_without_closed_form_is_drawn(tmp_path, monk
 
 def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr("lit_diffusion.training.explain.save_objective", refuse)
+    monkeypatch.setattr("lit_diffusion.training.commands.objective.save_objective", refuse)
     with pytest.warns(UserWarning, match="The objective is not drawn: OSError: No space left"):
         overview(tmp_path / "tiny" / "1")
 

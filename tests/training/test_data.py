@@ -26,7 +26,7 @@ from image_files import (
 )
 from PIL import Image
 
-from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.data.module import ImageDataModule
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]

@@ -14,9 +14,9 @@ from lit_diffusion import PowerProfile, RunningAverage
 from lit_diffusion.averaging import ConstantProfile
 from lit_diffusion.training import EMA, Averages, LastCheckpoint, LitDiffusion
 from lit_diffusion.training.callbacks.ema import trained_weights
-from lit_diffusion.training.checkpoints import load_checkpoint
-from lit_diffusion.training.reconstruction import ema
-from lit_diffusion.training.snapshots import mix, next_step, read_snapshots
+from lit_diffusion.training.commands.ema import ema
+from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.snapshots import mix, next_step, read_snapshots
 
 
 class Follow(L.Callback):

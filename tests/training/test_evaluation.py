@@ -12,7 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_diffusion.training.measurements import Measurement, add_measurements, read_measurements
+from lit_diffusion.training.run.measurements import (
+    Measurement,
+    add_measurements,
+    read_measurements,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}

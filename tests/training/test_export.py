@@ -26,9 +26,13 @@ from lit_diffusion.training import (
     LitDiffusion,
     SampleGrid,
 )
-from lit_diffusion.training import export as export_module
-from lit_diffusion.training.checkpoints import load_checkpoint
-from lit_diffusion.training.measurements import Measurement, add_measurements, read_measurements
+from lit_diffusion.training.commands import export as export_module
+from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.measurements import (
+    Measurement,
+    add_measurements,
+    read_measurements,
+)
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,18 +16,25 @@ from torch import nn
 
 from lit_diffusion import AncestralSampler, DDIMSampler, HeunSampler
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import EMA, FID, ImageDataModule, LitDiffusion, reference, scores
-from lit_diffusion.training.features import (
+from lit_diffusion.training import EMA, FID, ImageDataModule, LitDiffusion
+from lit_diffusion.training.evaluation import reference, scores
+from lit_diffusion.training.evaluation.features import (
     ClassifierFeatures,
     Features,
     InceptionFeatures,
     extract,
     fingerprint,
 )
-from lit_diffusion.training.generation import Drawn, Generation, count_calls, labels, to_bytes
-from lit_diffusion.training.measurements import read_measurements
-from lit_diffusion.training.reference import CHUNK, Reference, open_reference
-from lit_diffusion.training.scores import Scores
+from lit_diffusion.training.evaluation.generation import (
+    Drawn,
+    Generation,
+    count_calls,
+    labels,
+    to_bytes,
+)
+from lit_diffusion.training.evaluation.reference import CHUNK, Reference, open_reference
+from lit_diffusion.training.evaluation.scores import Scores
+from lit_diffusion.training.run.measurements import read_measurements
 
 pytestmark = [
     pytest.mark.usefixtures("alone"),
@@ -507,7 +514,7 @@ import sys
 import lightning as L
 from test_fid import model
 from lit_diffusion.training import EMA, FID, ImageDataModule
-from lit_diffusion.training.features import ClassifierFeatures
+from lit_diffusion.training.evaluation.features import ClassifierFeatures
 
 if __name__ == "__main__":
     folder, devices, precision, samples, batch_size = sys.argv[1:]

@@ -15,7 +15,7 @@ from torch import nn
 
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import EMA, AdaptiveScheduleUpdate, Guard, LastCheckpoint
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ABOVE = 12.8  # λ at which the networks here break: a tenth of the steps have one

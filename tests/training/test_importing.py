@@ -11,7 +11,7 @@ import yaml
 
 import lit_diffusion as ld
 from lit_diffusion.training import LitDiffusion
-from lit_diffusion.training.measurements import read_measurements
+from lit_diffusion.training.run.measurements import read_measurements
 
 diffusers = pytest.importorskip(
     "diffusers", reason="needs diffusers: pip install 'lit-diffusion[diffusers]'"

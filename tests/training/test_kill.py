@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resume
 
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
@@ -47,7 +47,7 @@ def test_a_run_goes_on_from_any_of_its_checkpoints(
     from test_module import tiny_data, tiny_model, trainer
 
     from lit_diffusion.training import EMA, LastCheckpoint, NoiseLevelLoss
-    from lit_diffusion.training.logging import RunLogger
+    from lit_diffusion.training.run.folder import RunLogger
 
     def save(self, trainer, required=False, whole=LastCheckpoint._save):
         """Keeps every checkpoint that a kill could leave behind."""
@@ -190,7 +190,7 @@ print(json.dumps([code, again, resume.compare(resume.checkpoint(there), referenc
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from lit_diffusion.training.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 import torch
 io = WholeCheckpointIO()
 io.save_checkpoint({"a": torch.zeros(10)}, sys.argv[1])
@@ -219,7 +219,7 @@ def test_a_run_survives_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatc
     from test_module import tiny_data, tiny_model, trainer
 
     from lit_diffusion.training import LastCheckpoint
-    from lit_diffusion.training.checkpoints import WholeCheckpointIO
+    from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
     whole, full = WholeCheckpointIO.save_checkpoint, {2, 5}
 
@@ -254,7 +254,7 @@ def test_orphans_are_cleaned(tmp_path):
     orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
     orphan.write_bytes(b"half")
     other.write_bytes(b"of another checkpoint, perhaps being written")
-    from lit_diffusion.training.checkpoints import WholeCheckpointIO
+    from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
     WholeCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".best.ckpt.99.tmp", "last.ckpt"]

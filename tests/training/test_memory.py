@@ -23,11 +23,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_diffusion.training import bad_examples, memory
-from lit_diffusion.training.bad_examples import BadExample
-from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.memory import MemoryBatches, MemoryMap
-from lit_diffusion.training.stream import Position, coin
+from lit_diffusion.training.data import bad_examples, memory
+from lit_diffusion.training.data.bad_examples import BadExample
+from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.stream import Position, coin
 
 N = 60
 FORK = multiprocessing.get_context("fork")
@@ -223,7 +223,7 @@ def test_the_name_does_not_change_with_anything_else(file, cache):
     folders = {open_map(file, **{name: value}).folder for name, value in others.items()}
     assert len(folders) == len(names(cache)[0]) == 1
     code = (
-        "import sys; from lit_diffusion.training.data import ImageDataModule\n"
+        "import sys; from lit_diffusion.training.data.module import ImageDataModule\n"
         "d = ImageDataModule(path=sys.argv[1], streaming=False, val_split=None)\n"
         "d.setup('fit'); print(d._memory.folder.name)"
     )

@@ -22,7 +22,7 @@ from lit_diffusion.training import (
     SampleGrid,
     WarmupDecayLR,
 )
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 
 def tiny_model(**arguments):

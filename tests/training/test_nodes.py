@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from resume import repeatable
 
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JOB = [

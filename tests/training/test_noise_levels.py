@@ -23,7 +23,7 @@ from lit_diffusion.training import (
     NoiseLevelLoss,
 )
 from lit_diffusion.training.callbacks import noise_level_loss
-from lit_diffusion.training.noise_levels import NoiseLevels, read_table, table_text
+from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table, table_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -597,7 +597,7 @@ def test_the_table_can_be_read_by_anyone(tmp_path):
 
 def test_a_resumed_picture_goes_back_to_the_beginning(tmp_path):
     """The file keeps fewer digits of the edges than a run has; they are the same bins."""
-    from lit_diffusion.training.noise_levels import draw, read_table, table_text
+    from lit_diffusion.training.run.noise_levels import draw, read_table, table_text
 
     edges = torch.linspace(-10, 13.3, 8, dtype=torch.float64) + 1e-7 / 3
     sums = torch.ones(5, 14, dtype=torch.float64)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import lit_diffusion
 from lit_diffusion import SCHEDULES, WEIGHTINGS
-from lit_diffusion.training.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guide/plugin-package.md").read_text(encoding="utf-8")

@@ -20,12 +20,12 @@ from PIL import Image
 from test_cli import CONFIGS, FAST, fit, run_folder
 
 from lit_diffusion.training import cli as command_line
-from lit_diffusion.training import report as reporting
-from lit_diffusion.training.chart import POINTS, Line, chart
-from lit_diffusion.training.environment import begin_session, end_session, read_sessions
-from lit_diffusion.training.measurements import Measurement, add_measurements
-from lit_diffusion.training.page import LARGE
-from lit_diffusion.training.report import write_report
+from lit_diffusion.training.reporting import write as reporting
+from lit_diffusion.training.reporting.chart import POINTS, Line, chart
+from lit_diffusion.training.reporting.page import LARGE
+from lit_diffusion.training.reporting.write import write_report
+from lit_diffusion.training.run.environment import begin_session, end_session, read_sessions
+from lit_diffusion.training.run.measurements import Measurement, add_measurements
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
 NASTY = "<script>document.title = 1</script>"

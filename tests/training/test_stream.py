@@ -31,10 +31,10 @@ from image_files import (
     write_sixty,
 )
 
-from lit_diffusion.training import network
-from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.sources import find_splits, open_split
-from lit_diffusion.training.stream import Position, ShuffledBatches, coin, deal
+from lit_diffusion.training.data import retry as network
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.sources import find_splits, open_split
+from lit_diffusion.training.data.stream import Position, ShuffledBatches, coin, deal
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]

@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_diffusion.adaptive_schedule import AdaptiveSchedule
-from lit_diffusion.training.dashboard import show
-from lit_diffusion.training.figures import save_figure
+from lit_diffusion.schedules import AdaptiveSchedule
+from lit_diffusion.training.run.dashboard import show
+from lit_diffusion.training.run.figures import save_figure
 
 __all__ = ["AdaptiveScheduleUpdate", "draw_density"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
 from lit_diffusion.training.callbacks.ema import name_of, trained_weights
-from lit_diffusion.training.snapshots import folder_of, next_step, write_snapshot
+from lit_diffusion.training.run.snapshots import folder_of, next_step, write_snapshot
 
 __all__ = ["Averages"]
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training import scores
-from lit_diffusion.training.features import InceptionFeatures
-from lit_diffusion.training.generation import Generation, refuse_conditions
-from lit_diffusion.training.measurements import (
+from lit_diffusion.training.evaluation import scores
+from lit_diffusion.training.evaluation.features import InceptionFeatures
+from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
+from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
+from lit_diffusion.training.ranks import place
+from lit_diffusion.training.run.measurements import (
     Measurement,
     add_measurements,
     versions,
     weights_in_use,
 )
-from lit_diffusion.training.ranks import place
-from lit_diffusion.training.reference import Reference, class_shares, open_reference
 
 __all__ = ["FID"]
 

@@ -16,8 +16,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_diffusion.training.checkpoints import load_checkpoint, write_whole
-from lit_diffusion.training.environment import device_name
+from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.run.environment import device_name
 
 __all__ = ["Guard", "account", "gather", "plain"]
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
-from lit_diffusion.noise_schedule import NoiseSchedule
-from lit_diffusion.schedules import LinearSchedule
+from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.training import randomness
-from lit_diffusion.training.measurements import (
+from lit_diffusion.training.run.measurements import (
     Measurement,
     add_measurements,
     versions,

@@ -10,8 +10,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.dashboard import Dashboard, show
-from lit_diffusion.training.measurements import Measurement, read_measurements
+from lit_diffusion.training.run.dashboard import Dashboard, show
+from lit_diffusion.training.run.measurements import Measurement, read_measurements
 
 __all__ = ["Overview"]
 
@@ -39,7 +39,7 @@ class Overview(L.Callback):
             return
         self._folder = Path(folder)
         try:
-            from lit_diffusion.training.explain import save_objective
+            from lit_diffusion.training.commands.objective import save_objective
 
             loss: Any = pl_module.loss
             prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]

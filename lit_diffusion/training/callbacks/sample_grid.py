@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.training import randomness
-from lit_diffusion.training.dashboard import show
+from lit_diffusion.training.run.dashboard import show
 
 __all__ = ["SampleGrid", "save_grid"]
 

@@ -1,0 +1,167 @@
+"""Drawing: images from a denoiser, a sampler and the range of λ that was trained on.
+
+What every diffusion model does in the same way, in training and long after it: `LitDiffusion` and
+`Pretrained` inherit it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
+from lit_diffusion.gaussian import Generators, noise_like
+from lit_diffusion.loss import DiffusionLoss
+from lit_diffusion.samplers import Sampler
+from lit_diffusion.schedules import NoiseSchedule
+
+__all__ = ["DrawingModel"]
+
+
+class DrawingModel(nn.Module):
+    """A model that draws images, of its classes and conditions, guided or not.
+
+    A subclass sets what is listed here in its `__init__`.
+
+    Attributes:
+        denoiser: (z, λ) → (x̂, ε̂).
+        loss: Of training, whose schedule has the range of λ.
+        image_shape: Channels, height and width.
+        conditions: What else the network is told, by the names of its arguments.
+        clip: Keep x̂ within [−1, 1] while sampling.
+    """
+
+    denoiser: Denoiser
+    loss: DiffusionLoss
+    image_shape: tuple[int, int, int]
+    conditions: tuple[str, ...]
+    clip: bool
+    _sampler: Sampler
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes the network knows; None if it takes no labels."""
+        return getattr(self.denoiser.network, "num_classes", None)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How images are drawn, over the range of λ as it is now."""
+        return self.walk()
+
+    def walk(self, sampler: Sampler | None = None) -> Sampler:
+        """A sampler as it walks for this model, over the range of λ as it is now.
+
+        Args:
+            sampler: None means the model's own.
+
+        Raises:
+            ValueError: If it leaves that range.
+        """
+        sampler = self._sampler if sampler is None else sampler
+        schedule: NoiseSchedule = self.loss.schedule
+        low, high = schedule.ends
+        if sampler.schedule is None:
+            own = sampler.default_schedule(low, high)
+            return dataclasses.replace(sampler, schedule=own)  # type: ignore[type-var]
+        first, last = (float(level) for level in sampler.levels()[[0, -1]])
+        if first < low - 1e-6 or last > high + 1e-6:
+            raise ValueError(
+                f"The sampler walks λ from {first:.6g} to {last:.6g}, but the model is trained on "
+                f"[{low:.6g}, {high:.6g}] only: give its schedule that range."
+            )
+        return sampler
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        generator: Generators = None,
+        label: Tensor | Sequence[int] | int | None = None,
+        sampler: Sampler | None = None,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        progress: Callable[[Any], Iterable[Any]] = iter,
+        cond: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Draw images.
+
+        Args:
+            n: How many.
+            generator: Source of all noise: None, one, or one for each image.
+            label: Class of each image, or one for all; −1 for none; None draws them uniformly.
+            sampler: How; None means the model's own.
+            guidance: Strength of classifier-free guidance; 1 for none.
+            guidance_interval: Guide only for λ within; None means everywhere.
+            progress: Wraps the list of steps, such as tqdm.
+            cond: The further conditions, by their names; hidden ones come from `hide_condition`.
+
+        Shapes:
+            label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
+
+        Raises:
+            ValueError: If labels are given to a model without classes, or a condition is missing
+                or unknown, or there are not n of each.
+        """
+        device = next(self.parameters(), torch.empty(0)).device  # a network may have none
+        z = torch.zeros(n, *self.image_shape, device=device)
+        told = self._conditions(z, cond)
+        if self.num_classes is not None:
+            told["label"] = self._labels(n, label, generator).to(device)
+        elif label is not None:
+            raise ValueError("This model was trained without classes: leave label out.")
+        denoiser: nn.Module = self.denoiser
+        if guidance != 1:
+            if not told:
+                raise ValueError(
+                    "Guidance needs classes or other conditions, and this model has none."
+                )
+            denoiser = GuidedDenoiser(denoiser, guidance, guidance_interval)
+        if self.clip:
+            denoiser = ClippedDenoiser(denoiser)
+        training = self.training
+        self.eval()
+        try:
+            walk = self.walk(sampler)
+            x = walk(denoiser, noise_like(z, generator), generator, progress, **told)
+        finally:
+            self.train(training)
+        return x.clamp(-1, 1) if self.clip else x
+
+    def _conditions(self, z: Tensor, cond: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The further conditions, a row of each for every image."""
+        given = dict(cond or {})
+        if given.keys() - {"hidden"} != set(self.conditions):
+            raise ValueError(
+                f"This model takes {', '.join(self.conditions) or 'no further conditions'}, got "
+                f"{', '.join(given) or 'none'}: give cond, a tensor of {len(z)} rows for each."
+            )
+        for name, value in given.items():
+            if value.ndim < 1 or len(value) != len(z):
+                raise ValueError(
+                    f"Expected {len(z)} rows of {name!r}, one for each image, got shape "
+                    f"{tuple(value.shape)}."
+                )
+        return {name: value.to(z.device) for name, value in given.items()}
+
+    def _labels(
+        self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
+    ) -> Tensor:
+        """One label for each image, drawn before the noise."""
+        classes = self.num_classes
+        assert classes is not None
+        if label is None:
+            # Φ of a normal draw is uniform, and a normal draw has one generator per image.
+            normal = noise_like(torch.zeros(n, 1, dtype=torch.float64), generator)[:, 0]
+            label = (torch.special.ndtr(normal) * classes).long().clamp(max=classes - 1)
+        label = torch.as_tensor(label)
+        label = label.repeat(n) if label.ndim == 0 else label
+        if len(label) != n or bool((label < -1).any() | (label >= classes).any()):
+            raise ValueError(
+                f"Expected {n} labels from 0 to {classes - 1} (−1 for none), "
+                f"got {len(label)}: {label.unique().tolist()}."
+            )
+        return label

@@ -1,0 +1,208 @@
+"""Networks of the `diffusers` library, told the noise level in their own way.
+
+A diffusers model is told its noise level as a *timestep*, the place of that level on the chain
+that it was trained on. Here every network is told λ, so the adapter keeps the chain's levels and
+turns λ into timesteps; and a label of −1, which there is none of in diffusers, becomes a row of
+the model's table of classes. To the rest of the house it is a network like any other.
+
+diffusers is an optional extra: it is imported when the first model is made, and not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.schedules import BetaSchedule, NoiseSchedule
+
+__all__ = ["DiffusersNetwork", "import_diffusers"]
+
+
+def import_diffusers() -> Any:
+    """The diffusers library.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, with what to do.
+    """
+    try:
+        return importlib.import_module("diffusers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "A model of diffusers needs that package: pip install 'lit-diffusion[diffusers]'.",
+            name=error.name,
+        ) from error
+
+
+def _unet_arguments(
+    image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What of a UNet2DModel's config follows from images and classes."""
+    channels, height, width = image_shape
+    factor = 2 ** (len(config.get("block_out_channels", range(4))) - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"DiffusersNetwork: a UNet2DModel that halves images to 1/{factor} takes sides that "
+            f"are multiples of {factor}, got {height}x{width}: give fewer block_out_channels."
+        )
+    return {
+        "sample_size": [height, width],
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_class_embeds": None if num_classes is None else num_classes + 1,
+        "class_embed_type": None,
+        "time_embedding_type": "positional",  # the others take no real numbers
+    }
+
+
+def _dit_arguments(
+    image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The same of a DiTTransformer2DModel's."""
+    channels, height, width = image_shape
+    patch = config.get("patch_size", 2)
+    if height != width or height % patch:
+        raise ValueError(
+            "DiffusersNetwork: a DiTTransformer2DModel takes square images whose side is a "
+            f"multiple of patch_size={patch}, got {height}x{width}."
+        )
+    return {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_embeds_ada_norm": num_classes or 0,  # its table has a row more, for none
+    }
+
+
+_MODELS = {"UNet2DModel": _unet_arguments, "DiTTransformer2DModel": _dit_arguments}
+
+
+class DiffusersNetwork(nn.Module):
+    """A U-Net or a DiT of diffusers as network: model(z, timestep(λ), label).
+
+    For a network that is known to work, for comparisons, and for published weights. The model is
+    made from its class and its config, as it stands in a config.json of diffusers; what follows
+    from the images and their classes is filled in.
+
+    The timestep is the place of λ on a chain of `timesteps` levels: exactly i at the chain's i-th
+    level, linear in λ between two levels, and beyond both ends it goes on at the slope there, so
+    that each λ has its own. By default it is DDPM's chain, where λ from 9.2 to −10.1 is 0 to 999.
+
+    Args:
+        model: UNet2DModel or DiTTransformer2DModel.
+        config: Arguments of that class, such as block_out_channels; None leaves its defaults,
+            which are large.
+        num_classes: Number of classes, for a class-conditional network; None for none. The
+            model's table of classes gets one more row, for "no label".
+        image_shape: (C, H, W) of the images.
+        schedule: The chain whose levels the timesteps are; None means DDPM's, `BetaSchedule()`.
+        timesteps: How many levels the chain has, at least 2.
+
+    Shapes:
+        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
+        Label −1 means "no label", None means all −1.
+
+    Raises:
+        ModuleNotFoundError: If diffusers is not installed.
+        ValueError: If there is no such model, its config does not fit it or the images, or the
+            chain has fewer than two levels.
+
+    References:
+        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239; Peebles & Xie
+        (2022), Scalable Diffusion Models with Transformers, arXiv:2212.09748.
+    """
+
+    def __init__(
+        self,
+        model: str = "UNet2DModel",
+        config: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        schedule: NoiseSchedule | None = None,
+        timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        if model not in _MODELS:
+            raise ValueError(
+                f"DiffusersNetwork: expected a model of {' or '.join(_MODELS)}, got {model!r}."
+            )
+        if timesteps < 2:
+            raise ValueError(f"DiffusersNetwork: timesteps must be at least 2, got {timesteps}.")
+        channels, height, width = image_shape
+        self.model = model
+        self.config = {} if config is None else dict(config)
+        self.num_classes = num_classes
+        self.image_shape = (channels, height, width)
+        self.schedule = BetaSchedule() if schedule is None else schedule
+        self.timesteps = timesteps
+        self.network = self._made()
+        t = torch.linspace(1, 0, timesteps, dtype=torch.float64)
+        # Networks are told λ in float32, so the table is rounded alike, and a level of the chain
+        # is met exactly. It is no buffer: a model in bfloat16 must not round it further.
+        self._rising = self.schedule.logsnr(t).detach().float()
+
+    def _made(self) -> nn.Module:
+        # Published files also say which class and version they are for. A null counts: it may
+        # mean something else than the default.
+        given = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        follows = _MODELS[self.model](self.image_shape, self.num_classes, given)
+        for name, value in follows.items():
+            if name != "sample_size" and given.get(name, value) != value:
+                raise ValueError(
+                    f"DiffusersNetwork: for images of shape {self.image_shape} and "
+                    f"num_classes={self.num_classes} expected {name}={value} in the config of "
+                    f"{self.model}, got {given[name]!r}; leave it out."
+                )
+        try:
+            made: nn.Module = getattr(import_diffusers(), self.model)(**(given | follows))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"DiffusersNetwork: no {self.model} can be made from this config: {error}"
+            ) from error
+        for part in made.modules():
+            # Labels are hidden by label_dropout, for every network alike; not once more in here.
+            if hasattr(part, "token_drop"):
+                part.dropout_prob = 0.0  # type: ignore[assignment]
+        return made
+
+    def timestep(self, logsnr: Tensor) -> Tensor:
+        """The place of λ on the chain, 0 at its cleanest level.
+
+        Args:
+            logsnr: λ.
+
+        Shapes:
+            logsnr (B,); result (B,), float32.
+        """
+        if self._rising.device != logsnr.device:
+            self._rising = self._rising.to(logsnr.device)
+        rising, logsnr = self._rising, logsnr.float()
+        after = torch.searchsorted(rising, logsnr).clamp(1, len(rising) - 1)
+        start, end = rising[after - 1], rising[after]
+        return len(rising) - after - (logsnr - start) / (end - start)
+
+    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map noisy images to a prediction of the same shape and type."""
+        if self.num_classes is None and label is not None:
+            raise ValueError(
+                "this DiffusersNetwork was built without classes (num_classes=None) but got a "
+                "label; give num_classes, or pass no label."
+            )
+        none = self.num_classes or 0  # the row for no label, behind those of the classes
+        if label is None:
+            label = torch.full((len(z),), none, device=z.device)
+        label = torch.where(label < 0, none, label)
+        if self.num_classes is None and self.model == "UNet2DModel":
+            label = None  # it has no table at all
+        out: Tensor = self.network(z, self.timestep(logsnr), label).sample
+        return out.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments, but for the modules, which are shown as parts."""
+        return (
+            f"model={self.model!r}, num_classes={self.num_classes}, "
+            f"image_shape={self.image_shape}, timesteps={self.timesteps}"
+        )

@@ -1,0 +1,180 @@
+"""Published models of the `diffusers` library, in this house's terms.
+
+A pipeline's folder holds a network and a *scheduler*, which is the chain that the network was
+trained on together with a way to sample it. All of it has a name here::
+
+    diffusers                                        lit_diffusion
+    UNet2DModel(sample, timestep)                    DiffusersNetwork(z, logsnr)
+    betas                                            a schedule of the same levels, steps = N − 1
+    prediction_type epsilon, sample, v_prediction    EpsPrediction, XPrediction, VPrediction
+    DDPMScheduler, variance fixed_small or _large    AncestralSampler, variance 0 or 1
+    DDIMScheduler, use_clipped_model_output          DDIMSampler
+    clip_sample                                      clip
+
+From the same noise both draw the same images, but for rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_diffusion.models.diffusers_network import DiffusersNetwork, import_diffusers
+from lit_diffusion.models.pretrained import Pretrained
+from lit_diffusion.predictions import EpsPrediction, Prediction, VPrediction, XPrediction
+from lit_diffusion.samplers import AncestralSampler, DDIMSampler, Sampler
+from lit_diffusion.schedules import BetaSchedule, NoiseSchedule, TableSchedule, chain_levels
+
+__all__ = ["from_diffusers"]
+
+_PREDICTIONS: dict[str, Callable[[], Prediction]] = {
+    "epsilon": EpsPrediction,
+    "sample": XPrediction,
+    "v_prediction": VPrediction,
+}
+_VARIANCES = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0}
+_DDIM_STEPS = 50  # that diffusers' own pipeline takes
+
+
+def from_diffusers(folder: str | Path) -> Pretrained:
+    """A published unconditional model: its U-Net, its chain, its way of sampling.
+
+    Then all that is measured here can be measured of it: the bound, on its own chain, and images
+    by any sampler. The weighting is the bound's, w = 1, for a pipeline does not say what it was
+    trained with. A `DDPMScheduler` becomes an `AncestralSampler` over all levels; any other
+    scheduler of a chain a `DDIMSampler` over the 50 of them that diffusers' DDIM visits.
+
+    Args:
+        folder: A pipeline's folder, with unet/ and scheduler/ in it, or with both configs at its
+            top. One from the Hub: `hf download NAME --local-dir FOLDER`.
+
+    Raises:
+        ModuleNotFoundError: If diffusers is not installed.
+        FileNotFoundError: If it is no such folder.
+        ValueError: If it is no unconditional UNet2DModel of a chain of betas, or is sampled in a
+            way that there is not here.
+    """
+    folder = Path(folder)
+    unet = _read(folder, "unet", "config.json")
+    if unet.get("_class_name") != "UNet2DModel" or unet.get("num_class_embeds") is not None:
+        raise ValueError(
+            f"{folder}: expected an unconditional UNet2DModel, got {unet.get('_class_name')} "
+            f"with num_class_embeds={unet.get('num_class_embeds')}."
+        )
+    if not unet.get("sample_size"):
+        raise ValueError(f"{folder}: expected the size of the images as sample_size, got none.")
+    scheduler = _scheduler(_read(folder, "scheduler", "scheduler_config.json"))
+    schedule = _schedule(scheduler)
+    trained = import_diffusers().UNet2DModel.from_pretrained(
+        _place(folder, "unet", "config.json").parent, low_cpu_mem_usage=False
+    )
+    size = unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    image_shape = (trained.config.in_channels, height, width)
+    network = DiffusersNetwork(
+        config={k: v for k, v in trained.config.items() if not k.startswith("_")},
+        image_shape=image_shape,
+        schedule=schedule,
+        timesteps=len(scheduler.betas),
+    )
+    network.network.load_state_dict(trained.state_dict())
+    return Pretrained(
+        network=network,
+        schedule=schedule,
+        prediction=_prediction(scheduler),
+        sampler=_sampler(scheduler, schedule),
+        steps=len(scheduler.betas) - 1,
+        image_shape=image_shape,
+        clip=_clip(scheduler),
+    ).eval()
+
+
+def _place(folder: Path, part: str, name: str) -> Path:
+    """A config's file, in the folder of its part or, as in old pipelines, beside the others."""
+    inner = folder / part / name
+    return inner if inner.is_file() else folder / name
+
+
+def _read(folder: Path, part: str, name: str) -> dict[str, Any]:
+    path = _place(folder, part, name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the folder of a diffusers pipeline, with {part}/{name}, got {folder}; one "
+            "from the Hub is fetched by `hf download NAME --local-dir FOLDER`."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a config of diffusers, got {error}.") from error
+    return config
+
+
+def _scheduler(config: dict[str, Any]) -> Any:
+    """The scheduler of a config, one with betas."""
+    diffusers = import_diffusers()
+    name = str(config.get("_class_name"))
+    cls = getattr(diffusers, name, None)
+    known = isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
+    scheduler = cls.from_config(config) if known else None  # type: ignore[union-attr]
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(
+            f"Expected the scheduler of a chain of betas, such as DDPM's, got {name}."
+        )
+    return scheduler
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule:
+    """The levels of the chain: by a formula if there is one for them, else as a table."""
+    levels = torch.tensor(chain_levels(scheduler.betas), dtype=torch.float64)
+    first, last = scheduler.config.get("beta_start", 0), scheduler.config.get("beta_end", 0)
+    known: list[NoiseSchedule] = [TableSchedule()]
+    if 0 < first < last < 1:
+        known.append(BetaSchedule(first, last, len(levels)))
+    for schedule in known:
+        own = schedule.logsnr(torch.linspace(0, 1, len(levels), dtype=torch.float64))
+        if torch.allclose(own, levels, rtol=0, atol=1e-4):  # betas come in float32
+            return schedule
+    return TableSchedule(tuple(levels.tolist()))
+
+
+def _prediction(scheduler: Any) -> Prediction:
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in _PREDICTIONS:
+        raise ValueError(f"Expected a prediction_type of {', '.join(_PREDICTIONS)}, got {kind!r}.")
+    return _PREDICTIONS[kind]()
+
+
+def _sampler(scheduler: Any, schedule: NoiseSchedule) -> Sampler:
+    """The way of sampling: DDPM's over all levels, or DDIM's over those that diffusers takes."""
+    diffusers, length = import_diffusers(), len(scheduler.betas)
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        kind = scheduler.config.variance_type
+        if kind not in _VARIANCES:
+            raise ValueError(
+                f"Expected a variance_type of {', '.join(_VARIANCES)}, got {kind!r}: a network "
+                "that also outputs variances is not for the samplers here."
+            )
+        return AncestralSampler(length, schedule, _VARIANCES[kind])
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(min(_DDIM_STEPS, length))
+    t = ddim.timesteps.flip(0).double() / (length - 1)
+    return DDIMSampler(len(t), TableSchedule(tuple(schedule.logsnr(t).tolist())))
+
+
+def _clip(scheduler: Any) -> bool:
+    """Whether x̂ is kept within [−1, 1] in sampling."""
+    config = scheduler.config
+    clip = bool(config.get("clip_sample", False))
+    if config.get("thresholding") or (clip and config.get("clip_sample_range", 1.0) != 1.0):
+        raise ValueError(
+            "Expected x̂ to be clipped at 1 or not at all, got "
+            f"clip_sample_range={config.get('clip_sample_range')} and "
+            f"thresholding={config.get('thresholding')}."
+        )
+    return clip

@@ -1,0 +1,172 @@
+"""Trained models, without what trained them: torch alone loads them and draws from them.
+
+    from lit_diffusion import load_pretrained
+    model = load_pretrained("exported")              # the folder `lit-diffusion export` wrote
+    images = model.sample(16, torch.Generator().manual_seed(0))
+
+A folder holds the weights, model.safetensors, and how the model was made, config.json: both plain
+data, of which nothing is executed. The classes that the config names are imported only from
+modules that are allowed, as for checkpoints (see `description`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from lit_diffusion.decoders import Decoder
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.description import build
+from lit_diffusion.loss import DiffusionLoss
+from lit_diffusion.models.base import DrawingModel
+from lit_diffusion.nn import UNet
+from lit_diffusion.predictions import Prediction
+from lit_diffusion.samplers import DDIMSampler, Sampler
+from lit_diffusion.schedules import NoiseSchedule
+from lit_diffusion.weightings import Weighting
+
+__all__ = ["Pretrained", "load_pretrained"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Pretrained(DrawingModel):
+    """A diffusion model to draw from: denoiser, loss and sampler, and no training.
+
+    Its arguments are those of `LitDiffusion` that make the model, with the same defaults, and its
+    state_dict is the same. For the same generators both draw the same images, bit for bit.
+
+    Args:
+        network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
+            image_shape.
+        schedule: Density p(λ) of training, whose range is the model's; None means cosine.
+        weighting: Weight w(λ) of training; None means `ELBOWeighting()`.
+        prediction: What the network outputs; None means `VPrediction()`.
+        sampler: Draws images; None means `DDIMSampler()`.
+        steps: Number of steps of a discrete chain; None means continuous time.
+        decoder: Of the whole bound, if that was trained; None if not.
+        image_shape: Channels, height and width.
+        conditions: What else the network is told, by the names of its arguments; None means what
+            the network asks for by an attribute `conditions`.
+        clip: Keep x̂ within [−1, 1] while sampling.
+
+    Example:
+        >>> model = Pretrained(image_shape=(1, 8, 8), sampler=DDIMSampler(steps=2))
+        >>> model.sample(3, torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        schedule: NoiseSchedule | None = None,
+        weighting: Weighting | None = None,
+        prediction: Prediction | None = None,
+        sampler: Sampler | None = None,
+        steps: int | None = None,
+        decoder: Decoder | None = None,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        conditions: Sequence[str] | None = None,
+        clip: bool = True,
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        network = UNet(image_shape=self.image_shape) if network is None else network
+        self.denoiser = Denoiser(network, prediction)
+        self.loss = DiffusionLoss(schedule, weighting, steps, decoder)
+        self._sampler = DDIMSampler() if sampler is None else sampler
+        asked = getattr(network, "conditions", None) if conditions is None else conditions
+        self.conditions = tuple(asked or ())
+        self.clip = clip
+        self.walk()  # refuses a sampler that leaves the range
+
+    @property
+    def network(self) -> nn.Module:
+        """The network behind the denoiser."""
+        return self.denoiser.network
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network outputs."""
+        return self.denoiser.prediction
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Where λ was drawn in training."""
+        return self.loss.schedule
+
+    @property
+    def weighting(self) -> Weighting:
+        """What was optimised."""
+        return self.loss.weighting
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of the chain; None means continuous time."""
+        return self.loss.steps
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The decoder of the bound, if that was trained."""
+        return self.loss.decoder
+
+
+def load_pretrained(folder: str | Path) -> Pretrained:
+    """Load a model that `lit-diffusion export` wrote, on the CPU, ready to draw from.
+
+    Nothing in the folder is executed, and only allowed modules are imported: ours, PyTorch's,
+    installed plug-ins', and what is imported already.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: If it is not such a folder.
+        ValueError: If it is damaged, or names a class that is not allowed or not there.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"Expected a folder that `lit-diffusion export` wrote, got {folder}, where there "
+                f"is no {name}."
+            )
+    model = _make(folder / CONFIG)
+    _fill(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def _make(path: Path) -> Pretrained:
+    """The model that a config describes, with weights of its own."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))["model"]
+        if described["class_path"] != "lit_diffusion.Pretrained":
+            raise KeyError("lit_diffusion.Pretrained")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a config that `lit-diffusion export` wrote: expected JSON with a "
+            f"model of class lit_diffusion.Pretrained, got {type(error).__name__}: {error}."
+        ) from error
+    try:
+        model: Pretrained = build(described)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} describes no model that can be made here: {error}") from error
+    return model
+
+
+def _fill(model: Pretrained, path: Path) -> None:
+    """Put the weights of a file into a model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights of the model beside it, or is damaged: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error

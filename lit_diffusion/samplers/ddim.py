@@ -1,0 +1,74 @@
+"""DDIM: the deterministic step, and noise between it and the ancestral one.
+
+Letters: z noisy data (B, *), logsnr = λ, c = 1 − e^(λ − λ_s); a step goes from λ to
+logsnr_next = λ_s > λ, and the letters α_s, σ_s, z_s are those at the end of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.gaussian import Generators, alpha_sigma, expand, noise_like
+from lit_diffusion.samplers.base import Ask, Sampler
+from lit_diffusion.schedules import NoiseSchedule
+
+__all__ = ["DDIMSampler"]
+
+
+@dataclass(frozen=True)
+class DDIMSampler(Sampler):
+    """Keeps x̂ and ε̂ and changes their proportions: z_s = α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n.
+
+    With η = 0 it is deterministic: Euler's method on the probability-flow ODE, good at 20 to
+    100 steps, and the image is a function of the starting noise. v is the posterior's variance,
+    so η = 1 is the ancestral sampler.
+
+    Args:
+        steps: Number of network calls, at least 1.
+        schedule: The levels to walk; None means cosine over the trained range.
+        eta: Share of fresh noise η, from 0 to 1.
+
+    Raises:
+        ValueError: If eta is outside [0, 1].
+
+    References:
+        Song et al. (2020), Denoising Diffusion Implicit Models, arXiv:2010.02502, Eq. 12.
+
+    Example:
+        >>> z = torch.randn(1000, 4)
+        >>> x = DDIMSampler(steps=50)(GaussianDenoiser(std=0.5), z)
+        >>> abs(float(x.std() / z.std()) - 0.5) < 0.03
+        True
+    """
+
+    order: ClassVar[int] = 1
+    steps: int = 50
+    schedule: NoiseSchedule | None = None
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"DDIMSampler: eta must be in [0, 1], got {self.eta}.")
+
+    def step(
+        self,
+        denoiser: Ask,
+        z: Tensor,
+        logsnr: Tensor,
+        logsnr_next: Tensor,
+        memory: Any,
+        generator: Generators,
+    ) -> tuple[Tensor, Any]:
+        """Move: z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
+        x, eps = denoiser(z, logsnr)
+        alpha, sigma = alpha_sigma(logsnr_next)
+        fresh_share = self.eta**2 * -torch.expm1(logsnr - logsnr_next)
+        kept = sigma * torch.sqrt(1 - fresh_share)
+        z = expand(alpha, z) * x + expand(kept, z) * eps
+        if self.eta > 0:
+            z = z + expand(sigma * torch.sqrt(fresh_share), z) * noise_like(z, generator)
+        return z, memory

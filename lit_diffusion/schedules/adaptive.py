@@ -1,0 +1,232 @@
+"""The adaptive schedule: draw noise levels where the loss is.
+
+Letters: logsnr = λ; h = w(λ)·mean (ε̂ − ε)², what an example contributes before it is divided by
+the density p(λ) that it was drawn from.
+
+The objective ½∫ E[h] dλ does not depend on p, the scatter of its estimate h/p does. If p ∝ E[h]
+every noise level contributes the same on average, and a batch of any levels tells as much as
+another. E[h] is not known, but it is observed at every step, so the schedule keeps a histogram of
+it and draws from that: a density that is constant on each bin, hence a λ(t) of straight pieces.
+
+The weighting does not enter anywhere else, so what is trained for stays what it was, even if the
+schedule is exchanged for this one in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.schedules.base import NoiseSchedule
+
+__all__ = ["AdaptiveSchedule"]
+
+_LEAST = 1e-6  # of the mass of a uniform bin: below it 1/p would be no number to work with
+
+
+class AdaptiveSchedule(NoiseSchedule):
+    """A histogram of the loss as density: p(λ) = (1 − floor)·E[h]/∫E[h] + floor·uniform.
+
+    Efficient for any weighting without having to be chosen for it. `update` feeds it, in training
+    through the callback `AdaptiveScheduleUpdate`. Each bin forgets at its own pace, by `decay` for
+    each example that falls into it, and starts empty: v/(1 − decayⁿ) after n examples is an
+    average of what was seen and of nothing else. A bin that was never hit counts as the mean of
+    the others.
+
+    Args:
+        logsnr_min: Smallest λ; None means −20.
+        logsnr_max: Largest λ; None means 20.
+        bins: Number of bins of equal width, at least 1.
+        decay: What a bin keeps of its average at each new example, in [0, 1).
+        floor: Share of uniform draws, in [0, 1), so that no noise level starves.
+        warmup: Updates to wait for before the density follows them, 0 or more.
+        initial: Density until then; None means uniform.
+        rms: Follow √E[h²], under which a single draw scatters least, in the place of E[h].
+
+    Raises:
+        ValueError: If a number is out of its range, or a state has another number of bins.
+
+    References:
+        Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
+        Augmentation, arXiv:2303.00848 (adaptive noise schedules). √E[h²]: Nichol & Dhariwal
+        (2021), Improved DDPM, arXiv:2102.09672, section 3.3. With h = mean (ε̂ − ε)², whatever the
+        weighting, it follows the entropy rate of the data: Raya et al. (2026), InfoNoise,
+        arXiv:2602.18647.
+
+    Example:
+        >>> schedule = AdaptiveSchedule(-10.0, 10.0, bins=4, floor=0.0)
+        >>> logsnr = torch.tensor([-7.5, -2.5, 2.5, 7.5])
+        >>> schedule.update(logsnr, torch.tensor([0.0, 1.0, 2.0, 1.0]))
+        >>> schedule.log_prob(logsnr[1:]).exp()
+        tensor([0.0500, 0.1000, 0.0500], dtype=torch.float64)
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+    updates: Tensor
+    rejected: Tensor
+    beyond: Tensor
+
+    def __init__(
+        self,
+        logsnr_min: float | None = None,
+        logsnr_max: float | None = None,
+        bins: int = 100,
+        decay: float = 0.999,
+        floor: float = 0.1,
+        warmup: int = 0,
+        initial: NoiseSchedule | None = None,
+        rms: bool = False,
+    ) -> None:
+        low = -20.0 if logsnr_min is None else float(logsnr_min)
+        high = 20.0 if logsnr_max is None else float(logsnr_max)
+        super().__init__(low, high, support=(low, high))
+        if bins < 1 or warmup < 0:
+            raise ValueError(
+                "AdaptiveSchedule: bins must be at least 1 and warmup 0 or more, "
+                f"got {bins} and {warmup}."
+            )
+        if not (0 <= decay < 1 and 0 <= floor < 1):
+            raise ValueError(
+                f"AdaptiveSchedule: decay and floor must be in [0, 1), got {decay} and {floor}."
+            )
+        self.bins = bins
+        self.decay = decay
+        self.floor = floor
+        self.warmup = warmup
+        self.initial = initial
+        self.rms = rms
+        zeros = torch.zeros(bins, dtype=torch.float64)
+        self.register_buffer("first", zeros.clone())  # decayed sum of h in each bin
+        self.register_buffer("second", zeros.clone())  # … and of h²
+        self.register_buffer("weight", zeros.clone())  # 1 − decayⁿ, what these sums weigh
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("rejected", torch.zeros((), dtype=torch.int64))
+        # Mass beyond each border, from the clean end to the noisy one: t of the borders.
+        self.register_buffer("beyond", torch.zeros(bins + 1, dtype=torch.float64))
+        self._settle()
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        low, high = self.ends
+        return (high - low) / self.bins
+
+    # The histogram ---------------------------------------------------------------------------
+
+    def update(self, logsnr: Tensor, values: Tensor) -> None:
+        """Take note of a batch.
+
+        Args:
+            logsnr: λ of each example.
+            values: h = w(λ)·eps_error of each; not finite ones are counted and left out.
+
+        Shapes:
+            logsnr and values (B,).
+
+        Raises:
+            ValueError: If a λ is outside the range (looked at on the CPU only), or shapes differ.
+        """
+        self.absorb(self.tally(logsnr, values))
+
+    @torch.no_grad()
+    def tally(self, logsnr: Tensor, values: Tensor) -> Tensor:
+        """Sums of a batch, which may be added to those of others before they are absorbed.
+
+        Args:
+            logsnr: λ of each example.
+            values: h of each.
+
+        Shapes:
+            logsnr and values (B,); result (4, bins), float64: number, Σh, Σh², and how many were
+            not finite.
+
+        Raises:
+            ValueError: If a λ is outside the range (looked at on the CPU only), or shapes differ.
+        """
+        if logsnr.shape != values.shape or logsnr.ndim != 1:
+            raise ValueError(
+                f"Expected as many values as λ, both (B,), got {tuple(values.shape)} and "
+                f"{tuple(logsnr.shape)}."
+            )
+        logsnr, values = logsnr.detach().to(torch.float64), values.detach().to(torch.float64)
+        if logsnr.device.type == "cpu" and bool(self._outside(logsnr).any()):
+            worst = logsnr[self._outside(logsnr)][0]
+            raise ValueError(
+                f"AdaptiveSchedule: λ = {float(worst):.6g} is outside its range "
+                f"{list(self.ends)}; it can only learn from levels that it covers."
+            )
+        index = ((logsnr - self.ends[0]) / self.width).long().clamp_(0, self.bins - 1)
+        finite = values.isfinite()
+        values, count = torch.where(finite, values, 0.0), finite.to(torch.float64)
+        rows = torch.stack([count, values, values.square(), 1 - count])
+        return rows.new_zeros(4, self.bins).index_add_(1, index, rows)
+
+    @torch.no_grad()
+    def absorb(self, sums: Tensor) -> None:
+        """Let the histogram follow: each bin by the mean of its examples, as far as they count.
+
+        Args:
+            sums: Of `tally`, added up over batches and ranks.
+
+        Shapes:
+            sums (4, bins).
+        """
+        count, total, square, rejected = sums.to(self.first.device).unbind()
+        kept = self.decay**count
+        share = (1 - kept) / count.clamp(min=1)  # of each example: their mean, weighed 1 − decayⁿ
+        self.first.mul_(kept).add_(share * total)
+        self.second.mul_(kept).add_(share * square)
+        self.weight.mul_(kept).add_(1 - kept)
+        self.updates.add_(1)
+        self.rejected.add_(rejected.sum().to(torch.int64))
+        self._settle()
+
+    def _settle(self) -> None:
+        """The masses of the bins, and t at their borders."""
+        seen = self.weight > 0
+        average = (self.second if self.rms else self.first) / self.weight.clamp(min=1e-300)
+        height = torch.where(seen, average.sqrt() if self.rms else average, 0.0)
+        mean = height.sum() / seen.sum().clamp(min=1)
+        height = torch.where(seen, height, mean)
+        flat = torch.full_like(height, 1 / self.bins)
+        total = height.sum()
+        mass = torch.where(total > 0, height / total.clamp(min=1e-300), flat)
+        mass = torch.where(self.updates > self.warmup, mass, self._initial_mass(flat))
+        mass = ((1 - self.floor) * mass + self.floor * flat).clamp(min=_LEAST / self.bins)
+        beyond = mass.flip(0).cumsum(0) / mass.sum()
+        beyond[-1] = 1
+        self.beyond.copy_(torch.cat([torch.zeros_like(beyond[:1]), beyond]))
+
+    def _initial_mass(self, flat: Tensor) -> Tensor:
+        if self.initial is None:
+            return flat
+        borders = torch.linspace(*self.ends, self.bins + 1, dtype=torch.float64)
+        mass = -self.initial.time(borders.to(flat.device)).detach().diff()
+        return mass / mass.sum()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        kept = state.get(f"{prefix}first")
+        if kept is not None and len(kept) != self.bins:
+            raise ValueError(
+                f"AdaptiveSchedule: the checkpoint has {len(kept)} bins, and bins={self.bins}: "
+                f"set bins to {len(kept)} to go on with them."
+            )
+        super()._load_from_state_dict(state, prefix, *args)
+
+    # The schedule ------------------------------------------------------------------------------
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        bin = torch.searchsorted(self.beyond, t.detach().contiguous(), right=True)
+        bin = bin.clamp(1, self.bins) - 1
+        start, end = self.beyond[bin], self.beyond[bin + 1]
+        return self.ends[1] - self.width * (bin + (t - start) / (end - start))
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        place = (self.ends[1] - logsnr) / self.width
+        bin = place.detach().long().clamp(0, self.bins - 1)
+        start, end = self.beyond[bin], self.beyond[bin + 1]
+        return start + (place - bin) * (end - start)

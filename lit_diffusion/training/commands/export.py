@@ -1,0 +1,167 @@
+"""The command `lit-diffusion export`: a trained model as a folder that stands alone.
+
+    model.safetensors   the weights that images are drawn with: the average, if the run kept one
+    config.json         how the model was made, as plain data
+    README.md           the model card: what it is, what it was trained for, its numbers
+    samples.png         the run's last samples, if it drew some
+
+`lit_diffusion.load_pretrained` reads it, without the training wing, and the Hub takes it as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
+
+import lit_diffusion
+from lit_diffusion.description import build
+from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
+from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_checkpoint
+from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
+from lit_diffusion.training.run.checkpoints import load_checkpoint, sync
+from lit_diffusion.training.run.measurements import Measurement, read_measurements
+
+__all__ = ["export"]
+
+
+class _Trained(NamedTuple):
+    """A checkpoint, read: the model, how it was made, and what is known of it."""
+
+    model: Pretrained
+    described: dict[str, Any]
+    weights: str  # which average they are
+    step: int
+
+
+def export(argv: list[str]) -> Path:
+    """Write a trained model into a folder of its own; return the folder.
+
+    Args:
+        argv: The command line after `export`.
+    """
+    parser = DiffusionParser(
+        prog="lit-diffusion export",
+        description="Write a model into a folder that loads alone and can be pushed to the Hub.",
+    )
+    parser.add_argument(
+        "run", type=str, help="A run folder, a .ckpt file, or `last`: the newest run in runs/."
+    )
+    parser.add_argument("--out", type=str, required=True, help="The folder, a new one.")
+    parser.add_argument(
+        "--ckpt", type=str | None, default=None, help="Another checkpoint of the run than last."
+    )
+    parser.add_argument("--name", type=str, default="*", help="With `last`: runs of this name.")
+    parser.add_argument(
+        "--license", type=str, default="unknown", help="Of the weights, as the Hub names it: mit."
+    )
+    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
+    config = parser.parse_args(argv)
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out must be a new folder or an empty one, got {out}: remove it, or name another.")
+    path = _checkpoint(config.run, config.ckpt, config.name)
+    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    trained = _read(path)
+    picture = _picture(run, trained.step)
+    card = model_card(
+        trained.model,
+        trained.described,
+        title=run.parent.name if path.parent.name == "checkpoints" else path.stem,
+        license=config.license,
+        weights=f"{trained.weights}, step {trained.step}",
+        measured=_measured(run, trained),
+        picture=picture is not None,
+    )
+    about = {
+        "library_name": "lit-diffusion",
+        "lit_diffusion_version": lit_diffusion.__version__,
+        "weights": trained.weights,
+        "step": trained.step,
+        "model": trained.described,
+    }
+    _write(out, trained.model, about, card, picture)
+    return out
+
+
+def _checkpoint(run: str, name: str | None, runs: str) -> Path:
+    """The checkpoint that is meant."""
+    folder = find_checkpoint("last", runs).parents[1] if run == "last" else Path(run)
+    if folder.suffix == ".ckpt":
+        if name is not None:
+            fail(f"one checkpoint, please: got {run} and --ckpt {name}.")
+        return folder
+    inside = folder / "checkpoints" / (name or "last.ckpt")
+    return Path(name) if name and not inside.is_file() else inside
+
+
+def _read(path: Path) -> _Trained:
+    """The model of a checkpoint, with the weights that images are drawn with."""
+    checkpoint = load_checkpoint(path)
+    given = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+    if "network" not in given:
+        raise ValueError(
+            f"{path} does not say how its network was made, so nobody could load the folder: make "
+            "the network of a class that keeps its arguments as attributes, and train with that."
+        )
+    own = inspect.signature(Pretrained).parameters
+    described = {
+        "class_path": "lit_diffusion.Pretrained",
+        "init_args": {name: value for name, value in given.items() if name in own},
+    }
+    model: Pretrained = build(described)
+    model.load_state_dict(checkpoint["state_dict"])
+    average = "average" if "current_model_state" in checkpoint else "raw"
+    return _Trained(
+        model.eval(), described, checkpoint.get("average", average), checkpoint["global_step"]
+    )
+
+
+def _measured(run: Path, trained: _Trained) -> list[Measurement]:
+    """What was measured of just these weights."""
+    return [
+        one
+        for one in read_measurements(run)
+        if one.step == trained.step
+        and one.protocol.get("weights", trained.weights) == trained.weights
+    ]
+
+
+def _picture(run: Path, step: int) -> Path | None:
+    """The run's last grid of samples up to a step."""
+    grids = sorted((run / "samples").glob("step-*.png"))
+    found = [grid for grid in grids if int(grid.stem.removeprefix("step-")) <= step]
+    return found[-1] if found else None
+
+
+def _write(
+    out: Path, model: Pretrained, about: dict[str, Any], card: str, picture: Path | None
+) -> None:
+    """Write the folder, whole or not at all."""
+    unfinished = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        # JSON has no word for infinity, but its numbers may be that large.
+        text = re.sub(r"^(.*?)(-?)Infinity(,?)$", r"\g<1>\g<2>1e999\3", text, flags=re.MULTILINE)
+        (unfinished / CONFIG).write_text(text, encoding="utf-8")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        if picture is not None:
+            shutil.copyfile(picture, unfinished / SAMPLES)
+        shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # else they are for the owner
+        for file in unfinished.iterdir():
+            sync(file)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

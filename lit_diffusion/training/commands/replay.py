@@ -1,0 +1,342 @@
+"""The command `lit-diffusion replay`: a step that went wrong, once more and with open eyes.
+
+    non_finite/step-N.json     the step as it was: examples, λ's, losses       written by `Guard`
+               step-N.yaml     the config that was in force
+               start-S.ckpt    the last checkpoint before it, if there was one
+
+Every step is a pure function of (seed, step, micro-batch, rank), and a run goes on from a
+checkpoint bit for bit. So from S, or from the beginning, the run itself leads to step N again, and
+there every module and every gradient is looked at. Nothing is written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
+from lit_diffusion.training.commands.parsing import DiffusionParser, fail, import_plugins
+
+__all__ = ["Witness", "replay"]
+
+ROWS = 24  # examples of the table, the bad ones first
+NAMES = 5  # parameters that are named
+
+
+class Reached(Exception):  # noqa: N818
+    """The step is reached; carries what was seen there."""
+
+    def __init__(self, seen: dict[str, Any]) -> None:
+        super().__init__("The step is reached.")
+        self.seen = seen
+
+
+class Witness(L.Callback):
+    """Looks at every module and gradient in one step, and ends the run there by `Reached`.
+
+    Args:
+        step: The step, counted from 0.
+        world_size: How many ranks there must be.
+
+    Raises:
+        ValueError: If there is another number of ranks.
+    """
+
+    def __init__(self, step: int, world_size: int) -> None:
+        self.step = step
+        self.world_size = world_size
+        self._module: dict[str, Any] | None = None
+        self._batches: list[dict[str, Any]] = []
+        self._images: list[int] = []
+        self._gradients: list[str] = []
+        self._parameters = 0
+        self._hooks: list[Any] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse another number of ranks: each of them has noise of its own."""
+        if trainer.world_size != self.world_size:
+            raise ValueError(
+                f"The step was made by {self.world_size} rank(s), expected as many for its replay "
+                f"and got {trainer.world_size}: start it as the run was, such as `torchrun "
+                f"--nproc-per-node {self.world_size} -m lit_diffusion replay FILE`."
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """From the step on, look at the data and into every module."""
+        if trainer.global_step < self.step:
+            return
+        bad = ~batch["image"].flatten(1).isfinite().all(1)
+        index = batch.get("index", torch.arange(len(bad), device=bad.device))
+        self._images += index[bad].tolist()
+        if self._hooks:
+            return
+        self._hooks = [
+            module.register_forward_hook(self._hook(name))
+            for name, module in pl_module.named_modules()
+            if name
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            # Hooks run from the inside out, so the first is where it begins.
+            if self._module is None and not all(map(_finite, _tensors(output))):
+                kind = type(module).__name__
+                fed = all(map(_finite, _tensors(inputs)))
+                self._module = {"name": name, "kind": kind, "finite_inputs": fed}
+
+        return look
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at every gradient, before it is clipped or dropped."""
+        if trainer.global_step == self.step:
+            gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+            self._parameters = len(gradients)
+            self._gradients = [name for name, g in gradients.items() if not _finite(g)]
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the micro-batch; after the step is whole, end here."""
+        if not self._hooks:
+            return
+        self._batches.append(plain(account(outputs, batch)))
+        if trainer.global_step > self.step:
+            for hook in self._hooks:
+                hook.remove()
+            mine = {
+                "batches": self._batches,
+                "images": self._images,
+                "module": self._module,
+                "gradients": self._gradients,
+                "parameters": self._parameters,
+            }
+            ranks = gather(trainer, mine)
+            batches = [
+                {"rank": rank, "micro_batch": micro, **batch}
+                for rank, seen in enumerate(ranks)
+                for micro, batch in enumerate(seen["batches"])
+            ]
+            raise Reached({"ranks": ranks, "batches": batches})
+
+
+def replay(argv: list[str], cli: Callable[..., Any]) -> tuple[str, int]:
+    """Go to a step of `Guard`'s once more; return the report, and 0 if it is the same again.
+
+    Args:
+        argv: The command line after `replay`.
+        cli: Makes and runs a command line from its arguments.
+    """
+    parser = DiffusionParser(
+        prog="lit-diffusion replay",
+        description="Go once more to a step whose loss or gradient was not finite.",
+    )
+    parser.add_argument("file", type=str, help="non_finite/step-….json of a run.")
+    path = Path(parser.parse_args(argv).file)
+    told = _read(path)
+    os.environ["WANDB_MODE"] = "disabled"
+    start = None if told["checkpoint"] is None else path.parent / told["checkpoint"]
+    if start is not None and not start.is_file():
+        fail(f"expected {start} beside {path.name}, and it is not there; keep them together.")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(yaml.safe_dump(_rehearsal(path, told, start, folder)))
+        import_plugins(["--config", str(config)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
+            warnings.filterwarnings(
+                "ignore", message=".*checkpoint directory .* exists and is not"
+            )
+            try:
+                cli(args=["fit", "--config", str(config)])
+            except Reached as reached:
+                seen = reached.seen
+            else:
+                fail(f"the run ended before step {told['step']}: expected it to get there.")
+    if rank_zero_only.rank != 0:
+        return "", 0  # a launcher that sees a rank fail would kill rank 0
+    verdict, same = _verdict(told, seen)
+    begin = "the beginning" if start is None else start.name
+    head = f"Step {told['step']} from {begin}; not finite: {told['not_finite']}."
+    return "\n".join([head, "", *_table(seen["batches"]), "", *_causes(seen), verdict]), 1 - same
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file of a step, and its config."""
+    if not path.is_file():
+        fail(f"there is no file {path}; expected non_finite/step-….json of a run.")
+    try:
+        told = json.loads(path.read_text())
+        known = {"step", "batches", "checkpoint", "config", "world_size", "not_finite"}
+        if missing := known - set(told):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
+        fail(f"{path} is not a file of Guard: {error}.")
+    if told["config"] is None:
+        fail(
+            f"{path} was written by a Python program, which has no config: expected one of a run "
+            f"of `lit-diffusion fit`; in Python, add Witness({told['step']}, "
+            f"{told['world_size']}) to the callbacks and fit from its checkpoint."
+        )
+    return told
+
+
+def _rehearsal(path: Path, told: dict[str, Any], start: Path | None, folder: str) -> dict:
+    """The run's config, without what judges, shows, saves or ends it."""
+    config = yaml.safe_load((path.parent / told["config"]).read_text())
+    config["ckpt_path"] = None if start is None else str(start)
+    # A guard that skipped steps on the way must skip them again.
+    bases = (Checkpoint, EarlyStopping, Guard, ProgressBar, Timer)
+    left_out = {cls.__name__ for base in bases for cls in _all(base)}
+    trainer = config["trainer"]
+    callbacks = trainer["callbacks"] or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    stay = [c for c in callbacks if c["class_path"].rpartition(".")[2] not in left_out]
+    guard = {
+        "class_path": f"{Guard.__module__}.{Guard.__name__}",
+        "init_args": {"on_non_finite": "skip", "max_skips": told["step"] + 1},
+    }
+    witness = {
+        "class_path": f"{Witness.__module__}.{Witness.__name__}",
+        "init_args": {"step": told["step"], "world_size": told["world_size"]},
+    }
+    trainer |= {
+        "callbacks": [witness, *stay, guard],
+        "logger": None,
+        "default_root_dir": folder,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "max_time": None,
+    }
+    return config
+
+
+def _all(base: type) -> Iterator[type]:
+    yield base
+    for cls in base.__subclasses__():
+        yield from _all(cls)
+
+
+# The report ------------------------------------------------------------------------------------
+
+
+def _rows(batches: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """(rank, micro-batch, example, λ, loss) of each example."""
+    rows = []
+    for batch in batches:
+        known = [batch[name] for name in ("examples", "logsnr", "losses")]
+        n = max((len(values) for values in known if values is not None), default=0)
+        columns = [[None] * n if values is None else values for values in known]
+        place = batch["rank"], batch["micro_batch"]
+        rows += [(*place, *row) for row in zip(*columns, strict=True)]
+    return rows
+
+
+def _verdict(told: dict[str, Any], seen: dict[str, Any]) -> tuple[str, bool]:
+    """Whether it is the same step again, in a sentence."""
+    before, now = _rows(told["batches"]), _rows(seen["batches"])
+    words = {
+        "examples": ([row[:3] for row in before], [row[:3] for row in now]),
+        "λ's": ([row[3] for row in before], [row[3] for row in now]),
+        "losses that are not finite": (
+            [isinstance(row[4], str) for row in before],
+            [isinstance(row[4], str) for row in now],
+        ),
+        "state of the gradient": (
+            "gradient" in told["not_finite"],
+            any(rank["gradients"] for rank in seen["ranks"]),
+        ),
+    }
+    other = [word for word, (one, two) in words.items() if one != two]
+    if not other:
+        same = (
+            "the same examples, the same λ's bit for bit, the same losses and gradient not finite"
+        )
+        return f"Reproduced: {same}.", True
+    place = f"{told.get('device')} with torch {told.get('torch')}"
+    return f"Not reproduced: {', '.join(other)} differ. The run was made on {place}.", False
+
+
+def _table(batches: list[dict[str, Any]]) -> list[str]:
+    """A line for each example, the bad ones first."""
+    rows = sorted(_rows(batches), key=lambda row: not isinstance(row[4], str))
+    lines = [f"{'rank':>6}{'part':>6}{'example':>10}{'λ':>14}{'loss':>14}"]
+    for rank, micro, example, logsnr, loss in rows[:ROWS]:
+        name = "?" if example is None else example
+        numbers = [("?" if x is None else f"{float(x):.6g}") for x in (logsnr, loss)]
+        bad = "   not finite" if isinstance(loss, str) else ""
+        lines.append(f"{rank:>6}{micro:>6}{name:>10}{numbers[0]:>14}{numbers[1]:>14}{bad}")
+    if len(rows) > ROWS:
+        rest = sum(isinstance(row[4], str) for row in rows[ROWS:])
+        lines.append(f"… and {len(rows) - ROWS} more, {rest} of them not finite")
+    return lines
+
+
+def _causes(seen: dict[str, Any]) -> list[str]:
+    """Where it begins: the first module, and the gradients."""
+    lines = []
+    for rank, one in enumerate(seen["ranks"]):
+        of = f" on rank {rank}" if len(seen["ranks"]) > 1 else ""
+        if one["images"]:
+            named = ", ".join(map(str, one["images"][:NAMES]))
+            lines.append(f"Images that are not finite{of}: of examples {named}.")
+        if one["module"] is None:
+            lines.append(f"The output of every module is finite{of}.")
+        else:
+            fed = "finite inputs"
+            if not one["module"]["finite_inputs"]:
+                fed = "inputs that are not finite either"
+            lines.append(
+                f"First module whose output is not finite{of}: {one['module']['name']} "
+                f"({one['module']['kind']}), of {fed}."
+            )
+    names = seen["ranks"][0]["gradients"]  # the mean over all ranks
+    if names:
+        more = f", … and {len(names) - NAMES} more" if len(names) > NAMES else ""
+        lines.append(
+            f"Gradients that are not finite: {len(names)} of {seen['ranks'][0]['parameters']}: "
+            f"{', '.join(names[:NAMES])}{more}."
+        )
+    else:
+        lines.append("Every gradient is finite.")
+    return lines
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())

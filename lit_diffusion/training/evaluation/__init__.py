@@ -1,0 +1,1 @@
+"""Evaluation: features, reference statistics, generated samples, scores and their tables."""

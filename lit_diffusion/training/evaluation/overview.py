@@ -1,0 +1,108 @@
+"""Measurements side by side: a row for each way of measuring, and what the rows have in common."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from lit_diffusion.training.run.measurements import Measurement
+
+__all__ = ["Overview", "overview"]
+
+# What one score alone depends on; and what stands in a row itself.
+_OWN = ("neighbours", "subsets", "subset size", "splits", "error")
+_SHOWN = (
+    "sampler", "steps", "network calls", "samples", "guidance", "guidance interval", "seed",
+    "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
+)  # fmt: skip
+
+
+class Overview(NamedTuple):
+    """A table of measurements.
+
+    Args:
+        heads: Of the columns; the last names the protocol by its number, from 1.
+        rows: As many cells each.
+        protocols: What the rows do not say.
+    """
+
+    heads: list[str]
+    rows: list[list[str]]
+    protocols: list[dict[str, Any]]
+
+
+def overview(measured: list[Measurement]) -> Overview:
+    """Put measurements into a table, a row for all scores that were measured together.
+
+    Args:
+        measured: In any order; the parts of a bound stay with it in metrics.json.
+
+    Example:
+        >>> one = Measurement("fid", 3.456, None, 10, "val", {"samples": 9, "weights": "raw"})
+        >>> overview([one, one._replace(name="kid", value=2.0)]).rows
+        [['10', 'val', 'raw', '9 samples', '', '3.456', '2', '1']]
+    """
+    groups: dict[str, dict[str, Measurement]] = {}
+    for one in measured:
+        if not one.name.startswith("bpd_"):
+            same = {key: value for key, value in one.protocol.items() if key not in _OWN}
+            key = json.dumps([one.step, one.stage, same], sort_keys=True)
+            groups.setdefault(key, {})[one.name] = one
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    protocols: list[dict[str, Any]] = []
+    rows = []
+    for group in groups.values():
+        first = next(iter(group.values()))
+        rest = {
+            key: value
+            for key, value in first.protocol.items()
+            if key not in (*_OWN, *_SHOWN) and value is not None
+        }
+        if rest not in protocols:
+            protocols.append(rest)
+        rows.append(
+            [
+                str(first.step),
+                first.stage,
+                str(first.protocol.get("weights", "")),
+                _how(first.protocol),
+                _seeds(first.protocol),
+                *(_cell(group.get(name)) for name in names),
+                str(1 + protocols.index(rest)),
+            ]
+        )
+    heads = ["step", "stage", "weights", "of", "seeds", *(n.replace("_", " ") for n in names)]
+    return Overview([*heads, "protocol"], rows, protocols)
+
+
+def _how(protocol: dict[str, Any]) -> str:
+    """What was looked at, in a few words."""
+    if "draws" in protocol:
+        chain = "" if protocol.get("steps") is None else f", {protocol['steps']} steps"
+        low, high = protocol["λ"]
+        return (
+            f"{protocol['examples']} examples, {protocol['draws']} draws{chain}, λ in "
+            f"[{low:.4g}, {high:.4g}], {protocol['decoder']}"
+        )
+    if "split" in protocol:
+        return f"split {protocol['split']}"
+    said = f"{protocol['samples']} samples" if "samples" in protocol else ""
+    if "sampler" in protocol:
+        name = protocol["sampler"].partition("(")[0]
+        calls = protocol.get("network calls")
+        said += f", {name} {protocol.get('steps')}" + (f", {calls} calls" if calls else "")
+    if protocol.get("guidance") is not None:
+        interval = protocol.get("guidance interval")
+        said += f", guidance {protocol['guidance']:g}" + (f" in λ {interval}" if interval else "")
+    return said
+
+
+def _seeds(protocol: dict[str, Any]) -> str:
+    seeds = protocol.get("seeds", protocol.get("seed"))
+    return "" if seeds is None else str(seeds).strip("[]")
+
+
+def _cell(one: Measurement | None) -> str:
+    if one is None:
+        return ""
+    return f"{one.value:.4g}" + ("" if one.error is None else f" ± {one.error:.2g}")

@@ -1,0 +1,1 @@
+"""A run read back: the page that reports it, and the model card."""

@@ -1,0 +1,198 @@
+"""The command `lit-diffusion report`: a run folder as one page, to look at and to hand on.
+
+    run folder → sections, each from the files that it is about → report.html
+
+A run may be in progress, killed, or lack any of the files. What has nothing to show is left out,
+and a file that cannot be read costs its section and not the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from lit_diffusion.training.commands.parsing import DiffusionParser, fail
+from lit_diffusion.training.reporting.page import code, fold, number, page, paragraph, plain, text
+from lit_diffusion.training.reporting.run import TRACES, Run
+from lit_diffusion.training.reporting.sections import NAMES, SECTIONS, when
+from lit_diffusion.training.run.checkpoints import write_whole
+from lit_diffusion.training.run.measurements import Measurement
+
+__all__ = ["FILE", "report", "write_report"]
+
+FILE = "report.html"
+HEADLINES = ("bpd", "fid")  # beside the losses; all else stands further down
+
+
+def report(argv: list[str]) -> Path:
+    """Write the report of a run; return where it is.
+
+    Args:
+        argv: The command line after `report`.
+    """
+    parser = DiffusionParser(
+        prog="lit-diffusion report", description="Write a run folder as one HTML file."
+    )
+    parser.add_argument(
+        "run", type=str, nargs="*", help="A run folder; `last` is the newest in runs/."
+    )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="An .html file; RUN/report.html by default."
+    )
+    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
+    config = parser.parse_args(argv)
+    if len(config.run) != 1:
+        fail(f"report is of 1 run, got {len(config.run)}: lit-diffusion report RUN --out FILE.")
+    folder = Path(config.run[0])
+    if config.run[0] == "last" and not folder.is_dir():
+        folder = _last_run(Path("runs"))
+    if not any((folder / name).exists() for name in TRACES):
+        fail(f"{folder} is no run folder: expected one with {', '.join(TRACES)}, or `last`.")
+    out = folder / FILE if config.out is None else Path(config.out)
+    if out.suffix != ".html" or out.is_dir():
+        fail(f"--out must be an .html file, got {out}.")
+    return write_report(folder, out)
+
+
+def _last_run(root: Path) -> Path:
+    """The run that was trained last."""
+    trained = [
+        p.parent for n in ("checkpoints", "environment.json") for p in root.glob(f"*/*/{n}")
+    ]
+    if not trained:
+        fail(f"there is no run below {root}; train first, or give a run folder.")
+    return max(trained, key=lambda folder: Run(folder).seen)
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a run, whole or not at all; return where it is.
+
+    Args:
+        folder: The run folder.
+        out: The file; None for report.html in the folder.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    out = folder / FILE if out is None else out
+    run = Run(folder)
+    name = str(run.config.get("name") or "run")
+    head = paragraph(folder.resolve().name, "soft") + _try(_facts, run) + _try(_cards, run)
+    whole = page(name, head, {title: _try(make, run) for title, make in SECTIONS.items()})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(out, whole)
+    finally:
+        out.with_name(f"{out.name}.tmp").unlink(missing_ok=True)
+    return out
+
+
+def _try(make: Callable[[Run], str], run: Run) -> str:
+    try:
+        return make(run)
+    except Exception as error:  # one damaged file, or one class that is not here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return paragraph(f"This part could not be made: {reason[:300]}", "fault")
+
+
+# The head ----------------------------------------------------------------------------------------
+
+
+def _facts(run: Run) -> str:
+    last = run.sessions[-1] if run.sessions else {}
+    rate = run.columns.get("throughput/images_per_s")
+    facts = {
+        "started": when(run.sessions[0]) if run.sessions else "",
+        "steps": f"{run.steps:,}",
+        "wall time": _wall_time(run),
+        "state": last.get("outcome") or ("running, or killed" if last else ""),
+        "resumed": f"{len(run.sessions) - 1} ×" if len(run.sessions) > 1 else "",
+        "images per second": number(rate[-1][1]) if rate else "",
+        "device": last.get("device") or "",
+    }
+    pairs = (
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+        for name, value in facts.items()
+        if value
+    )
+    return f'<dl class="facts">{"".join(pairs)}</dl>'
+
+
+def _wall_time(run: Run) -> str:
+    """Of all sessions together; one without an end lasted at least until its last number."""
+    total, least = timedelta(), False
+    for i, session in enumerate(run.sessions):
+        begin = datetime.fromisoformat(session["started"])
+        if session.get("ended"):
+            total += datetime.fromisoformat(session["ended"]) - begin
+        else:
+            least = True
+            if i == len(run.sessions) - 1:
+                seen = datetime.fromtimestamp(run.seen).astimezone()
+                total += max(timedelta(), seen - begin)
+    if not run.sessions:
+        return ""
+    hours, rest = divmod(round(total.total_seconds()), 3600)
+    told = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    return f"at least {told}" if least else told
+
+
+def _cards(run: Run) -> str:
+    """The numbers by which a run is judged, each with what it means."""
+    newest = {}
+    # A run's own validation, which has a history, goes before what was measured afterwards.
+    for one in sorted(_measured(run), key=lambda one: (one.step, one.stage == "val")):
+        newest[one.name] = one
+    cards = [
+        _card(NAMES[name], one.value, *_notes(one, newest))
+        + (fold("protocol", code(plain(one.protocol))) if one.protocol else "")
+        for name, one in ((name, newest.get(name)) for name in HEADLINES)
+        if one is not None
+    ]
+    for name in ("val/loss", "train/loss"):
+        if name in run.columns:
+            step, value = run.columns[name][-1]
+            note = "nats per dimension, under the weighting of this run"
+            cards.append(_card(name, value, f"step {step}", note))
+    listed = "".join(f"<li>{card}</li>" for card in cards)
+    return f'<ul class="cards">{listed}</ul>' if cards else ""
+
+
+def _measured(run: Run) -> list[Measurement]:
+    """What was measured; of an older run at least its bound, whose protocol was not kept."""
+    bound = [name for name in run.columns if name.startswith("val/bpd")]
+    if run.measured or not bound:
+        return run.measured
+    last = {name: run.columns[name][-1] for name in bound}
+    return [
+        Measurement(name.removeprefix("val/"), value, None, int(step), "val", {})
+        for name, (step, value) in last.items()
+    ]
+
+
+def _notes(one: Measurement, newest: dict[str, Measurement]) -> list[str]:
+    """When and of what it was measured, and its parts: terms of a bound, a distance's floor."""
+    error = "" if one.error is None else f"± {number(one.error)}, "
+    notes = [f"{error}{one.stage} at step {one.step}"]
+    parts = [
+        f"{name.removeprefix(one.name)[1:]} {number(part.value)}"
+        for name, part in newest.items()
+        if name.startswith(f"{one.name}_") and _belongs(part, one)
+    ]
+    reference = one.protocol.get("reference")
+    if isinstance(reference, dict):
+        known = (one.protocol.get("samples"), reference.get("features"), reference.get("split"))
+        notes.append("{} samples, {}, against split {}".format(*known))
+    return [*notes, ", ".join(parts)]
+
+
+def _belongs(part: Measurement, one: Measurement) -> bool:
+    """Whether two were measured at the same time, against the same data."""
+    this, that = ((x.step, x.stage, x.protocol.get("reference")) for x in (part, one))
+    return this == that
+
+
+def _card(title: str, value: float, *notes: str) -> str:
+    small = "".join(f"<small>{text(note)}</small>" for note in notes if note)
+    return f"{text(title)}<b>{number(value)}</b>{small}"

@@ -1,0 +1,115 @@
+"""Numbers with what they mean: metrics.json, where none stands without its protocol.
+
+    {"name": "fid", "value": 2.31, "error": null, "step": 2500, "stage": "val", "protocol": {…}}
+
+Two numbers of one name may be compared if their protocols agree. Whatever a value depends on and
+the weights do not tell belongs there: the reference and its hash, how many samples, the sampler
+and its steps, guidance, which average of the weights, seeds, versions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+
+from lit_diffusion.training.run.checkpoints import write_whole
+
+__all__ = [
+    "FILE",
+    "Measurement",
+    "add_measurements",
+    "read_measurements",
+    "versions",
+    "weights_in_use",
+]
+
+FILE = "metrics.json"
+
+
+class Measurement(NamedTuple):
+    """A number, its uncertainty if that is known, and all that it takes to measure it again.
+
+    Args:
+        name: What it is, such as fid or bpd.
+        value: The number.
+        error: Its standard error or deviation, as the protocol says; None if unknown.
+        step: Optimizer steps of the model.
+        stage: val, test or evaluate.
+        protocol: Plain data.
+    """
+
+    name: str
+    value: float
+    error: float | None
+    step: int
+    stage: str
+    protocol: dict[str, Any]
+
+
+def read_measurements(folder: Path) -> list[Measurement]:
+    """All that was measured in a run, in the order of measuring; empty if nothing was.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        return [Measurement(**record) for record in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"expected the measurements of a run in {path}, got: {error}; remove the file, and "
+            "`lit-diffusion evaluate` measures again"
+        ) from error
+
+
+def add_measurements(folder: Path, new: Iterable[Measurement]) -> None:
+    """Write measurements down; what was measured again takes the place of what it repeats.
+
+    Args:
+        folder: The run folder, which is made if need be.
+        new: The measurements.
+    """
+    new = list(new)
+    same = {(one.name, one.step, one.stage, _key(one)) for one in new}
+    kept = [
+        one
+        for one in read_measurements(folder)
+        if (one.name, one.step, one.stage, _key(one)) not in same
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(one._asdict(), ensure_ascii=False) for one in kept + new]
+    write_whole(folder / FILE, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def _key(one: Measurement) -> str:
+    return json.dumps(one.protocol, sort_keys=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers are computed by."""
+    names = ("lit-diffusion", "torch", "torchmetrics", "torch-fidelity")
+    return {name: version(name) for name in names}
+
+
+def weights_in_use(trainer: Trainer) -> str:
+    """Which weights a validation sees: an average and its name, or the raw ones.
+
+    Args:
+        trainer: Has the callbacks.
+    """
+    from lit_diffusion.training.callbacks.ema import EMA
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, EMA):
+            return callback.profile
+    return getattr(trainer.lightning_module, "weights", "raw")

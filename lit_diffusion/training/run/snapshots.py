@@ -1,0 +1,216 @@
+"""Snapshots of averages: the files averages/step-….safetensors of a run, and what is made of them.
+
+A file has the power averages of one step in float16, two bytes a weight, with their widths and
+numbers of updates in its header. bfloat16 would take as much room and be eight times coarser,
+which shows in what is reconstructed. Snapshots stand `every` steps apart at the beginning and a
+tenth of their step apart later: the window of a power average grows with the run, so that is as
+dense as it needs, and their number grows by 24 for each ten times longer run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_diffusion.averaging import PowerProfile, RunningAverage, Snapshot, overlaps
+from lit_diffusion.training.run.checkpoints import sync
+
+__all__ = [
+    "Scatter",
+    "Stored",
+    "folder_of",
+    "mix",
+    "next_step",
+    "read_snapshots",
+    "scatter",
+    "write_snapshot",
+]
+
+
+class Stored(NamedTuple):
+    """One average in a file.
+
+    Args:
+        path: The file.
+        step: Optimizer steps of the run.
+        snapshot: Which average.
+    """
+
+    path: Path
+    step: int
+    snapshot: Snapshot
+
+    @property
+    def begin(self) -> int:
+        """The step at which the average began; 0 unless it was added later."""
+        return self.step - self.snapshot.updates
+
+
+def folder_of(run: Path) -> Path:
+    """Where the snapshots of a run are.
+
+    Args:
+        run: The run folder.
+    """
+    return run / "averages"
+
+
+def next_step(step: int, every: int) -> int:
+    """The first step after this one at which a snapshot is due; the same whenever one asks.
+
+    Args:
+        step: A step.
+        every: Steps between the first ones.
+
+    Example:
+        >>> step, due = 0, []
+        >>> while step < 3000:
+        ...     step = next_step(step, 100)
+        ...     due.append(step)
+        >>> print(len(due), *due[:3], "…", *due[8:13], "…", due[-1])
+        19 100 200 300 … 900 1000 1100 1300 1500 … 3000
+    """
+    due = every
+    while due <= step:
+        due = -(-11 * due // (10 * every)) * every  # a tenth later, rounded up
+    return due
+
+
+def write_snapshot(
+    run: Path, step: int, names: Sequence[str], averages: Sequence[RunningAverage]
+) -> Path | None:
+    """Write the power averages of a step, whole or not at all; None if they are not finite.
+
+    Args:
+        run: The run folder.
+        step: Optimizer steps so far.
+        names: Of the weights.
+        averages: Of these weights, by power profiles.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    tensors, described = {}, []
+    for average in averages:
+        std = average.profile.std  # type: ignore[attr-defined]
+        described.append({"std": std, "updates": average.updates})
+        for name, value in zip(names, average.values, strict=True):
+            half = value.half().cpu().contiguous()
+            if not half.isfinite().all():  # beyond 65504, or no number at all
+                half = value.float().cpu().contiguous()
+                if not half.isfinite().all():
+                    return None
+            tensors[f"{std}/{name}"] = half
+    # One entry, since the order of several is not the same in every file.
+    header = {"snapshot": json.dumps({"step": step, "averages": described})}
+    path = folder_of(run) / f"step-{step:07d}.safetensors"
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # safetensors would let nobody else read it
+        save_file(tensors, unfinished, header)
+        unfinished.chmod(mode)
+        sync(unfinished)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(f"The snapshot {path} cannot be written: {error}.") from error
+    return path
+
+
+def read_snapshots(run: Path) -> list[Stored]:
+    """What averages the files of a run have, by step and width.
+
+    Args:
+        run: The run folder.
+
+    Raises:
+        ValueError: If a file is none of ours, or damaged.
+    """
+    found = []
+    for path in folder_of(run).glob("step-*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads(file.metadata()["snapshot"])
+            for one in header["averages"]:
+                snapshot = Snapshot(PowerProfile(one["std"]), one["updates"])
+                found.append(Stored(path, header["step"], snapshot))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no snapshot, or damaged: {error}. Remove it to do without it."
+            ) from error
+    return sorted(found, key=lambda one: (one.step, one.snapshot.profile.std))
+
+
+def mix(stored: Sequence[Stored], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The sum Σ c_i θ̄_i over averages in files, added up in float64; float32.
+
+    Args:
+        stored: The averages.
+        weights: c_i.
+    """
+    total: dict[str, Tensor] = {}
+    for one, weight in zip(stored, weights, strict=True):
+        prefix = f"{one.snapshot.profile.std}/"
+        with safe_open(one.path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 — not a dict
+                if key.startswith(prefix):
+                    value = file.get_tensor(key).double()
+                    name = key.removeprefix(prefix)
+                    if name in total:
+                        total[name].add_(value, alpha=weight)
+                    else:
+                        total[name] = value.mul_(weight)
+    return {name: value.float() for name, value in total.items()}
+
+
+class Scatter(NamedTuple):
+    """How large things are, each as a sum of squares over all weights.
+
+    Args:
+        weights: The weights themselves.
+        step: One step of the raw weights, were each independent of the others.
+        rounding: The error of one average in a file.
+    """
+
+    weights: float
+    step: float
+    rounding: float
+
+    @property
+    def noise(self) -> float:
+        """What `reconstruct` calls so."""
+        return self.rounding / self.step if self.step > 0 else 0.0
+
+
+def scatter(stored: Sequence[Stored]) -> Scatter:
+    """Measure it on the last two averages, whose distance tells how far the weights walk.
+
+    Rounding to a mantissa whose last digit is eps has the variance value²·eps²/24 in the mean.
+
+    Args:
+        stored: The averages, by step and width.
+    """
+    last = stored[-2:]
+    weights, step = _square(mix(last[-1:], [1.0])), 0.0
+    if len(last) == 2:
+        whole = overlaps([one.snapshot for one in last])
+        apart = float(whole[0, 0] + whole[1, 1] - 2 * whole[0, 1])
+        step = _square(mix(last, [1.0, -1.0])) / apart
+    return Scatter(weights, step, torch.finfo(torch.float16).eps ** 2 / 24 * weights)
+
+
+def _square(tensors: dict[str, Tensor]) -> float:
+    return sum(float(value.double().square().sum()) for value in tensors.values())

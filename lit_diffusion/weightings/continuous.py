@@ -1,0 +1,391 @@
+"""The family of weightings: which published objective is which w(λ).
+
+Letters: logsnr = λ, w the weight; see `weighting` for the one convention. To read a published loss
+as a weighting, multiply its weight on its own target by the target's error in units of ε
+(`Prediction.eps_error_scale`, inverted) and by the density p(λ) it drew from; the constants
+dropped here scale the loss and nothing else. In particular a plain ε-loss under the density p has
+w = p (`DensityWeighting`). Those that only a discrete chain has are in `chain_weightings`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
+from lit_diffusion.weightings.base import Weighting
+from lit_diffusion.weightings.chain import chain_step
+
+__all__ = [
+    "DensityWeighting",
+    "EDMWeighting",
+    "ELBOWeighting",
+    "ExponentialWeighting",
+    "InDIWeighting",
+    "MinSNRWeighting",
+    "MonotoneWeighting",
+    "P2Weighting",
+    "SechWeighting",
+    "ShiftedWeighting",
+    "SigmoidWeighting",
+    "SoftMinSNRWeighting",
+]
+
+
+def _sech(u: Tensor) -> Tensor:
+    return 1 / torch.cosh(u)
+
+
+def _normal(logsnr: Tensor, mean: float, std: float) -> Tensor:
+    scale = 1 / (std * math.sqrt(2 * math.pi))
+    return scale * torch.exp(-0.5 * ((logsnr - mean) / std) ** 2)
+
+
+class ELBOWeighting(Weighting):
+    """The likelihood: w(λ) = 1.
+
+    The loss is then the diffusion term of the variational bound, in nats: the choice for
+    compression and density estimation. Most of it is spent on detail the eye cannot see.
+
+    References:
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 17.
+
+    Example:
+        >>> ELBOWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([1., 1., 1.])
+    """
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(logsnr)
+
+
+class SechWeighting(Weighting):
+    """The ε-loss under a cosine schedule: w(λ) = sech(λ/2).
+
+    What improved DDPM and most ε-models train on. Not monotone: it falls at high noise too.
+
+    References:
+        Nichol & Dhariwal (2021), Improved DDPM, arXiv:2102.09672;
+        Kingma & Gao (2023), arXiv:2303.00848, table 1.
+
+    Example:
+        >>> SechWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.6481, 1.0000, 0.6481])
+    """
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """sech(λ/2)."""
+        return _sech(logsnr / 2)
+
+
+class ExponentialWeighting(Weighting):
+    """The v-loss under a cosine schedule, and flow matching: w(λ) = e^(−λ/2).
+
+    Two famous objectives that are one: they differ only in what the network outputs and where λ
+    is drawn. Monotone.
+
+    References:
+        Salimans & Ho (2022), arXiv:2202.00512; Lipman et al. (2022), arXiv:2210.02747;
+        Kingma & Gao (2023), arXiv:2303.00848, table 1.
+
+    Example:
+        >>> ExponentialWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([2.7183, 1.0000, 0.3679])
+    """
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """e^(−λ/2)."""
+        return torch.exp(-logsnr / 2)
+
+
+class InDIWeighting(Weighting):
+    """The x-loss on the flow path with uniform t: w(λ) = e^(−λ) sech²(λ/4).
+
+    Regression on the clean image at every degree of damage, as in inversion by direct iteration.
+
+    References:
+        Delbracio & Milanfar (2023), Inversion by Direct Iteration, arXiv:2303.11435;
+        Kingma & Gao (2023), arXiv:2303.00848, table 1.
+
+    Example:
+        >>> InDIWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([5.8111, 1.0000, 0.1064])
+    """
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """e^(−λ) sech²(λ/4)."""
+        return torch.exp(-logsnr) * _sech(logsnr / 4) ** 2
+
+
+class EDMWeighting(Weighting):
+    """EDM's loss: w(λ) = N(λ; mean, std²) (e^(−λ) + data_std²).
+
+    The F-loss with unit weight at initialisation under EDM's normal density. Not monotone below
+    λ = −3.31 (for the defaults); `MonotoneWeighting(EDMWeighting())` is the monotone variant.
+
+    Args:
+        data_std: Standard deviation of the data, above 0; the same as `EDMPrediction`'s.
+        mean: Mean of λ in EDM's training density.
+        std: Standard deviation of λ in EDM's training density, above 0.
+
+    Raises:
+        ValueError: If data_std or std is not positive.
+
+    References:
+        Karras et al. (2022), Elucidating the Design Space of Diffusion-Based Generative Models,
+        arXiv:2206.00364, table 1; Kingma & Gao (2023), arXiv:2303.00848, table 1.
+
+    Example:
+        >>> EDMWeighting()(torch.tensor([-3.308, 0.0, 2.4]))
+        tensor([0.2710, 0.1260, 0.0566])
+    """
+
+    def __init__(self, data_std: float = 0.5, mean: float = 2.4, std: float = 2.4) -> None:
+        super().__init__()
+        if not (data_std > 0 and std > 0):
+            raise ValueError(
+                f"EDMWeighting: data_std and std must be above 0, got {data_std} and {std}."
+            )
+        self.data_std = data_std
+        self.mean = mean
+        self.std = std
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """N(λ; mean, std²) (e^(−λ) + data_std²)."""
+        return _normal(logsnr, self.mean, self.std) * (torch.exp(-logsnr) + self.data_std**2)
+
+
+class P2Weighting(Weighting):
+    """Perception-prioritised, cosine schedule: w(λ) = sech(λ/2) / (1 + e^λ)^gamma.
+
+    Takes weight from the clean end, where errors are invisible.
+
+    Args:
+        gamma: Strength, 0 or more; the paper uses 0.5 and 1.
+
+    Raises:
+        ValueError: If gamma is negative.
+
+    References:
+        Choi et al. (2022), Perception Prioritized Training of Diffusion Models,
+        arXiv:2204.00227, Eq. 8 (k = 1).
+
+    Example:
+        >>> P2Weighting(gamma=1.0)(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.5708, 0.5000, 0.0772])
+    """
+
+    def __init__(self, gamma: float = 1.0) -> None:
+        super().__init__()
+        if gamma < 0:
+            raise ValueError(f"P2Weighting: gamma must be 0 or more, got {gamma}.")
+        self.gamma = gamma
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """sech(λ/2) sigmoid(−λ)^gamma."""
+        return _sech(logsnr / 2) * torch.sigmoid(-logsnr) ** self.gamma
+
+
+class MinSNRWeighting(Weighting):
+    """Min-SNR, cosine schedule: w(λ) = sech(λ/2) min(1, gamma e^(−λ)).
+
+    The ε-loss with its weight on x clamped at gamma, so that clean levels do not crowd out the
+    rest. Because the weight is always on ε here, it is the same for every prediction.
+
+    Args:
+        gamma: Largest weight on the error of x, above 0.
+
+    Raises:
+        ValueError: If gamma is not positive.
+
+    References:
+        Hang et al. (2023), Efficient Diffusion Training via Min-SNR Weighting Strategy,
+        arXiv:2303.09556, section 3.4.
+
+    Example:
+        >>> MinSNRWeighting(gamma=5.0)(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.6481, 1.0000, 0.4385])
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        super().__init__()
+        if not gamma > 0:
+            raise ValueError(f"MinSNRWeighting: gamma must be above 0, got {gamma}.")
+        self.gamma = gamma
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """sech(λ/2) min(1, gamma e^(−λ))."""
+        return _sech(logsnr / 2) * torch.clamp(self.gamma * torch.exp(-logsnr), max=1)
+
+
+class SoftMinSNRWeighting(Weighting):
+    """Soft Min-SNR, EDM's density: w(λ) = N(λ; mean, std²) sigmoid(ln gamma − λ).
+
+    Min-SNR without its corner: the weight on x is SNR·gamma/(SNR + gamma).
+
+    Args:
+        gamma: Where the weight on x saturates, above 0; 1/data_std², 4 for images.
+        mean: Mean of λ in the training density.
+        std: Standard deviation of λ in the training density, above 0.
+
+    Raises:
+        ValueError: If gamma or std is not positive.
+
+    References:
+        Crowson et al. (2024), Scalable High-Resolution Pixel-Space Image Synthesis with
+        Hourglass Diffusion Transformers, arXiv:2401.11605, section 4.5.
+
+    Example:
+        >>> SoftMinSNRWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.0299, 0.0807, 0.0576])
+    """
+
+    def __init__(self, gamma: float = 4.0, mean: float = 2.4, std: float = 2.4) -> None:
+        super().__init__()
+        if not (gamma > 0 and std > 0):
+            raise ValueError(
+                f"SoftMinSNRWeighting: gamma and std must be above 0, got {gamma} and {std}."
+            )
+        self.gamma = gamma
+        self.mean = mean
+        self.std = std
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """N(λ; mean, std²) sigmoid(ln gamma − λ)."""
+        return _normal(logsnr, self.mean, self.std) * torch.sigmoid(math.log(self.gamma) - logsnr)
+
+
+class SigmoidWeighting(Weighting):
+    """Sigmoid: w(λ) = sigmoid(bias − λ).
+
+    1 at high noise and e^(bias − λ) at low noise: capacity is not spent on invisible detail.
+    Monotone: the ELBO of images seen through noise at λ ~ Logistic(bias, 1).
+
+    Args:
+        bias: Log-SNR at which the weight is one half; 2 was best on ImageNet 64.
+
+    References:
+        Kingma & Gao (2023), arXiv:2303.00848, section 5; Hoogeboom et al. (2024), Simpler
+        Diffusion, arXiv:2410.19324 (there as a weight on the error of x).
+
+    Example:
+        >>> SigmoidWeighting(bias=0.0)(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.8808, 0.5000, 0.1192])
+    """
+
+    def __init__(self, bias: float = 2.0) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """sigmoid(bias − λ)."""
+        return torch.sigmoid(self.bias - logsnr)
+
+
+class MonotoneWeighting(Weighting):
+    """Another weighting made monotone: w(λ) = sup of base(λ') over λ' ≥ λ.
+
+    The smallest weighting above the base that never rises with λ, hence a likelihood objective.
+    `MonotoneWeighting(EDMWeighting())` is the paper's EDM-monotonic: flat below the peak. The
+    supremum is taken on a grid of 0.01 over [−40, 40], peaks refined by a parabola (1e-8).
+
+    Args:
+        base: The weighting to bound; None means `EDMWeighting()`.
+
+    References:
+        Kingma & Gao (2023), arXiv:2303.00848, section 5.
+
+    Example:
+        >>> MonotoneWeighting()(torch.tensor([-8.0, -3.308, 0.0]))
+        tensor([0.2710, 0.2710, 0.1260])
+    """
+
+    def __init__(self, base: Weighting | None = None) -> None:
+        super().__init__()
+        self.base = EDMWeighting() if base is None else base
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """Supremum of the base over λ' ≥ λ."""
+        grid = torch.linspace(-40, 40, 8001, dtype=torch.float64, device=logsnr.device)
+        height = self.base(grid)
+        left, top, right = height[:-2], height[1:-1], height[2:]
+        # Where the grid has a peak, move that point to the vertex of the parabola through three.
+        peak = (top > left) & (top >= right)
+        bend = torch.where(peak, 2 * top - left - right, torch.ones_like(top))
+        away = torch.where(peak, (right - left) / (2 * bend), torch.zeros_like(top))
+        grid = grid + 0.01 * torch.nn.functional.pad(away, (1, 1))
+        height = height + torch.nn.functional.pad(away**2 * bend / 2, (1, 1))
+        beyond = height.flip(0).cummax(0).values.flip(0)  # supremum over grid points from here on
+        beyond = torch.cat([beyond, beyond.new_zeros(1)])
+        after = torch.searchsorted(grid, logsnr.detach().to(torch.float64).contiguous())
+        return torch.maximum(self.base(logsnr), beyond[after].to(logsnr.dtype))
+
+
+class DensityWeighting(Weighting):
+    """The density of a schedule as weight: w(λ) = p(λ), the plain ε-loss drawn from p.
+
+    DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is drawn from the same schedule,
+    w/p = 1 and the loss is literally the mean squared error; drawn from any other it is the
+    same objective still. With steps=T it is the density of the discrete chain,
+    1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with steps=T.
+
+    Args:
+        schedule: Whose density; None means `CosineSchedule()`.
+        steps: Number T of steps of the chain; None means continuous time.
+
+    Raises:
+        ValueError: If steps is below 1.
+
+    References:
+        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 14;
+        Kingma & Gao (2023), arXiv:2303.00848, section 2.
+
+    Example:
+        >>> DensityWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.1031, 0.1592, 0.1031])
+    """
+
+    def __init__(self, schedule: NoiseSchedule | None = None, steps: int | None = None) -> None:
+        super().__init__()
+        if steps is not None and steps < 1:
+            raise ValueError(f"DensityWeighting: steps must be at least 1, got {steps}.")
+        self.schedule = CosineSchedule() if schedule is None else schedule
+        self.steps = steps
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """p(λ)."""
+        if self.steps is None:
+            return self.schedule.log_prob(logsnr).exp().to(logsnr.dtype)
+        step = chain_step(self.schedule, self.steps, logsnr)
+        return (1 / (self.steps * torch.expm1(step))).to(logsnr.dtype)
+
+
+class ShiftedWeighting(Weighting):
+    """Another weighting moved along λ: w(λ) = base(λ − shift).
+
+    For images of side d, relative to 64, the shift is 2 ln(64/d), as for the schedule.
+
+    Args:
+        base: The weighting to move; None means `SigmoidWeighting()`.
+        shift: How far it moves towards higher λ.
+
+    References:
+        Hoogeboom et al. (2023), Simple Diffusion, arXiv:2301.11093;
+        Kingma & Gao (2023), arXiv:2303.00848, section 5.
+
+    Example:
+        >>> ShiftedWeighting(SigmoidWeighting(bias=2.0), shift=-2.0)(torch.tensor([0.0]))
+        tensor([0.5000])
+    """
+
+    def __init__(self, base: Weighting | None = None, shift: float = 0.0) -> None:
+        super().__init__()
+        self.base = SigmoidWeighting() if base is None else base
+        self.shift = shift
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """base(λ − shift)."""
+        return self.base(logsnr - self.shift)
