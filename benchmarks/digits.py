@@ -87,7 +87,7 @@ def bits(model: LitDiffusion, x: Tensor, label: Tensor, draws: int = 24) -> floa
         _, log_prob = model.loss.schedule.at(t)
         eps = noise_like(x, generators(draw, "bits", index.tolist()))
         terms = model.loss(model.denoiser, x, t=t, eps=eps, label=label)
-        total += float((0.5 * terms.eps_error / log_prob.exp()).mean()) / draws
+        total += float((0.5 * terms.eps_mse / log_prob.exp()).mean()) / draws
     return total / math.log(2)
 
 

@@ -68,8 +68,8 @@ class Follow(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin."""
         self.weights = [p.detach() for p in pl_module.parameters()]
-        profiles = [PowerProfile(std) for std in sorted({*TRACKED, *WANTED})]
-        self.averages = {p.std: RunningAverage(p, self.weights) for p in profiles}
+        profiles = [PowerProfile(sigma_rel) for sigma_rel in sorted({*TRACKED, *WANTED})]
+        self.averages = {p.sigma_rel: RunningAverage(p, self.weights) for p in profiles}
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Follow."""
@@ -78,12 +78,12 @@ class Follow(L.Callback):
         step = trainer.global_step
         if step in (self.due, trainer.max_steps):
             self.due = next_step(step, 100)
-            for std in TRACKED:
-                self.kept.append((Snapshot(PowerProfile(std), step), self.flat(std)))
+            for sigma_rel in TRACKED:
+                self.kept.append((Snapshot(PowerProfile(sigma_rel), step), self.flat(sigma_rel)))
 
-    def flat(self, std: float) -> Tensor:
+    def flat(self, sigma_rel: float) -> Tensor:
         """The average of a width as one row."""
-        return torch.cat([value.flatten() for value in self.averages[std].values])
+        return torch.cat([value.flatten() for value in self.averages[sigma_rel].values])
 
 
 def train(steps: int) -> Follow:
@@ -133,13 +133,13 @@ def on_densities(target: Snapshot, of: list[Snapshot], constrained: bool) -> Ten
     return torch.linalg.lstsq(system, right, driver="gelsd").solution[:n, 0]
 
 
-def errors(follow: Follow, std: float) -> dict[str, float]:
+def errors(follow: Follow, sigma_rel: float) -> dict[str, float]:
     """How far off each way is, over the distance of the average from the weights."""
     of = [snapshot for snapshot, _ in follow.kept]
     rows = torch.stack([row for _, row in follow.kept])
-    direct = follow.flat(std).double()
+    direct = follow.flat(sigma_rel).double()
     distance = (torch.cat([w.flatten() for w in follow.weights]).double() - direct).norm()
-    target = Snapshot(PowerProfile(std), of[-1].updates)
+    target = Snapshot(PowerProfile(sigma_rel), of[-1].updates)
     whole = ld.overlaps(of[-2:])
     apart = float(whole[0, 0] + whole[1, 1] - 2 * whole[0, 1])
     step = float((rows[-1] - rows[-2]).double().square().sum()) / apart
@@ -187,9 +187,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return result
     follow = train(chosen.steps)
     print(f"{chosen.steps} steps, {len(follow.kept) // len(TRACKED)} snapshots of {TRACKED}")
-    for std in WANTED:
-        found = errors(follow, std)
-        print(f"std {std}: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()), flush=True)
+    for sigma_rel in WANTED:
+        found = errors(follow, sigma_rel)
+        print(
+            f"sigma_rel {sigma_rel}: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()),
+            flush=True,
+        )
     return result
 
 

@@ -38,9 +38,9 @@ from measuring import (
 from torch import Tensor, nn
 
 from lit_diffusion import (
-    BinDecoder,
     CosineSchedule,
     Denoiser,
+    DiscretizedGaussianDecoder,
     SoftmaxDecoder,
     UniformDequantiser,
     log_likelihood,
@@ -68,7 +68,12 @@ def estimators(steps: int, tolerance: float) -> list[Estimator]:
     adaptive = partial(flow, steps=None, tolerance=tolerance)
     return [
         Estimator("bound", bound, 1, False),
-        Estimator("bound, BinDecoder", partial(bound, decoder=BinDecoder(256)), 2, False),
+        Estimator(
+            "bound, DiscretizedGaussianDecoder",
+            partial(bound, decoder=DiscretizedGaussianDecoder(256)),
+            2,
+            False,
+        ),
         Estimator("bound, 1,000 steps", partial(bound, steps=1000), 1, False),
         Estimator(f"flow, {steps} steps", partial(flow, steps=steps), 4 * steps, True),
         Estimator(f"flow, adaptive, {tolerance:g}", adaptive, None, True),

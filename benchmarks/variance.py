@@ -39,7 +39,7 @@ def fitted(
         for _ in range(batches):
             x, cond = data(64)
             terms = ld.DiffusionLoss(adaptive)(denoiser, x, **cond)
-            adaptive.update(terms.logsnr, weighting(terms.logsnr) * terms.eps_error)
+            adaptive.update(terms.logsnr, weighting(terms.logsnr) * terms.eps_mse)
     learned = ld.LearnedSchedule(*ends)
     loss = ld.DiffusionLoss(learned, weighting)
     optimizer = torch.optim.Adam(learned.parameters(), lr=0.05, betas=(0.9, 0.99))

@@ -32,7 +32,7 @@ commands:
   report    a run as one page  lit-diffusion report RUN
   compare   runs over λ        lit-diffusion compare RUN1 RUN2 --out compare.png
   objective what it does       lit-diffusion objective --config C --out objective.png
-  ema       another average    lit-diffusion ema --run RUN --std 0.08
+  ema       another average    lit-diffusion ema --run RUN --sigma_rel 0.08
   replay    where a NaN began  lit-diffusion replay RUN/non_finite/step-N.json
   export    a model alone      lit-diffusion export RUN --out folder
   import    a diffusers model  lit-diffusion import FOLDER --out model.ckpt

@@ -55,7 +55,7 @@ class Profile(ABC):
 
     Example:
         >>> print(ConstantProfile(0.99), PowerProfile(0.1))
-        EMA(decay=0.99) EMA(std=0.1)
+        EMA(decay=0.99) EMA(sigma_rel=0.1)
     """
 
     @abstractmethod
@@ -116,11 +116,11 @@ class PowerProfile(Profile):
     few widths, kept along the run, contain those of all other widths (`reconstruct`).
 
     Args:
-        std: σ, the standard deviation of the window over the steps so far, in (0, 12^(−1/2)];
-            0.05 to 0.15 is usual, 12^(−1/2) = 0.2887 is the plain mean.
+        sigma_rel: σ, the standard deviation of the window over the steps so far, in
+            (0, 12^(−1/2)]; 0.05 to 0.15 is usual, 12^(−1/2) = 0.2887 is the plain mean.
 
     Raises:
-        ValueError: If std is outside that range.
+        ValueError: If sigma_rel is outside that range.
 
     References:
         Karras et al. (2023), Analyzing and Improving the Training Dynamics of Diffusion Models,
@@ -132,14 +132,14 @@ class PowerProfile(Profile):
         (7.937, 1.0, 0.00791)
     """
 
-    std: float = 0.1
+    sigma_rel: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse a width that no power function has, or only one that forgets the present."""
-        if not 0 < self.std <= WIDEST:
+        if not 0 < self.sigma_rel <= WIDEST:
             raise ValueError(
-                f"EMA: std must be above 0 and at most {WIDEST:.4f}, the plain mean of all steps, "
-                f"got {self.std}."
+                f"EMA: sigma_rel must be above 0 and at most {WIDEST:.4f}, the plain mean of all "
+                f"steps, got {self.sigma_rel}."
             )
 
     @property
@@ -149,7 +149,7 @@ class PowerProfile(Profile):
         With m = p + 1 the equation is m³ + m² − m/σ² + 1/σ² = 0. It has three real roots, and
         the cosine form of the cubic gives the largest.
         """
-        y = self.std**-2
+        y = self.sigma_rel**-2
         a, b = y + 1 / 3, 4 * y / 3 + 2 / 27  # m = u − 1/3 leaves u³ − a u + b = 0
         u = 2 * math.sqrt(a / 3) * math.cos(math.acos(-1.5 * b / a * math.sqrt(3 / a)) / 3)
         return max(1.0, u - 4 / 3)
@@ -163,7 +163,7 @@ class PowerProfile(Profile):
         return 1.0 if n == 1 else -math.expm1(self.power * math.log1p(-1 / n))
 
     def __str__(self) -> str:
-        return f"EMA(std={self.std})"
+        return f"EMA(sigma_rel={self.sigma_rel})"
 
 
 class RunningAverage:

@@ -21,12 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, diffuse
 from lit_diffusion.grey_levels import Levels, level_borders, level_index, level_values
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.registry import Registry
 
-__all__ = ["DECODERS", "BinDecoder", "Decoder", "GaussianDecoder", "SoftmaxDecoder"]
+__all__ = [
+    "DECODERS",
+    "Decoder",
+    "DiscretizedGaussianDecoder",
+    "GaussianDecoder",
+    "SoftmaxDecoder",
+]
 
 
 class Decoder(ABC):
@@ -145,7 +151,7 @@ def _cost(decoder: Any, logsnr: float) -> float:
     levels = torch.full((len(noise),), logsnr, dtype=torch.float64)
 
     def plain(z: Tensor, logsnr: Tensor) -> Denoised:
-        return Denoised(z / expand(alpha_sigma(logsnr)[0], z), torch.zeros_like(z))
+        return Denoised(z / broadcast_to_data(alpha_sigma(logsnr)[0], z), torch.zeros_like(z))
 
     eps = noise[:, None].expand_as(x)
     return float(weight @ decoder.reconstruction(plain, x, levels, eps)) / math.log(2)
@@ -177,8 +183,8 @@ class SoftmaxDecoder(Decoder):
     ) -> Tensor:
         """Log softmax at the level of x."""
         alpha, _ = alpha_sigma(logsnr)
-        centre = (z / expand(alpha, z)).flatten()
-        sharpness = expand(torch.exp(logsnr / 2), z).expand_as(z).flatten()
+        centre = (z / broadcast_to_data(alpha, z)).flatten()
+        sharpness = broadcast_to_data(torch.exp(logsnr / 2), z).expand_as(z).flatten()
         index = level_index(x, self.levels, check=False).flatten()
         values = level_values(self.levels).to(centre.device, centre.dtype)
         found = []
@@ -192,7 +198,7 @@ class SoftmaxDecoder(Decoder):
 
 
 @dataclass(frozen=True)
-class BinDecoder(Decoder):
+class DiscretizedGaussianDecoder(Decoder):
     """DDPM's decoder: p(x = v_k | z) = ∫ N(u; x̂(z), std²) du over the bin of v_k, ends open.
 
     Bins reach halfway to the neighbours, the first and the last to infinity. The mean is the
@@ -209,7 +215,7 @@ class BinDecoder(Decoder):
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 13.
 
     Example:
-        >>> BinDecoder(levels=2).log_prob(
+        >>> DiscretizedGaussianDecoder(levels=2).log_prob(
         ...     torch.tensor([[-1.0, 1.0]]),
         ...     torch.tensor([[-0.5, -0.5]]),
         ...     torch.zeros(1),
@@ -224,7 +230,7 @@ class BinDecoder(Decoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.std is not None and not self.std > 0:
-            raise ValueError(f"BinDecoder: std must be above 0, got {self.std}.")
+            raise ValueError(f"DiscretizedGaussianDecoder: std must be above 0, got {self.std}.")
 
     def log_prob(
         self, x: Tensor, z: Tensor, logsnr: Tensor, denoise: Callable[..., Denoised]
@@ -235,8 +241,8 @@ class BinDecoder(Decoder):
         index = level_index(x, self.levels, check=False)
         borders = level_borders(self.levels).to(mean.device, mean.dtype)
         last = len(borders)
-        low = (borders[(index - 1).clamp(min=0)] - mean) / expand(std, z)
-        high = (borders[index.clamp(max=last - 1)] - mean) / expand(std, z)
+        low = (borders[(index - 1).clamp(min=0)] - mean) / broadcast_to_data(std, z)
+        high = (borders[index.clamp(max=last - 1)] - mean) / broadcast_to_data(std, z)
         low = torch.where(index == 0, torch.full_like(low, -math.inf), low)
         high = torch.where(index == last, torch.full_like(high, math.inf), high)
         # Φ(high) − Φ(low), taken in the tail where both are small, so that nothing cancels.
@@ -267,8 +273,10 @@ class GaussianDecoder(Decoder):
     ) -> Tensor:
         """Log density."""
         alpha, _ = alpha_sigma(logsnr)
-        distance = expand(torch.exp(logsnr / 2), z) * (x - z / expand(alpha, z))
-        return expand(logsnr / 2, z) - 0.5 * (distance**2 + math.log(2 * math.pi))
+        distance = broadcast_to_data(torch.exp(logsnr / 2), z) * (
+            x - z / broadcast_to_data(alpha, z)
+        )
+        return broadcast_to_data(logsnr / 2, z) - 0.5 * (distance**2 + math.log(2 * math.pi))
 
 
 DECODERS: Registry[Decoder] = Registry(Decoder)  # type: ignore[type-abstract]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.gaussian import alpha_sigma, expand
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data
 from lit_diffusion.predictions import Denoised, Prediction, VPrediction
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "Denoiser",
     "GaussianDenoiser",
     "GuidedDenoiser",
-    "hide_condition",
+    "drop_condition",
 ]
 
 
@@ -61,35 +61,35 @@ class Denoiser(nn.Module):
         """
         scaled = z
         if type(self.prediction).input_scale is not Prediction.input_scale:  # it is 1 for most
-            scaled = expand(self.prediction.input_scale(logsnr), z) * z
+            scaled = broadcast_to_data(self.prediction.input_scale(logsnr), z) * z
         out = self.network(scaled, logsnr.to(scaled.dtype), **cond)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         return self.prediction.decode(out, z, logsnr)
 
 
-def hide_condition(cond: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+def drop_condition(cond: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
     """The condition as a network is shown it where some examples must do without theirs.
 
-    A hidden label is −1. The rows of any other tensor become zero; and since zero may also be
-    somebody's value, the network is told beside them which examples are hidden, by `hidden`. The
+    A dropped label is −1. The rows of any other tensor become zero; and since zero may also be
+    somebody's value, the network is told beside them which examples are dropped, by `dropped`. The
     same in training, which hides a few examples, and in guidance, which hides all of them.
 
     Args:
         cond: The condition, tensors by their names; None counts as not given.
-        hidden: Which examples must do without.
+        dropped: Which examples must do without.
 
     Shapes:
-        hidden (B,), bool; each condition (B, *).
+        dropped (B,), bool; each condition (B, *).
 
     Raises:
         TypeError: If a condition is not a tensor.
 
     Example:
         >>> cond = {"label": torch.tensor([3, 5]), "angle": torch.tensor([[0.1, 0.2], [0.3, 0.4]])}
-        >>> hide_condition(cond, torch.tensor([False, True]))  # doctest: +NORMALIZE_WHITESPACE
+        >>> drop_condition(cond, torch.tensor([False, True]))  # doctest: +NORMALIZE_WHITESPACE
         {'label': tensor([ 3, -1]),
          'angle': tensor([[0.1000, 0.2000], [0.0000, 0.0000]]),
-         'hidden': tensor([False,  True])}
+         'dropped': tensor([False,  True])}
     """
     shown = {}
     for name, value in cond.items():
@@ -97,16 +97,16 @@ def hide_condition(cond: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"To be hidden a condition must be a tensor, a row for each example, got "
+                f"To be dropped a condition must be a tensor, a row for each example, got "
                 f"{type(value).__name__} for {name!r}: encode it first."
             )
         if name == "label":
-            shown[name] = torch.where(hidden, -1, value)
-        elif name != "hidden":
-            shown[name] = value.masked_fill(expand(hidden, value).bool(), 0)
+            shown[name] = torch.where(dropped, -1, value)
+        elif name != "dropped":
+            shown[name] = value.masked_fill(broadcast_to_data(dropped, value).bool(), 0)
     if shown.keys() - {"label"}:
-        before = cond.get("hidden")
-        shown["hidden"] = hidden if before is None else hidden | before
+        before = cond.get("dropped")
+        shown["dropped"] = dropped if before is None else dropped | before
     return shown
 
 
@@ -118,8 +118,8 @@ class GuidedDenoiser(nn.Module):
     the cleanest levels alone, where guidance costs variety and helps nothing.
 
     Args:
-        denoiser: Trained with its condition hidden at times; called with it, and with all of it
-            hidden (see `hide_condition`).
+        denoiser: Trained with its condition dropped at times; called with it, and with all of it
+            dropped (see `drop_condition`).
         scale: Strength of guidance, 1 for none.
         interval: Guide only where interval[0] ≤ λ ≤ interval[1]; None means everywhere.
 
@@ -155,7 +155,7 @@ class GuidedDenoiser(nn.Module):
         Args:
             z: Noisy data.
             logsnr: λ of each example.
-            **cond: The condition; the unconditional call has it hidden.
+            **cond: The condition; the unconditional call has it dropped.
 
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
@@ -163,13 +163,13 @@ class GuidedDenoiser(nn.Module):
         conditional = self.denoiser(z, logsnr, **cond)
         if self.scale == 1 or not cond:
             return conditional
-        hidden = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        unconditional = self.denoiser(z, logsnr, **hide_condition(cond, hidden))
+        dropped = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        unconditional = self.denoiser(z, logsnr, **drop_condition(cond, dropped))
         scale = torch.full_like(logsnr, self.scale)
         if self.interval is not None:
             low, high = self.interval
             scale = torch.where((logsnr >= low) & (logsnr <= high), scale, torch.ones_like(scale))
-        weight = expand(scale, z)
+        weight = broadcast_to_data(scale, z)
         return Denoised(
             *(u + weight * (c - u) for u, c in zip(unconditional, conditional, strict=True))
         )
@@ -217,7 +217,7 @@ class ClippedDenoiser(nn.Module):
         alpha, sigma = alpha_sigma(logsnr)
         clipped = x.clamp(-self.limit, self.limit)
         # Where nothing was clipped ε̂ stays as it came: (z − αx̂)/σ loses digits at high λ.
-        agreeing = (z - expand(alpha, z) * clipped) / expand(sigma, z)
+        agreeing = (z - broadcast_to_data(alpha, z) * clipped) / broadcast_to_data(sigma, z)
         return Denoised(clipped, torch.where(clipped == x, eps, agreeing))
 
 
@@ -258,8 +258,8 @@ class GaussianDenoiser(nn.Module):
         """
         alpha, sigma = alpha_sigma(logsnr)
         variance = (alpha * self.std) ** 2 + sigma**2
-        centred = z - expand(alpha * self.mean, z)
+        centred = z - broadcast_to_data(alpha * self.mean, z)
         return Denoised(
-            x=self.mean + expand(alpha * self.std**2 / variance, z) * centred,
-            eps=expand(sigma / variance, z) * centred,
+            x=self.mean + broadcast_to_data(alpha * self.std**2 / variance, z) * centred,
+            eps=broadcast_to_data(sigma / variance, z) * centred,
         )

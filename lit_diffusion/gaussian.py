@@ -33,18 +33,18 @@ from torch import Tensor
 __all__ = [
     "Generators",
     "alpha_sigma",
+    "broadcast_to_data",
     "diffuse",
-    "expand",
     "noise_like",
     "posterior",
-    "prior_divergence",
+    "prior_kl",
 ]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """No generator (the global one), one for the batch, or one for each example of it."""
 
 
-def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+def broadcast_to_data(coefficient: Tensor, like: Tensor) -> Tensor:
     """Give a coefficient per example the trailing axes of the data: (B,) → (B, 1, …, 1).
 
     This is the only place where broadcasting happens, so it cannot go wrong in another. The dtype
@@ -61,7 +61,7 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
         ValueError: If there is not one coefficient per example.
 
     Example:
-        >>> expand(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4, 5)).shape
+        >>> broadcast_to_data(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4, 5)).shape
         torch.Size([2, 1, 1, 1])
     """
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and len(coefficient) != len(like)):
@@ -110,7 +110,7 @@ def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
                 [4.5400e-05]])
     """
     alpha, sigma = alpha_sigma(logsnr)
-    return expand(alpha, x) * x + expand(sigma, x) * eps
+    return broadcast_to_data(alpha, x) * x + broadcast_to_data(sigma, x) * eps
 
 
 def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,11 +141,14 @@ def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tupl
     alpha, _ = alpha_sigma(logsnr)
     alpha_next, sigma_next = alpha_sigma(logsnr_next)
     c = -torch.expm1(logsnr - logsnr_next)
-    mean = expand(alpha_next * (1 - c) / alpha, z) * z + expand(alpha_next * c, z) * x
-    return mean, expand(sigma_next * c.sqrt(), z)
+    mean = (
+        broadcast_to_data(alpha_next * (1 - c) / alpha, z) * z
+        + broadcast_to_data(alpha_next * c, z) * x
+    )
+    return mean, broadcast_to_data(sigma_next * c.sqrt(), z)
 
 
-def prior_divergence(x: Tensor, logsnr: Tensor) -> Tensor:
+def prior_kl(x: Tensor, logsnr: Tensor) -> Tensor:
     """What z at λ still knows of x: KL(q(z|x) ‖ N(0, I)) = ½ mean(α²x² + σ² − log σ² − 1).
 
     In nats per dimension. It is the price of starting a sampler from pure noise.
@@ -161,7 +164,7 @@ def prior_divergence(x: Tensor, logsnr: Tensor) -> Tensor:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 11.
 
     Example:
-        >>> prior_divergence(torch.full((1, 4), 0.5), torch.tensor([-5.0]))
+        >>> prior_kl(torch.full((1, 4), 0.5), torch.tensor([-5.0]))
         tensor([0.0008], dtype=torch.float64)
     """
     logsnr = logsnr.to(torch.float64)

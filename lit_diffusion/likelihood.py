@@ -28,10 +28,10 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.gaussian import (
     Generators,
     alpha_sigma,
-    expand,
+    broadcast_to_data,
     noise_like,
     posterior,
-    prior_divergence,
+    prior_kl,
 )
 from lit_diffusion.loss import draw_times, weighted_error
 from lit_diffusion.predictions import Denoised
@@ -121,7 +121,7 @@ def variational_bound(
     diffusion = weighted_error(denoiser, x, schedule, one, steps, t.to(x.device), eps, **cond)
     cleanest, noisiest = _ends(schedule, x)
     terms = BoundTerms(
-        prior=prior_divergence(x, noisiest),
+        prior=prior_kl(x, noisiest),
         diffusion=diffusion.loss,
         reconstruction=_reconstruction(decoder, denoiser, x, cleanest, generator, cond),
     )
@@ -196,17 +196,21 @@ def consistency_bound(
 
     # Draw the neighbours.
     alpha, sigma = alpha_sigma(cleaner)
-    before = expand(alpha, x) * x + expand(sigma, x) * noise_like(x, generator)
+    before = broadcast_to_data(alpha, x) * x + broadcast_to_data(sigma, x) * noise_like(
+        x, generator
+    )
     alpha, sigma = _transition(cleaner, noisier)
-    after = expand(alpha, x) * before + expand(sigma, x) * noise_like(x, generator)
+    after = broadcast_to_data(alpha, x) * before + broadcast_to_data(sigma, x) * noise_like(
+        x, generator
+    )
 
     # What both of them say of z: q(z_i | z_{i−1}, z_{i+1}) = N(mean, variance).
     alpha, sigma = _transition(cleaner, logsnr)  # of q(z_i | z_{i−1})
     alpha_on, sigma_on = _transition(logsnr, noisier)
     variance = 1 / (1 / sigma**2 + alpha_on**2 / sigma_on**2)
-    forward = expand(alpha, x) * before
-    mean = expand(variance / sigma**2, x) * forward
-    mean = mean + expand(variance * alpha_on / sigma_on**2, x) * after
+    forward = broadcast_to_data(alpha, x) * before
+    mean = broadcast_to_data(variance / sigma**2, x) * forward
+    mean = mean + broadcast_to_data(variance * alpha_on / sigma_on**2, x) * after
 
     backward, _ = posterior(after, denoiser(after, noisier, **cond).x, noisier, logsnr)
     _, sigma_here = alpha_sigma(logsnr)
@@ -222,7 +226,9 @@ def consistency_bound(
     cleanest, noisiest = _ends(schedule, x)
     last = schedule.logsnr(torch.full_like(i, 1 - 1 / steps))
     alpha, sigma = alpha_sigma(last)
-    before = expand(alpha, x) * x + expand(sigma, x) * noise_like(x, generator)
+    before = broadcast_to_data(alpha, x) * x + broadcast_to_data(sigma, x) * noise_like(
+        x, generator
+    )
     alpha, sigma = _transition(last, noisiest)
     mean_square = before.double().square().flatten(1).mean(1)
     terms = BoundTerms(

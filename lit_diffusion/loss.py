@@ -20,9 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.decoders import Decoder
-from lit_diffusion.gaussian import Generators, diffuse, expand, noise_like, prior_divergence
+from lit_diffusion.gaussian import Generators, broadcast_to_data, diffuse, noise_like, prior_kl
 from lit_diffusion.predictions import Denoised
-from lit_diffusion.schedules import CosineSchedule, LearnedSchedule, NoiseSchedule, lattice
+from lit_diffusion.schedules import (
+    CosineSchedule,
+    LearnedSchedule,
+    NoiseSchedule,
+    stratified_times,
+)
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
 __all__ = ["DiffusionLoss", "LossTerms", "draw_times", "noise_error", "weighted_error"]
@@ -31,17 +36,17 @@ __all__ = ["DiffusionLoss", "LossTerms", "draw_times", "noise_error", "weighted_
 class LossTerms(NamedTuple):
     """The loss of each example, and what it was made of.
 
-    `loss` is ½ w/p · eps_error; at w = 1 it estimates the diffusion term of the bound in nats
-    per dimension, or with a decoder the whole bound. `eps_error` is the *mean* of (ε̂ − ε)² over
+    `loss` is ½ w/p · eps_mse; at w = 1 it estimates the diffusion term of the bound in nats
+    per dimension, or with a decoder the whole bound. `eps_mse` is the *mean* of (ε̂ − ε)² over
     the dimensions of the data.
 
     Shapes:
-        loss, logsnr and eps_error (B,).
+        loss, logsnr and eps_mse (B,).
     """
 
     loss: Tensor
     logsnr: Tensor
-    eps_error: Tensor
+    eps_mse: Tensor
 
 
 def draw_times(x: Tensor, generator: Generators = None) -> Tensor:
@@ -64,7 +69,9 @@ def draw_times(x: Tensor, generator: Generators = None) -> Tensor:
     if not isinstance(generator, torch.Generator | None):
         raise ValueError("With one generator for each example there is no common lattice: give t.")
     device = x.device if generator is None else generator.device
-    return lattice(len(x), torch.rand((), dtype=torch.float64, generator=generator, device=device))
+    return stratified_times(
+        len(x), torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    )
 
 
 def noise_error(
@@ -123,7 +130,7 @@ def weighted_error(
     Example:
         >>> x, t, eps = torch.zeros(2, 3), torch.tensor([0.2, 0.7]), torch.ones(2, 3)
         >>> schedule, denoiser = LinearSchedule(-1.0, 1.0), GaussianDenoiser(0.5)
-        >>> weighted_error(denoiser, x, schedule, ELBOWeighting(), None, t, eps).eps_error
+        >>> weighted_error(denoiser, x, schedule, ELBOWeighting(), None, t, eps).eps_mse
         tensor([0.0979, 0.0206])
     """
     shape_gradient = None
@@ -141,11 +148,11 @@ def weighted_error(
             logsnr, log_prob = schedule.at(t)
         width = torch.exp(-log_prob)
     # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
-    eps_error = noise_error(denoiser, x, eps, logsnr, **cond)
-    loss = 0.5 * expand(weighting(logsnr) * width, eps_error) * eps_error
+    eps_mse = noise_error(denoiser, x, eps, logsnr, **cond)
+    loss = 0.5 * broadcast_to_data(weighting(logsnr) * width, eps_mse) * eps_mse
     if shape_gradient is not None:
         shape_gradient.copy_(2 * loss.detach())
-    return LossTerms(loss, logsnr, eps_error)
+    return LossTerms(loss, logsnr, eps_mse)
 
 
 class DiffusionLoss(nn.Module):
@@ -283,7 +290,7 @@ class DiffusionLoss(nn.Module):
         cleanest, noisiest = (end.expand(len(x)) for end in ends)
         eps = noise_like(x, generator)
         reconstruction = decoder.reconstruction(denoiser, x, cleanest, eps, **cond)
-        return prior_divergence(x, noisiest) + reconstruction
+        return prior_kl(x, noisiest) + reconstruction
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile in place what is as large as the images, `noise_error` with the network in it.

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import alpha_sigma, expand
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data
 from lit_diffusion.registry import Registry
 
 __all__ = [
@@ -100,7 +100,7 @@ class Prediction(ABC):
             x and eps (B, *); logsnr (B,); result (B, *).
         """
         a, b = self.coefficients(logsnr)
-        return expand(a, x) * x + expand(b, x) * eps
+        return broadcast_to_data(a, x) * x + broadcast_to_data(b, x) * eps
 
     def decode(self, out: Tensor, z: Tensor, logsnr: Tensor) -> Denoised:
         """Turn the network's output into estimates of data and noise.
@@ -117,8 +117,8 @@ class Prediction(ABC):
         alpha, sigma = alpha_sigma(logsnr)
         det = a * sigma - b * alpha
         return Denoised(  # z first: both are laid out in memory as z is, whatever the network's
-            x=expand(-b / det, z) * z + expand(sigma / det, z) * out,
-            eps=expand(a / det, z) * z - expand(alpha / det, z) * out,
+            x=broadcast_to_data(-b / det, z) * z + broadcast_to_data(sigma / det, z) * out,
+            eps=broadcast_to_data(a / det, z) * z - broadcast_to_data(alpha / det, z) * out,
         )
 
     def eps_error_scale(self, logsnr: Tensor) -> Tensor:

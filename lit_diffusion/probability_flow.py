@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, expand, noise_like
+from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
 from lit_diffusion.grey_levels import Levels, level_borders, level_index, level_values
 from lit_diffusion.predictions import Denoised
 
@@ -101,7 +101,7 @@ class UniformDequantiser(Dequantiser):
         """Z = α (x + u)."""
         low, high = self._bins(x)
         uniform = torch.special.ndtr(noise_like(x, generator))
-        alpha = expand(alpha_sigma(logsnr)[0], x)
+        alpha = broadcast_to_data(alpha_sigma(logsnr)[0], x)
         return alpha * (low + (high - low) * uniform), torch.log(alpha * (high - low))
 
 
@@ -133,7 +133,7 @@ class TruncatedNormalDequantiser(Dequantiser):
     def draw(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """Z = α x + σ ε, ε by inversion of its distribution function."""
         low, high = self._bins(x)
-        alpha, sigma = (expand(c, x).double() for c in alpha_sigma(logsnr))
+        alpha, sigma = (broadcast_to_data(c, x).double() for c in alpha_sigma(logsnr))
         first, last = (alpha * (border.double() - x.double()) / sigma for border in (low, high))
         below, inside = torch.special.ndtr(first), torch.special.ndtr(last)
         inside = inside - below
@@ -212,7 +212,7 @@ def log_likelihood(
         x = x.detach().clone()
         for _ in range(samples):
             if dequantise is None:
-                alpha = expand(alpha_sigma(first)[0], x)
+                alpha = broadcast_to_data(alpha_sigma(first)[0], x)
                 z, weight = alpha * x, torch.log(alpha).expand_as(x)
             else:
                 z, weight = dequantise.draw(x, first, generator)
@@ -281,7 +281,7 @@ def _flow(
     z = z.detach().requires_grad_()
     _, sigma = alpha_sigma(logsnr)
     eps = denoiser(z, logsnr, **cond).eps
-    field = expand(sigma**2 / 2, z) * z - expand(sigma / 2, z) * eps
+    field = broadcast_to_data(sigma**2 / 2, z) * z - broadcast_to_data(sigma / 2, z) * eps
 
     def along(direction: Tensor) -> Tensor:
         """The gradient of ⟨field, direction⟩."""
@@ -343,7 +343,7 @@ def _adaptive(
         if not bool((remaining < 0).any()):
             return z, total
         h = torch.maximum(h, remaining)  # both negative; an example that has arrived stays
-        step = expand(h, z)
+        step = broadcast_to_data(h, z)
         for i in range(1, 7):
             moved = z + step * sum(c * k[j] for j, c in enumerate(_STAGES[i]))
             k[i], d[i] = flow(moved, logsnr + _NODES[i] * h)
@@ -360,7 +360,7 @@ def _adaptive(
                 f"The flow cannot be followed at λ = {float(logsnr[~good][0]):.6g}: steps of 1e-9 "
                 f"have an error above {tolerance}. Raise the tolerance, or use fixed steps."
             )
-        chosen = expand(good, z).bool()
+        chosen = broadcast_to_data(good, z).bool()
         z = torch.where(chosen, moved, z)
         total = torch.where(good, total + gained, total)
         logsnr = torch.where(good, logsnr + h, logsnr)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import GaussianDenoiser
-from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, diffuse
 from lit_diffusion.grey_levels import level_values
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments
@@ -229,7 +229,7 @@ def check_prediction(prediction: Prediction) -> None:
         _law(bool((det > 1e-6).all()), prediction, f"det ≠ 0 at λ = {level}, got {det.tolist()}.")
 
         z, target = diffuse(x, eps, logsnr), prediction.target(x, eps, logsnr)
-        expected = expand(a, x) * x + expand(b, x) * eps
+        expected = broadcast_to_data(a, x) * x + broadcast_to_data(b, x) * eps
         _law(_close(target, expected, 1e-12), prediction, "target = a x + b ε.")
         decoded = prediction.decode(target, z, logsnr)
         same = _close(decoded.x, x, 1e-6) and _close(decoded.eps, eps, 1e-6)
@@ -239,7 +239,7 @@ def check_prediction(prediction: Prediction) -> None:
         ratio = (wrong.eps - eps).square().sum((1, 2, 3)) / out_error.square().sum((1, 2, 3))
         scale = prediction.eps_error_scale(logsnr)
         _law(_close(ratio / scale, torch.ones(2), 1e-4), prediction, "eps_error_scale is true.")
-        back = expand(alpha, z) * wrong.x + expand(sigma, z) * wrong.eps
+        back = broadcast_to_data(alpha, z) * wrong.x + broadcast_to_data(sigma, z) * wrong.eps
         _law(_close(back, z, 1e-6), prediction, f"α x̂ + σ ε̂ = z at λ = {level}.")
         positive = bool((prediction.input_scale(logsnr) > 0).all())
         _law(positive, prediction, "input_scale is positive.")

@@ -35,7 +35,7 @@ def direct(path, snapshot):
 
 
 def tracked(times, stds=TRACKED):
-    return [ld.Snapshot(ld.PowerProfile(std), t) for t in times for std in stds]
+    return [ld.Snapshot(ld.PowerProfile(sigma_rel), t) for t in times for sigma_rel in stds]
 
 
 TIMES = (200, 400, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000)
@@ -52,9 +52,9 @@ def test_a_constant_decay_is_what_it_was():
     assert torch.allclose(found, torch.tensor(expected, dtype=F64), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("std", [0.03, 0.1, 0.25, WIDEST])
-def test_a_power_average_has_the_shares_of_its_formula(std):
-    profile, t = ld.PowerProfile(std), 400
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.1, 0.25, WIDEST])
+def test_a_power_average_has_the_shares_of_its_formula(sigma_rel):
+    profile, t = ld.PowerProfile(sigma_rel), 400
     found = shares(profile, t)
     n = torch.arange(t + 1, dtype=F64)
     assert found[0] == 0  # the initial weights never count
@@ -63,27 +63,27 @@ def test_a_power_average_has_the_shares_of_its_formula(std):
     # And its window has the width that it is named for, up to the width of a step.
     mean = (n * found).sum()
     width = ((n - mean).square() * found).sum().sqrt() / t
-    assert float(width) == pytest.approx(std, rel=2e-3)
+    assert float(width) == pytest.approx(sigma_rel, rel=2e-3)
 
 
-@pytest.mark.parametrize("std", STDS)
-def test_the_power_of_a_width(std):
-    p = ld.PowerProfile(std).power
+@pytest.mark.parametrize("sigma_rel", STDS)
+def test_the_power_of_a_width(sigma_rel):
+    p = ld.PowerProfile(sigma_rel).power
     assert p >= 1
-    assert p / (p + 1) ** 2 / (p + 2) == pytest.approx(std**2, rel=1e-12, abs=0)
+    assert p / (p + 1) ** 2 / (p + 2) == pytest.approx(sigma_rel**2, rel=1e-12, abs=0)
 
 
 def test_the_widths_of_the_paper():
     # Karras et al. 2023, section 3.1: γ = 16.97 and 6.94 for widths of 5 and 10 per cent.
-    gammas = [ld.PowerProfile(std).power - 1 for std in TRACKED]
+    gammas = [ld.PowerProfile(sigma_rel).power - 1 for sigma_rel in TRACKED]
     assert gammas == pytest.approx([16.97, 6.94], abs=0.005)
     assert ld.PowerProfile(WIDEST).power == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("std", [0.0, -0.1, 0.2888, 1.0, float("nan"), float("inf")])
-def test_widths_that_there_are_not(std):
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.2888, 1.0, float("nan"), float("inf")])
+def test_widths_that_there_are_not(sigma_rel):
     with pytest.raises(ValueError, match=r"above 0 and at most 0\.2887"):
-        ld.PowerProfile(std)
+        ld.PowerProfile(sigma_rel)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
@@ -152,9 +152,9 @@ def test_what_is_there_is_reconstructed_exactly(target):
     assert torch.allclose(mixed, direct(path, wanted), atol=1e-6)
 
 
-@pytest.mark.parametrize("std", [0.04, 0.06, 0.08, 0.13, 0.2, 0.25])
-def test_the_error_on_random_walks_is_the_one_foretold(std):
-    of, wanted = tracked(TIMES), ld.Snapshot(ld.PowerProfile(std), 2000)
+@pytest.mark.parametrize("sigma_rel", [0.04, 0.06, 0.08, 0.13, 0.2, 0.25])
+def test_the_error_on_random_walks_is_the_one_foretold(sigma_rel):
+    of, wanted = tracked(TIMES), ld.Snapshot(ld.PowerProfile(sigma_rel), 2000)
     found = ld.reconstruct(wanted, of)
     assert float(found.weights.sum()) == pytest.approx(1, abs=1e-9)
     assert found.misfit == pytest.approx(misfit(found, of, wanted), rel=1e-3)

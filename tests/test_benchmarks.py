@@ -93,7 +93,9 @@ def test_an_estimator_that_calls_more_often_than_is_said_is_an_error(run, script
     likelihood = script("likelihood")
     estimators = [e._replace(calls=1) for e in likelihood.estimators(2, 1.0)]
     monkeypatch.setattr(likelihood, "estimators", lambda *_: estimators)
-    with pytest.raises(AssertionError, match=r"BinDecoder: expected 1 calls .* made \[2, 2\]"):
+    with pytest.raises(
+        AssertionError, match=r"DiscretizedGaussianDecoder: expected 1 calls .* made \[2, 2\]"
+    ):
         run("likelihood", *TOY, "--images", 2, "--batch_size", 1)
 
 

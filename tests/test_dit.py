@@ -240,8 +240,8 @@ def test_hidden_conditions_are_no_conditions():
     net = awake(DiT(**SMALL | KINDS["all"]))
     given = inputs(net) | {"angle": torch.zeros(B, 2), "age": torch.zeros(B, 1)}
     none = {name: given[name] for name in ("z", "logsnr", "label")}
-    hidden = torch.ones(B, dtype=torch.bool)
-    torch.testing.assert_close(net(**none), net(**given, hidden=hidden))
+    dropped = torch.ones(B, dtype=torch.bool)
+    torch.testing.assert_close(net(**none), net(**given, dropped=dropped))
     assert not torch.allclose(net(**none), net(**given), atol=1e-4)
 
 

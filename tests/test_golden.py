@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lit_diffusion as ld
-from lit_diffusion.gaussian import alpha_sigma, diffuse, expand, posterior
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, diffuse, posterior
 
 F64 = torch.float64
 LAMBDA = torch.linspace(-15, 15, 601, dtype=F64)
@@ -257,7 +257,7 @@ def test_ddpm_simple_loss_is_the_plain_mean_squared_error():
     schedule = ld.BetaSchedule()
     loss = ld.DiffusionLoss(schedule, ld.DensityWeighting(schedule))
     terms = loss(ld.GaussianDenoiser(), torch.randn(64, 1, 8, 8))
-    assert torch.allclose(2 * terms.loss, terms.eps_error, rtol=1e-5)
+    assert torch.allclose(2 * terms.loss, terms.eps_mse, rtol=1e-5)
 
 
 # The loss does not depend on the schedule, only its variance does -------------------------------
@@ -354,13 +354,13 @@ def test_edm_preconditioning_in_edms_own_words():
     alpha, _ = alpha_sigma(LAMBDA)
     data, noise, out = torch.randn(3, len(LAMBDA), 2, 3, dtype=F64).unbind()
     z = diffuse(data, noise, LAMBDA)
-    z_ve = z / expand(alpha, z)
-    assert torch.allclose(z_ve, data + expand(s, z) * noise)
+    z_ve = z / broadcast_to_data(alpha, z)
+    assert torch.allclose(z_ve, data + broadcast_to_data(s, z) * noise)
     prediction = ld.EDMPrediction(sd)
-    theirs = expand(c_skip, z) * z_ve + expand(c_out, z) * out
+    theirs = broadcast_to_data(c_skip, z) * z_ve + broadcast_to_data(c_out, z) * out
     assert torch.allclose(prediction.decode(out, z, LAMBDA).x, theirs, atol=1e-9)
-    ours = expand(prediction.input_scale(LAMBDA), z) * z
-    assert torch.allclose(ours, expand(c_in, z) * z_ve)
+    ours = broadcast_to_data(prediction.input_scale(LAMBDA), z) * z
+    assert torch.allclose(ours, broadcast_to_data(c_in, z) * z_ve)
 
 
 class Coordinates(torch.nn.Module):
@@ -371,7 +371,7 @@ class Coordinates(torch.nn.Module):
         self.denoiser, self.scale = denoiser, scale
 
     def forward(self, z, logsnr):
-        return self.denoiser(z / expand(self.scale(logsnr), z), logsnr)
+        return self.denoiser(z / broadcast_to_data(self.scale(logsnr), z), logsnr)
 
 
 @pytest.mark.parametrize("process", ["variance exploding", "flow matching"])
@@ -380,25 +380,25 @@ def test_other_processes_are_rescalings(process):
     data, noise = torch.randn(2, len(LAMBDA), 2, 3, dtype=F64).unbind()
     z = diffuse(data, noise, LAMBDA)
     if process == "variance exploding":
-        theirs = data + expand(EDM_SIGMA, z) * noise
+        theirs = data + broadcast_to_data(EDM_SIGMA, z) * noise
 
         def scale(logsnr):
             return 1 / alpha_sigma(logsnr)[0]
     else:
         t = ld.FlowSchedule()._time(LAMBDA)  # λ = 2 log((1 − t)/t), not truncated
-        theirs = expand(1 - t, z) * data + expand(t, z) * noise
+        theirs = broadcast_to_data(1 - t, z) * data + broadcast_to_data(t, z) * noise
 
         def scale(logsnr):
             return 1 / sum(alpha_sigma(logsnr))
 
-    assert torch.allclose(theirs, expand(scale(LAMBDA), z) * z, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(theirs, broadcast_to_data(scale(LAMBDA), z) * z, rtol=1e-9, atol=1e-12)
     exact = ld.GaussianDenoiser(0.7)
     ours, other = exact(z, LAMBDA), Coordinates(exact, scale)(theirs, LAMBDA)
     assert torch.allclose(ours.x, other.x)
     assert torch.allclose(ours.eps, other.eps)  # hence the same loss, whatever w and p
     # And the exact denoiser, derived in their coordinates, is the same function.
-    a = expand(scale(LAMBDA) * alpha, z)
-    b = expand(scale(LAMBDA) * sigma, z)
+    a = broadcast_to_data(scale(LAMBDA) * alpha, z)
+    b = broadcast_to_data(scale(LAMBDA) * sigma, z)
     best = a * 0.49 / (a**2 * 0.49 + b**2) * theirs
     assert torch.allclose(best, ours.x, rtol=1e-9, atol=1e-12)
 
@@ -412,8 +412,8 @@ def test_posterior_is_ddpms():
     now, before = abar[1:], abar[:-1]
     beta = betas[1:]
     x0, xt = torch.randn(2, 999, 2, 3, dtype=F64).unbind()
-    mean = expand(before.sqrt() * beta / (1 - now), x0) * x0
-    mean = mean + expand((1 - beta).sqrt() * (1 - before) / (1 - now), xt) * xt
+    mean = broadcast_to_data(before.sqrt() * beta / (1 - now), x0) * x0
+    mean = mean + broadcast_to_data((1 - beta).sqrt() * (1 - before) / (1 - now), xt) * xt
     variance = (1 - before) / (1 - now) * beta
     logit = torch.logit
     ours, std = posterior(xt, x0, logit(now), logit(before))
@@ -445,7 +445,9 @@ def test_ddpm_chain_visits_the_table():
 def test_guidance():
     class Labelled(torch.nn.Module):
         def forward(self, z, logsnr, label):
-            shift = expand(label.clamp(min=0).to(z.dtype), z)  # −1, no label, shifts nothing
+            shift = broadcast_to_data(
+                label.clamp(min=0).to(z.dtype), z
+            )  # −1, no label, shifts nothing
             return ld.Denoised(z + shift, z - shift)
 
     z, logsnr = torch.randn(4, 2, 3), torch.tensor([-3.0, -1.0, 1.0, 3.0])
@@ -468,7 +470,9 @@ def test_clipped_denoiser_stays_consistent():
     clipped = ld.ClippedDenoiser(exact)(z, logsnr)
     alpha, sigma = alpha_sigma(logsnr)
     assert float(clipped.x.abs().max()) <= 1
-    assert torch.allclose(expand(alpha, z) * clipped.x + expand(sigma, z) * clipped.eps, z)
+    assert torch.allclose(
+        broadcast_to_data(alpha, z) * clipped.x + broadcast_to_data(sigma, z) * clipped.eps, z
+    )
     untouched = exact(z, logsnr).x.abs() <= 1
     assert torch.equal(clipped.eps[untouched], exact(z, logsnr).eps[untouched])
 
@@ -490,7 +494,7 @@ def test_mixing_is_never_in_bfloat16():
 def test_one_coefficient_per_example():
     for bad in (torch.ones(3), torch.ones(4, 1)):
         with pytest.raises(ValueError, match="one coefficient per example"):
-            expand(bad, torch.zeros(4, 3, 3, 3))
+            broadcast_to_data(bad, torch.zeros(4, 3, 3, 3))
     with pytest.raises(ValueError, match="floating-point"):
         ld.DiffusionLoss()(ld.GaussianDenoiser(), torch.zeros(4, 3, dtype=torch.uint8))
 

@@ -234,7 +234,7 @@ def test_wrong_arguments():
 
 
 @pytest.mark.parametrize("steps", [None, 10])
-@pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.BinDecoder(17)])
+@pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.DiscretizedGaussianDecoder(17)])
 def test_a_training_step_does_not_look_at_the_device(decoder, steps):
     """On meta tensors there is nothing to look at: whoever asks for a value raises."""
     schedule = ld.LearnedSchedule(-5.0, 13.3, learn="both")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import softplus
 
 import lit_diffusion as ld
-from lit_diffusion.gaussian import alpha_sigma, diffuse, expand
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, diffuse
 
 F64 = torch.float64
 LN2 = math.log(2)
@@ -46,7 +46,7 @@ class Expected(nn.Module):
     def forward(self, z, logsnr):
         alpha, sigma = alpha_sigma(logsnr)
         error = self.c * alpha / torch.sqrt((alpha * self.c) ** 2 + sigma**2)
-        return ld.Denoised(z, expand(error, z).expand_as(z))
+        return ld.Denoised(z, broadcast_to_data(error, z).expand_as(z))
 
 
 def without_noise(c, schedule, steps=None, n=20_000):
@@ -93,7 +93,7 @@ def test_the_three_terms_are_the_entropy(c):
     eps = gaussian_data(1.0, seed=1)  # its mean square is 1, so this term has no sampling error
     reconstruction = ld.GaussianDecoder().reconstruction(ld.GaussianDenoiser(c), x, cleanest, eps)
     total = (
-        float(ld.prior_divergence(x, torch.full((len(x),), -15.0)).mean())
+        float(ld.prior_kl(x, torch.full((len(x),), -15.0)).mean())
         + without_noise(c, schedule)
         + float(reconstruction.mean())
     )
@@ -128,7 +128,7 @@ def test_reconstruction_on_bytes(logsnr_max, bits):
 )
 def test_prior(logsnr_min, bits):
     x = torch.full((1, 4), 0.5, dtype=F64)
-    prior = ld.prior_divergence(x, torch.tensor([float(logsnr_min)], dtype=F64)) / LN2
+    prior = ld.prior_kl(x, torch.tensor([float(logsnr_min)], dtype=F64)) / LN2
     assert float(prior) == pytest.approx(bits, abs=6e-6)
     # KL(N(α x, σ²) ‖ N(0, 1)), by torch.
     alpha, sigma = alpha_sigma(torch.tensor([float(logsnr_min)], dtype=F64))
@@ -258,10 +258,12 @@ def test_regression_on_the_posterior_mean():
     # The loss as published, on real vectors: ‖μ̃(x_t, x_0) − μ_θ(x_t)‖² at every t of the table.
     x, eps, out = torch.randn(3, 999, 2, 3, dtype=F64).unbind()
     beta, abar, before = BETA[1:], ABAR[1:], ABAR[:-1]
-    xt = expand(abar.sqrt(), x) * x + expand((1 - abar).sqrt(), x) * eps
-    mean = expand(before.sqrt() * beta / (1 - abar), x) * x
-    mean = mean + expand((1 - beta).sqrt() * (1 - before) / (1 - abar), x) * xt
-    model = (xt - expand(beta / (1 - abar).sqrt(), x) * out) / expand((1 - beta).sqrt(), x)
+    xt = broadcast_to_data(abar.sqrt(), x) * x + broadcast_to_data((1 - abar).sqrt(), x) * eps
+    mean = broadcast_to_data(before.sqrt() * beta / (1 - abar), x) * x
+    mean = mean + broadcast_to_data((1 - beta).sqrt() * (1 - before) / (1 - abar), x) * xt
+    model = (xt - broadcast_to_data(beta / (1 - abar).sqrt(), x) * out) / broadcast_to_data(
+        (1 - beta).sqrt(), x
+    )
     published = 0.5 * (mean - model).square().flatten(1).mean(1)
     ours = chain_weight(ld.PosteriorMeanWeighting()) * (out - eps).square().flatten(1).mean(1)
     assert torch.allclose(ours, published, rtol=1e-7)
@@ -277,7 +279,7 @@ def test_simple_loss_on_the_table():
     schedule = ld.BetaSchedule()
     loss = ld.DiffusionLoss(schedule, ld.DensityWeighting(schedule, steps=999), steps=999)
     terms = loss(ld.GaussianDenoiser(), torch.randn(64, 1, 8, 8, dtype=F64))
-    assert torch.allclose(2 * terms.loss, terms.eps_error, rtol=1e-7)
+    assert torch.allclose(2 * terms.loss, terms.eps_mse, rtol=1e-7)
     table = torch.logit(ABAR)
     distance = (terms.logsnr[:, None] - table[None, 1:]).abs().min(1).values
     assert float(distance.max()) < 1e-9  # every level drawn is one of t = 2 … 1000
@@ -301,7 +303,7 @@ def test_ddpms_decoder_is_the_integral_over_the_bin():
     def denoise(z, logsnr):
         return ld.Denoised(z, z)
 
-    decoder = ld.BinDecoder(256, std=0.3)
+    decoder = ld.DiscretizedGaussianDecoder(256, std=0.3)
     ours = decoder.log_prob(x[:, None], mean[:, None], torch.zeros(256, dtype=F64), denoise)
     assert torch.allclose(ours[:, 0].exp(), mass, atol=1e-12)
     far = decoder.log_prob(x[:1, None], torch.tensor([[30.0]]), torch.zeros(1), denoise)
@@ -325,7 +327,7 @@ def test_a_low_end_is_warned_of_with_its_price():
         ld.DiffusionLoss(ld.LinearSchedule(-5.0, 5.0), decoder=ld.GaussianDecoder())
 
 
-@pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.BinDecoder(17)])
+@pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.DiscretizedGaussianDecoder(17)])
 def test_data_that_do_not_match(decoder):
     schedule, denoiser = ld.LinearSchedule(-5.0, 13.3), ld.GaussianDenoiser()
     bytes_ = ld.level_values(256)[torch.randint(256, (4, 300))].float()
@@ -372,7 +374,7 @@ def test_steps_below_one():
 def test_a_bound_that_is_not_finite_names_term_and_level(bound):
     class Breaks(nn.Module):
         def forward(self, z, logsnr):
-            bad = z / expand(torch.where(logsnr > 5, 0.0, 1.0), z) * 0
+            bad = z / broadcast_to_data(torch.where(logsnr > 5, 0.0, 1.0), z) * 0
             return ld.Denoised(z + bad, z + bad)
 
     x, schedule = torch.zeros(64, 3), ld.LinearSchedule(-5.0, 13.3)
@@ -434,7 +436,7 @@ class Mixture(nn.Module):
             log_prob = self.at(logsnr).log_prob(z).sum()
             (score,) = torch.autograd.grad(log_prob, z, create_graph=True)
         _, sigma = alpha_sigma(logsnr)
-        return ld.Denoised(z, -expand(sigma, z) * score)
+        return ld.Denoised(z, -broadcast_to_data(sigma, z) * score)
 
 
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
@@ -524,9 +526,13 @@ def test_dequantisers_stay_in_their_bin_and_know_their_density(cls):
     z, weight = dequantiser.draw(x, logsnr, torch.Generator().manual_seed(0))
     alpha, _ = alpha_sigma(logsnr)
     low, high = dequantiser._bins(x)
-    assert bool(((z / expand(alpha, z) >= low) & (z / expand(alpha, z) <= high)).all())
+    assert bool(
+        (
+            (z / broadcast_to_data(alpha, z) >= low) & (z / broadcast_to_data(alpha, z) <= high)
+        ).all()
+    )
     # E_q[1/q] is the volume of the support.
-    volume = (expand(alpha, z) * (high - low)).mean()
+    volume = (broadcast_to_data(alpha, z) * (high - low)).mean()
     assert float(weight.exp().mean()) == pytest.approx(float(volume), rel=0.02)
 
 
@@ -549,7 +555,9 @@ def test_flow_errors(arguments, message):
 def test_a_flow_that_breaks_is_an_error():
     class Breaks(nn.Module):
         def forward(self, z, logsnr):
-            return ld.Denoised(z, z * expand(torch.where(logsnr < 0, torch.nan, 1.0), z))
+            return ld.Denoised(
+                z, z * broadcast_to_data(torch.where(logsnr < 0, torch.nan, 1.0), z)
+            )
 
     with pytest.raises(ValueError, match="log-likelihood of example 0 is nan"):
         ld.log_likelihood(Breaks(), torch.zeros(2, 3), steps=5)

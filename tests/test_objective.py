@@ -76,9 +76,9 @@ def test_the_error_of_any_target_is_weighed_alike(cls, schedule):
         x, eps = torch.full_like(logsnr, 0.3)[:, None], torch.full_like(logsnr, -0.7)[:, None]
         z = ld.diffuse(x, eps, logsnr)
         wrong = prediction.target(x, eps, logsnr) + 0.1
-        eps_error = (prediction.decode(wrong, z, logsnr).eps - eps).square()[:, 0]
+        eps_mse = (prediction.decode(wrong, z, logsnr).eps - eps).square()[:, 0]
         inner = logsnr.abs() < 12  # the target itself loses its digits beyond
-        ratio = found.weight_on(prediction) * 0.01 / (found.weight * eps_error)
+        ratio = found.weight_on(prediction) * 0.01 / (found.weight * eps_mse)
         assert torch.allclose(ratio[inner], torch.ones_like(ratio[inner]), atol=1e-5), prediction
     expected = found.weight * logsnr.exp()
     assert torch.allclose(found.weight_on(ld.XPrediction()), expected, rtol=1e-9)
@@ -93,7 +93,7 @@ def test_a_chain_multiplies_by_its_steps():
     x, t = torch.zeros(5, 3), torch.linspace(0.1, 0.9, 5)
     loss = ld.DiffusionLoss(found.schedule, found.weighting, steps=999)
     terms = loss(ld.GaussianDenoiser(0.5), x, t=t)
-    assert torch.allclose(terms.loss, 0.5 * terms.eps_error)
+    assert torch.allclose(terms.loss, 0.5 * terms.eps_mse)
 
 
 def test_it_is_a_snapshot():

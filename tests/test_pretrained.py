@@ -53,7 +53,7 @@ def test_its_arguments_are_those_it_was_made_with():
         "decoder": None,
         "image_shape": (1, 4, 6),
         "conditions": None,
-        "clip": False,
+        "clip_denoised": False,
     }
     found = arguments(ld.Pretrained(**parts))
     assert found.keys() == parts.keys()
@@ -71,7 +71,7 @@ def test_the_defaults_are_those_of_training():
     assert repr(ours.denoiser) == repr(theirs.denoiser)
     assert repr(ours.loss) == repr(theirs.loss)
     assert repr(ours.walk()) == repr(theirs.sampler)
-    assert (ours.image_shape, ours.clip) == (theirs.image_shape, theirs.clip)
+    assert (ours.image_shape, ours.clip_denoised) == (theirs.image_shape, theirs.clip_denoised)
 
 
 def test_labels_and_guidance_are_heeded():
@@ -105,7 +105,7 @@ class Angle(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, z, logsnr, angle, hidden=None):
+    def forward(self, z, logsnr, angle, dropped=None):
         return self.scale * angle[:, :, None, None] * z
 
 
@@ -136,7 +136,12 @@ def test_sampling_leaves_the_mode_as_it_was():
 
 
 def test_clip_keeps_images_in_range_and_its_absence_does_not():
-    drawn = {clip: tiny(clip=clip).sample(4, torch.Generator().manual_seed(0)) for clip in (0, 1)}
+    drawn = {
+        clip_denoised: tiny(clip_denoised=clip_denoised).sample(
+            4, torch.Generator().manual_seed(0)
+        )
+        for clip_denoised in (0, 1)
+    }
     assert drawn[1].abs().max() <= 1 < drawn[0].abs().max()
 
 

@@ -14,7 +14,7 @@ import lit_diffusion.samplers
 import lit_diffusion.samplers.base
 from lit_diffusion import SAMPLERS
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GaussianDenoiser, GuidedDenoiser
-from lit_diffusion.gaussian import alpha_sigma, expand, noise_like, posterior
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, noise_like, posterior
 from lit_diffusion.nn import DiT, UNet
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.samplers import (
@@ -44,7 +44,7 @@ def mixture_mean(y, s):
 
 def mixture(z, logsnr):
     """The same in the house's frame."""
-    alpha, sigma = (expand(c, z) for c in alpha_sigma(logsnr))
+    alpha, sigma = (broadcast_to_data(c, z) for c in alpha_sigma(logsnr))
     x = mixture_mean(z / alpha, sigma / alpha)
     return Denoised(x, (z - alpha * x) / sigma)
 
@@ -99,7 +99,7 @@ class Network(torch.nn.Module):
         self.embed = torch.nn.Embedding(4, 1)
 
     def forward(self, z, logsnr, label):
-        return self.layer(z) + expand(self.embed(label + 1)[:, 0] * logsnr, z)
+        return self.layer(z) + broadcast_to_data(self.embed(label + 1)[:, 0] * logsnr, z)
 
 
 class Crossings(TorchDispatchMode):

@@ -22,8 +22,8 @@ from lit_diffusion import (
     PosteriorMeanWeighting,
     VPrediction,
     alpha_sigma,
+    broadcast_to_data,
     diffuse,
-    expand,
     posterior,
 )
 
@@ -52,7 +52,9 @@ def draw(n):
 def forward_step(z, logsnr, logsnr_next):
     """z_t from z_s, to the next noisier level."""
     ratio = alpha_sigma(logsnr_next)[0] / alpha_sigma(logsnr)[0]
-    return expand(ratio, z) * z + expand((1 - ratio**2).sqrt(), z) * torch.randn_like(z)
+    return broadcast_to_data(ratio, z) * z + broadcast_to_data(
+        (1 - ratio**2).sqrt(), z
+    ) * torch.randn_like(z)
 
 
 x, heap = draw(24)
@@ -87,7 +89,7 @@ class MixtureDenoiser(nn.Module):
     """What a perfect network would answer: the mean of each heap's answer, by Bayes' rule."""
 
     def forward(self, z, logsnr):
-        alpha, sigma = (expand(c, z) for c in alpha_sigma(logsnr))
+        alpha, sigma = (broadcast_to_data(c, z) for c in alpha_sigma(logsnr))
         variance = (alpha * std) ** 2 + sigma**2
         distance = z - alpha * mean  # (B, 1) − (B, 2): one column for each heap
         likely = (torch.log(share) - distance**2 / (2 * variance)).softmax(-1)

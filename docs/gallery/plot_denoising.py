@@ -19,7 +19,7 @@ from lit_diffusion import (
     Denoised,
     LinearSchedule,
     alpha_sigma,
-    expand,
+    broadcast_to_data,
 )
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -47,7 +47,7 @@ class MixtureDenoiser(nn.Module):
 
     def log_density(self, z, logsnr):
         """log of share · N(z; αm, α²s² + σ²) for each component, in a last axis of its own."""
-        alpha, sigma = (expand(c, z).unsqueeze(-1) for c in alpha_sigma(logsnr))
+        alpha, sigma = (broadcast_to_data(c, z).unsqueeze(-1) for c in alpha_sigma(logsnr))
         variance = (alpha * self.std) ** 2 + sigma**2
         distance = z.unsqueeze(-1) - alpha * self.mean
         log_normal = -0.5 * (distance**2 / variance + torch.log(2 * math.pi * variance))
@@ -55,7 +55,7 @@ class MixtureDenoiser(nn.Module):
 
     def forward(self, z, logsnr):
         log_each, distance, variance = self.log_density(z, logsnr)
-        alpha, sigma = (expand(c, z) for c in alpha_sigma(logsnr))
+        alpha, sigma = (broadcast_to_data(c, z) for c in alpha_sigma(logsnr))
         each = self.mean + alpha.unsqueeze(-1) * self.std**2 / variance * distance
         x = (log_each.softmax(-1) * each).sum(-1)
         self.asked.append((logsnr[0], z[:, 0], x[:, 0]))

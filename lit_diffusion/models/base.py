@@ -32,14 +32,14 @@ class DrawingModel(nn.Module):
         loss: Of training, whose schedule has the range of λ.
         image_shape: Channels, height and width.
         conditions: What else the network is told, by the names of its arguments.
-        clip: Keep x̂ within [−1, 1] while sampling.
+        clip_denoised: Keep x̂ within [−1, 1] while sampling.
     """
 
     denoiser: Denoiser
     loss: DiffusionLoss
     image_shape: tuple[int, int, int]
     conditions: tuple[str, ...]
-    clip: bool
+    clip_denoised: bool
     _sampler: Sampler
 
     @property
@@ -97,7 +97,7 @@ class DrawingModel(nn.Module):
             guidance: Strength of classifier-free guidance; 1 for none.
             guidance_interval: Guide only for λ within; None means everywhere.
             progress: Wraps the list of steps, such as tqdm.
-            cond: The further conditions, by their names; hidden ones come from `hide_condition`.
+            cond: The further conditions, by their names; dropped ones come from `drop_condition`.
 
         Shapes:
             label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
@@ -120,7 +120,7 @@ class DrawingModel(nn.Module):
                     "Guidance needs classes or other conditions, and this model has none."
                 )
             denoiser = GuidedDenoiser(denoiser, guidance, guidance_interval)
-        if self.clip:
+        if self.clip_denoised:
             denoiser = ClippedDenoiser(denoiser)
         training = self.training
         self.eval()
@@ -129,12 +129,12 @@ class DrawingModel(nn.Module):
             x = walk(denoiser, noise_like(z, generator), generator, progress, **told)
         finally:
             self.train(training)
-        return x.clamp(-1, 1) if self.clip else x
+        return x.clamp(-1, 1) if self.clip_denoised else x
 
     def _conditions(self, z: Tensor, cond: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The further conditions, a row of each for every image."""
         given = dict(cond or {})
-        if given.keys() - {"hidden"} != set(self.conditions):
+        if given.keys() - {"dropped"} != set(self.conditions):
             raise ValueError(
                 f"This model takes {', '.join(self.conditions) or 'no further conditions'}, got "
                 f"{', '.join(given) or 'none'}: give cond, a tensor of {len(z)} rows for each."

@@ -163,7 +163,7 @@ class DiffusersNetwork(nn.Module):
                 f"DiffusersNetwork: no {self.model} can be made from this config: {error}"
             ) from error
         for part in made.modules():
-            # Labels are hidden by label_dropout, for every network alike; not once more in here.
+            # Labels are dropped by label_dropout, for every network alike; not once more in here.
             if hasattr(part, "token_drop"):
                 part.dropout_prob = 0.0  # type: ignore[assignment]
         return made

@@ -89,7 +89,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
         sampler=_sampler(scheduler, schedule),
         steps=len(scheduler.betas) - 1,
         image_shape=image_shape,
-        clip=_clip(scheduler),
+        clip_denoised=_clip(scheduler),
     ).eval()
 
 
@@ -170,11 +170,13 @@ def _sampler(scheduler: Any, schedule: NoiseSchedule) -> Sampler:
 def _clip(scheduler: Any) -> bool:
     """Whether x̂ is kept within [−1, 1] in sampling."""
     config = scheduler.config
-    clip = bool(config.get("clip_sample", False))
-    if config.get("thresholding") or (clip and config.get("clip_sample_range", 1.0) != 1.0):
+    clip_denoised = bool(config.get("clip_sample", False))
+    if config.get("thresholding") or (
+        clip_denoised and config.get("clip_sample_range", 1.0) != 1.0
+    ):
         raise ValueError(
             "Expected x̂ to be clipped at 1 or not at all, got "
             f"clip_sample_range={config.get('clip_sample_range')} and "
             f"thresholding={config.get('thresholding')}."
         )
-    return clip
+    return clip_denoised

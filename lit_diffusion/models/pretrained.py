@@ -51,7 +51,7 @@ class Pretrained(DrawingModel):
         image_shape: Channels, height and width.
         conditions: What else the network is told, by the names of its arguments; None means what
             the network asks for by an attribute `conditions`.
-        clip: Keep x̂ within [−1, 1] while sampling.
+        clip_denoised: Keep x̂ within [−1, 1] while sampling.
 
     Example:
         >>> model = Pretrained(image_shape=(1, 8, 8), sampler=DDIMSampler(steps=2))
@@ -70,7 +70,7 @@ class Pretrained(DrawingModel):
         decoder: Decoder | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
         conditions: Sequence[str] | None = None,
-        clip: bool = True,
+        clip_denoised: bool = True,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
@@ -81,7 +81,7 @@ class Pretrained(DrawingModel):
         self._sampler = DDIMSampler() if sampler is None else sampler
         asked = getattr(network, "conditions", None) if conditions is None else conditions
         self.conditions = tuple(asked or ())
-        self.clip = clip
+        self.clip_denoised = clip_denoised
         self.walk()  # refuses a sampler that leaves the range
 
     @property

@@ -249,7 +249,7 @@ class DiT(SteeredNetwork):
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
         Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
-        where hidden (B,), bool; none at all means all hidden.
+        where dropped (B,), bool; none at all means all dropped.
 
     Raises:
         ValueError: If a number does not fit the others, or an image does not fit the patches.
@@ -357,12 +357,12 @@ class DiT(SteeredNetwork):
         z: Tensor,
         logsnr: Tensor,
         label: Tensor | None = None,
-        hidden: Tensor | None = None,
+        dropped: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         self._check(z.shape[1:])
-        embedding = F.silu(self.steer(logsnr, label, hidden, cond))
+        embedding = F.silu(self.steer(logsnr, label, dropped, cond))
 
         height, width = z.shape[2:]
         grid = height // self.patch, width // self.patch

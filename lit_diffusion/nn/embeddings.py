@@ -192,17 +192,17 @@ class LabelEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """Numbers that are known of an example, through two linear layers: MLP([c₁, c₂, …, hidden]).
+    """Numbers that are known of an example, through two linear layers: MLP([c₁, c₂, …, dropped]).
 
-    Zero may be a value like any other, so that a condition is hidden is a number of its own.
+    Zero may be a value like any other, so that a condition is dropped is a number of its own.
 
     Args:
         sizes: How many numbers each condition has for an example, by its name; at least one.
         features: Width F of the result.
 
     Shapes:
-        each condition (B, *) with so many numbers behind B, of any type; hidden (B,), bool, or
-        None for nowhere; no condition at all is one hidden everywhere → (B, F).
+        each condition (B, *) with so many numbers behind B, of any type; dropped (B,), bool, or
+        None for nowhere; no condition at all is one dropped everywhere → (B, F).
 
     Raises:
         ValueError: If a size is below 1; if a condition is missing, unknown, or of another size.
@@ -222,11 +222,11 @@ class ConditionEmbedding(nn.Module):
         self.layer_in = nn.Linear(sum(sizes.values()) + 1, features)
         self.layer_out = nn.Linear(features, features)
 
-    def forward(self, cond: Mapping[str, Tensor], hidden: Tensor | None, batch: int) -> Tensor:
+    def forward(self, cond: Mapping[str, Tensor], dropped: Tensor | None, batch: int) -> Tensor:
         """Embed the conditions of ``batch`` examples."""
         like = self.layer_in.weight
-        if hidden is None:
-            hidden = torch.full((batch,), not cond, device=like.device)
+        if dropped is None:
+            dropped = torch.full((batch,), not cond, device=like.device)
         if not cond:
             cond = {name: like.new_zeros(batch, size) for name, size in self.sizes.items()}
         came = {name: value[:1].numel() for name, value in cond.items()}
@@ -235,7 +235,7 @@ class ConditionEmbedding(nn.Module):
                 f"this network was built for conditions of {self.sizes} numbers, got {came}; give "
                 f"conditions={came}."
             )
-        seen = [cond[name].reshape(batch, -1) for name in self.sizes] + [hidden[:, None]]
+        seen = [cond[name].reshape(batch, -1) for name in self.sizes] + [dropped[:, None]]
         numbers = torch.cat([part.to(like.dtype) for part in seen], dim=1)
         return self.layer_out(F.silu(self.layer_in(numbers)))
 
@@ -272,7 +272,7 @@ class SteeredNetwork(nn.Module):
         self,
         logsnr: Tensor,
         label: Tensor | None,
-        hidden: Tensor | None,
+        dropped: Tensor | None,
         cond: Mapping[str, Tensor],
     ) -> Tensor:
         """The sum e of the embeddings.
@@ -280,11 +280,11 @@ class SteeredNetwork(nn.Module):
         Args:
             logsnr: λ.
             label: Class of each example, −1 for none; None for none at all.
-            hidden: Whose conditions are hidden; None for nobody's.
-            cond: The further conditions; empty for all hidden.
+            dropped: Whose conditions are dropped; None for nobody's.
+            cond: The further conditions; empty for all dropped.
 
         Shapes:
-            logsnr, label and hidden (B,), each condition (B, *) → (B, F).
+            logsnr, label and dropped (B,), each condition (B, *) → (B, F).
 
         Raises:
             ValueError: If the network was built without what it is given.
@@ -298,7 +298,7 @@ class SteeredNetwork(nn.Module):
                 "a label; give num_classes, or pass no label."
             )
         if self.embed_condition is not None:
-            embedding = embedding + self.embed_condition(cond, hidden, len(logsnr))
+            embedding = embedding + self.embed_condition(cond, dropped, len(logsnr))
         elif cond:
             raise ValueError(
                 f"this {type(self).__name__} was built without conditions but got "

@@ -108,7 +108,7 @@ class ResidualMLP(SteeredNetwork):
                 f"this ResidualMLP was built for examples of shape {self.image_shape}, got "
                 f"{tuple(z.shape[1:])}; give image_shape={tuple(z.shape[1:])}."
             )
-        embedding = F.silu(self.steer(logsnr, label, hidden=None, cond={}))
+        embedding = F.silu(self.steer(logsnr, label, dropped=None, cond={}))
         h = self.layer_in(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

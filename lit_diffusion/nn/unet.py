@@ -196,7 +196,7 @@ class UNet(SteeredNetwork):
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
         Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
-        where hidden (B,), bool; none at all means all hidden.
+        where dropped (B,), bool; none at all means all dropped.
 
     References:
         Ronneberger et al. (2015), U-Net, arXiv:1505.04597. Ho et al. (2020), Denoising Diffusion
@@ -327,11 +327,11 @@ class UNet(SteeredNetwork):
         z: Tensor,
         logsnr: Tensor,
         label: Tensor | None = None,
-        hidden: Tensor | None = None,
+        dropped: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
-        embedding = F.silu(self.steer(logsnr, label, hidden, cond))
+        embedding = F.silu(self.steer(logsnr, label, dropped, cond))
 
         h, skips = self.waves(z), []
         for step in self.down:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_diffusion.gaussian import Generators, expand, noise_like, posterior
+from lit_diffusion.gaussian import Generators, broadcast_to_data, noise_like, posterior
 from lit_diffusion.samplers.base import Ask, Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -83,4 +83,4 @@ class AncestralSampler(Sampler):
         # β/β̃ = σ_t²/σ_s². In logs, for between very clean levels that quotient can be 0/0.
         log_variance = torch.lerp(logsigmoid(-logsnr_next), logsigmoid(-logsnr), self.variance)
         std = torch.sqrt(-torch.expm1(logsnr - logsnr_next)) * torch.exp(log_variance / 2)
-        return mean + expand(std, z) * noise_like(z, generator), memory
+        return mean + broadcast_to_data(std, z) * noise_like(z, generator), memory

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, expand, noise_like
+from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
 from lit_diffusion.samplers.base import Ask, Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -68,7 +68,9 @@ class DDIMSampler(Sampler):
         alpha, sigma = alpha_sigma(logsnr_next)
         fresh_share = self.eta**2 * -torch.expm1(logsnr - logsnr_next)
         kept = sigma * torch.sqrt(1 - fresh_share)
-        z = expand(alpha, z) * x + expand(kept, z) * eps
+        z = broadcast_to_data(alpha, z) * x + broadcast_to_data(kept, z) * eps
         if self.eta > 0:
-            z = z + expand(sigma * torch.sqrt(fresh_share), z) * noise_like(z, generator)
+            z = z + broadcast_to_data(sigma * torch.sqrt(fresh_share), z) * noise_like(
+                z, generator
+            )
         return z, memory

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, expand
+from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data
 from lit_diffusion.samplers.base import Ask, Sampler
 from lit_diffusion.samplers.heun import HeunSampler
 from lit_diffusion.schedules import NoiseSchedule
@@ -65,10 +65,10 @@ class DPMSolverSampler(Sampler):
         """Move: z ← α_s x̂ + σ_s ε̂, DDIM's step, + α_s (1 − e^(−h)) (x̂ − x̂_last)/2r."""
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(logsnr_next)
-        z = expand(alpha, z) * x + expand(sigma, z) * eps
+        z = broadcast_to_data(alpha, z) * x + broadcast_to_data(sigma, z) * eps
         if memory is not None:
             x_last, logsnr_last = memory
             inverse_r = (logsnr_next - logsnr) / (logsnr - logsnr_last)
             share = -alpha * torch.expm1((logsnr - logsnr_next) / 2) * inverse_r / 2
-            z = z + expand(share, z) * (x - x_last)
+            z = z + broadcast_to_data(share, z) * (x - x_last)
         return z, (x, logsnr)

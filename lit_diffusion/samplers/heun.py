@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, expand, noise_like
+from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
 from lit_diffusion.samplers.base import Ask, Sampler
 from lit_diffusion.schedules import KarrasSchedule, NoiseSchedule
 
@@ -119,7 +119,7 @@ class HeunSampler(Sampler):
         shrink = torch.exp((logsigmoid(raised) - logsigmoid(logsnr)) / 2)
         missing = shrink * sigma * torch.expm1(logsnr - raised).sqrt()
         fresh = self.s_noise * noise_like(z, generator)
-        return expand(shrink, z) * z + expand(missing, z) * fresh, raised
+        return broadcast_to_data(shrink, z) * z + broadcast_to_data(missing, z) * fresh, raised
 
     def step(
         self,
@@ -135,10 +135,10 @@ class HeunSampler(Sampler):
         z, logsnr = self._churned(z, logsnr, first, generator)
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(logsnr_next)
-        z = expand(alpha, z) * x + expand(sigma, z) * eps
+        z = broadcast_to_data(alpha, z) * x + broadcast_to_data(sigma, z) * eps
         # σ_s − α_s σ/α, with σ/α = e^(−λ/2): relative to σ_s no digits are lost at high λ.
         lever = -sigma * torch.expm1((logsnr_next - logsnr) / 2)
-        z = z + expand(lever / 2, z) * (denoiser(z, logsnr_next).eps - eps)
+        z = z + broadcast_to_data(lever / 2, z) * (denoiser(z, logsnr_next).eps - eps)
         return z, first
 
     def finish(

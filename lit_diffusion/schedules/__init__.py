@@ -7,7 +7,7 @@ registry by subclassing `NoiseSchedule`.
 
 from lit_diffusion.registry import Registry
 from lit_diffusion.schedules.adaptive import AdaptiveSchedule
-from lit_diffusion.schedules.base import NoiseSchedule, lattice
+from lit_diffusion.schedules.base import NoiseSchedule, stratified_times
 from lit_diffusion.schedules.learned import LearnedSchedule
 from lit_diffusion.schedules.table import TableSchedule, chain_levels
 from lit_diffusion.schedules.textbook import (
@@ -36,7 +36,7 @@ __all__ = [
     "ShiftedSchedule",
     "TableSchedule",
     "chain_levels",
-    "lattice",
+    "stratified_times",
 ]
 
 SCHEDULES: Registry[NoiseSchedule] = Registry(NoiseSchedule)  # type: ignore[type-abstract]

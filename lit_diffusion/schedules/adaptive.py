@@ -122,7 +122,7 @@ class AdaptiveSchedule(NoiseSchedule):
 
         Args:
             logsnr: λ of each example.
-            values: h = w(λ)·eps_error of each; not finite ones are counted and left out.
+            values: h = w(λ)·eps_mse of each; not finite ones are counted and left out.
 
         Shapes:
             logsnr and values (B,).

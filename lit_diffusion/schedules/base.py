@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from lit_diffusion.registry import plain_arguments
 
-__all__ = ["NoiseSchedule", "lattice"]
+__all__ = ["NoiseSchedule", "stratified_times"]
 
 
-def lattice(n: int, offset: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+def stratified_times(n: int, offset: Tensor, first: int = 0, total: int | None = None) -> Tensor:
     """Times on a lattice with one random offset: t_i = (offset + (first + i)/total) mod 1.
 
     Each time alone is uniform, together they cover [0, 1] evenly, which removes most of the
@@ -55,7 +55,7 @@ def lattice(n: int, offset: Tensor, first: int = 0, total: int | None = None) ->
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix I.1.
 
     Example:
-        >>> lattice(4, torch.tensor(0.9))
+        >>> stratified_times(4, torch.tensor(0.9))
         tensor([0.9000, 0.1500, 0.4000, 0.6500], dtype=torch.float64)
     """
     index = torch.arange(first, first + n, device=offset.device, dtype=torch.float64)
@@ -335,7 +335,7 @@ class NoiseSchedule(nn.Module, ABC):
         """
         device = generator.device if generator else None
         offset = torch.rand((), generator=generator, dtype=torch.float64, device=device)
-        return self.logsnr(lattice(n, offset))
+        return self.logsnr(stratified_times(n, offset))
 
     def grid(self, steps: int) -> Tensor:
         """Levels to walk along, from noise to data, at equal steps of t.

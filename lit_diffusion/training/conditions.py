@@ -1,10 +1,10 @@
 """Further conditions: what a network is told of an example beside z, λ and a label.
 
-    batch["attributes"]  →  network(z, logsnr, label=…, attributes=…, hidden=…)
+    batch["attributes"]  →  network(z, logsnr, label=…, attributes=…, dropped=…)
 
 A condition is a tensor with a row for each example and a name, by which it stands in the batch and
-among the network's arguments. Where guidance hides it, its rows are zero and `hidden` says so; see
-`lit_diffusion.hide_condition`.
+among the network's arguments. Where guidance drops it, its rows are zero and `dropped` says so:
+see `lit_diffusion.drop_condition`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ON_THE_WAY = (
     variational_bound,
     weighted_error,
 )
-RESERVED = {"hidden", *BATCH}.union(*(inspect.signature(f).parameters for f in _ON_THE_WAY))
+RESERVED = {"dropped", *BATCH}.union(*(inspect.signature(f).parameters for f in _ON_THE_WAY))
 
 
 def check_network(network: nn.Module, names: Sequence[str]) -> None:
@@ -62,11 +62,11 @@ def check_network(network: nn.Module, names: Sequence[str]) -> None:
         getattr(inner, "network", None), nn.Module
     ):
         inner = inner.network  # a wrapper hands on what it does not know
-    for name in (*names, "hidden"):
+    for name in (*names, "dropped"):
         if takes is not None and name not in takes:
             raise ValueError(
                 f"{type(inner).__name__} takes no argument {name!r}, but the model is conditioned "
-                f"on {', '.join(names)}: its forward needs them, and `hidden`, by name; see the "
+                f"on {', '.join(names)}: its forward needs them, and `dropped`, by name; see the "
                 "guide on conditioning."
             )
 

@@ -3,7 +3,7 @@
     batch {"image": (B, C, H, W) in [−1, 1], "label": (B,), further conditions (B, *)}
       → training_step      hides conditions for guidance, draws λ and ε, calls the loss
          → DiffusionLoss   z = diffuse(x, ε, λ); (x̂, ε̂) = denoiser(z, λ, label); ½ w/p · err
-      ← {"loss", "logsnr", "eps_error"}, each detached but the loss, for the callbacks
+      ← {"loss", "logsnr", "eps_mse"}, each detached but the loss, for the callbacks
 
 Each step is a pure function of (seed, step, micro-batch, rank); see `randomness`.
 """
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_diffusion.decoders import Decoder
-from lit_diffusion.denoisers import Denoiser, hide_condition
+from lit_diffusion.denoisers import Denoiser, drop_condition
 from lit_diffusion.description import build, describe
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.models import DrawingModel
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
-from lit_diffusion.schedules import CosineSchedule, NoiseSchedule, lattice
+from lit_diffusion.schedules import CosineSchedule, NoiseSchedule, stratified_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.conditions import check_network, from_batch
@@ -79,7 +79,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         conditions: What else the network is told, tensors of a batch by their names, which are
             also the network's arguments; None means what the network asks for by an attribute
             `conditions`.
-        clip: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
+        clip_denoised: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
         seed: Of all noise in training, validation and sampling.
 
     Raises:
@@ -114,7 +114,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         image_shape: tuple[int, int, int] = (1, 8, 8),
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
-        clip: bool = True,
+        clip_denoised: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         asked = getattr(network, "conditions", None) if conditions is None else conditions
         self.conditions = tuple(asked or ())
         check_network(network, self.conditions)
-        self.clip = clip
+        self.clip_denoised = clip_denoised
         self.seed = seed
         self._validation: Tensor | None = None
         self.weights = "raw"  # or the name of an average, of what was loaded
@@ -177,7 +177,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             image_shape=image_shape,
             label_dropout=label_dropout,
             conditions=conditions,
-            clip=clip,
+            clip_denoised=clip_denoised,
             seed=seed,
         )
 
@@ -226,21 +226,21 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         # own part of it, so the offset must not depend on them, and all other noise must.
         offset = torch.tensor(randomness.fraction(self.seed, "offset", step), dtype=torch.float64)
         first, total = (micro * world + rank) * n, trainer.accumulate_grad_batches * world * n
-        t = lattice(n, offset.to(x.device, non_blocking=True), first, total)
+        t = stratified_times(n, offset.to(x.device, non_blocking=True), first, total)
         randomness.reseed(x.device, self.seed, "step", step, micro, rank)
         cond = self.condition(batch)
         if cond and self.label_dropout > 0:
-            cond = hide_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
+            cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = terms.loss.mean()
         if (step + 1) % trainer.log_every_n_steps == 0:  # the logger would drop the others
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-            self.log("train/eps_error", terms.eps_error.detach().mean(), sync_dist=True)
+            self.log("train/eps_mse", terms.eps_mse.detach().mean(), sync_dist=True)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
             "logsnr": terms.logsnr.detach(),
-            "eps_error": terms.eps_error.detach(),
+            "eps_mse": terms.eps_mse.detach(),
         }
 
     def on_validation_epoch_start(self) -> None:
@@ -258,11 +258,9 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             generator=noise,
             **self.condition(batch),
         )
-        sums = torch.stack(
-            [terms.loss.sum(), terms.eps_error.sum(), terms.loss.new_tensor(len(x))]
-        )
+        sums = torch.stack([terms.loss.sum(), terms.eps_mse.sum(), terms.loss.new_tensor(len(x))])
         self._validation += sums
-        return {"losses": terms.loss, "logsnr": terms.logsnr, "eps_error": terms.eps_error}
+        return {"losses": terms.loss, "logsnr": terms.logsnr, "eps_mse": terms.eps_mse}
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole set, the same whatever the ranks and batches."""
@@ -282,7 +280,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)
-        self.log(f"{name}/eps_error", (total[1] / total[2]).float(), sync_dist=True)
+        self.log(f"{name}/eps_mse", (total[1] / total[2]).float(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Draw one image for each example, of its class and its other conditions."""

@@ -156,7 +156,7 @@ def test_not_finite_losses_are_reported(tmp_path):
     model = adaptive_model()
     update = AdaptiveScheduleUpdate(1)
     run = trainer(tmp_path, [update], max_steps=1)
-    batch = {"logsnr": torch.tensor([0.0, 13.0]), "eps_error": torch.ones(2)}
+    batch = {"logsnr": torch.tensor([0.0, 13.0]), "eps_mse": torch.ones(2)}
     model.loss.weighting = Breaks()
     run.strategy.connect(model)
     update.on_fit_start(run, model)

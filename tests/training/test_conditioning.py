@@ -1,4 +1,4 @@
-"""Conditioning: what a batch says of an example reaches the network, unchanged or hidden."""
+"""Conditioning: what a batch says of an example reaches the network, unchanged or dropped."""
 
 import csv
 import functools
@@ -302,21 +302,21 @@ def test_hiding():
     n = 4
     angle, age, label = torch.randn(n, 2, 3), torch.arange(n) + 5, torch.arange(n)
     cond = {"label": label, "angle": angle, "age": age, "mask": torch.ones(n, 5).bool()}
-    hidden = torch.tensor([True, False, False, True])
-    shown = ld.hide_condition(cond, hidden)
+    dropped = torch.tensor([True, False, False, True])
+    shown = ld.drop_condition(cond, dropped)
     assert shown["label"].tolist() == [-1, 1, 2, -1]
     assert shown["age"].tolist() == [0, 6, 7, 0]
-    assert [shown[k].dtype for k in shown] == [cond.get(k, hidden).dtype for k in shown]
+    assert [shown[k].dtype for k in shown] == [cond.get(k, dropped).dtype for k in shown]
     for name in ("angle", "mask"):
         assert torch.equal(shown[name][1:3], cond[name][1:3])
         assert not shown[name][[0, 3]].any()
-    assert torch.equal(shown["hidden"], hidden)
-    more = ld.hide_condition(shown, torch.tensor([False, True, False, False]))
-    assert more["hidden"].tolist() == [True, True, False, True]
+    assert torch.equal(shown["dropped"], dropped)
+    more = ld.drop_condition(shown, torch.tensor([False, True, False, False]))
+    assert more["dropped"].tolist() == [True, True, False, True]
     assert torch.equal(label, torch.arange(n))  # not in place
-    assert set(ld.hide_condition({"label": label, "angle": None}, hidden)) == {"label"}
+    assert set(ld.drop_condition({"label": label, "angle": None}, dropped)) == {"label"}
     with pytest.raises(TypeError, match=r"must be a tensor.* for 'text'"):
-        ld.hide_condition({"text": ["a"] * n}, hidden)
+        ld.drop_condition({"text": ["a"] * n}, dropped)
 
 
 class Spy(nn.Module):
@@ -330,8 +330,8 @@ class Spy(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.told = []
 
-    def forward(self, z, logsnr, label=None, angle=None, age=None, hidden=None):
-        self.told.append({"label": label, "angle": angle, "age": age, "hidden": hidden})
+    def forward(self, z, logsnr, label=None, angle=None, age=None, dropped=None):
+        self.told.append({"label": label, "angle": angle, "age": age, "dropped": dropped})
         return 0.1 * self.weight * z
 
 
@@ -380,13 +380,13 @@ def test_what_is_hidden_in_training_and_in_guidance_looks_alike(folder, tmp_path
     ):
         # As ever: the coins are the first numbers of the step's own stream.
         randomness.reseed(torch.device("cpu"), 0, "step", step, 0, 0)
-        hidden = torch.rand(4) < 0.5
-        seen += hidden.tolist()
-        assert torch.equal(told["hidden"], hidden)
-        assert torch.equal(told["label"], torch.where(hidden, -1, batch["label"]))
+        dropped = torch.rand(4) < 0.5
+        seen += dropped.tolist()
+        assert torch.equal(told["dropped"], dropped)
+        assert torch.equal(told["label"], torch.where(dropped, -1, batch["label"]))
         for name in KEYS:
-            assert torch.equal(told[name][~hidden], batch[name][~hidden])
-            assert not told[name][hidden].any()
+            assert torch.equal(told[name][~dropped], batch[name][~dropped])
+            assert not told[name][dropped].any()
     assert 4 < sum(seen) < 28
 
     spy = Spy()
@@ -395,8 +395,8 @@ def test_what_is_hidden_in_training_and_in_guidance_looks_alike(folder, tmp_path
     guided(torch.randn(4, *SHAPE), torch.zeros(4), **cond)
     plain, without = spy.told
     assert all(plain[name] is cond[name] for name in cond)
-    assert plain["hidden"] is None
-    assert without["hidden"].all()
+    assert plain["dropped"] is None
+    assert without["dropped"].all()
     assert (without["label"] == -1).all()
     for name in KEYS:  # the same look, in shape, type and value
         assert without[name].shape == told[name].shape
@@ -412,9 +412,9 @@ def test_labels_alone_are_hidden_as_ever(folder, tmp_path):
         zip(batches.train, model.denoiser.network.told, strict=True)
     ):
         randomness.reseed(torch.device("cpu"), 0, "step", step, 0, 0)
-        hidden = torch.rand(4) < 0.5
-        assert torch.equal(told["label"], torch.where(hidden, -1, batch["label"]))
-        assert told["hidden"] is told["angle"] is told["age"] is None
+        dropped = torch.rand(4) < 0.5
+        assert torch.equal(told["label"], torch.where(dropped, -1, batch["label"]))
+        assert told["dropped"] is told["angle"] is told["age"] is None
 
 
 def test_nothing_is_hidden_where_nothing_is_to_be(folder, tmp_path):
@@ -424,7 +424,7 @@ def test_nothing_is_hidden_where_nothing_is_to_be(folder, tmp_path):
     )
     for batch, told in zip(batches.train, model.denoiser.network.told, strict=True):
         assert all(torch.equal(told[name], batch[name]) for name in ("label", *KEYS))
-        assert told["hidden"] is None
+        assert told["dropped"] is None
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -436,7 +436,7 @@ def test_validation_and_prediction_are_told_the_whole_truth(folder, tmp_path, st
     assert len(told) == len(batches.val) == 2
     for batch, seen in zip(batches.val, told, strict=True):
         assert all(torch.equal(seen[name], batch[name]) for name in ("label", *KEYS))
-        assert seen["hidden"] is None
+        assert seen["dropped"] is None
     told.clear()
     images = run(tmp_path).predict(model, data)
     assert [len(image) for image in images] == [3, 3]
@@ -473,8 +473,8 @@ def test_sample_hands_conditions_on():
     assert all(torch.equal(spy.told[0][name], cond[name]) for name in KEYS)
     assert spy.told[0]["label"].tolist() == [3] * n
     spy.told.clear()
-    model.sample(n, cond=ld.hide_condition(cond, torch.ones(n).bool()), label=-1, guidance=2.0)
-    assert all(told["hidden"].all() and not told["angle"].any() for told in spy.told)
+    model.sample(n, cond=ld.drop_condition(cond, torch.ones(n).bool()), label=-1, guidance=2.0)
+    assert all(told["dropped"].all() and not told["angle"].any() for told in spy.told)
     for wrong, reason in [
         (None, "takes angle, age, got none"),
         ({"angle": cond["angle"]}, "takes angle, age, got angle"),
@@ -542,7 +542,7 @@ def test_the_interval_of_a_grid_without_conditions_counts():
 
 
 def test_a_network_must_take_what_it_is_told():
-    for name in ("z", "x", "label", "image", "index", "hidden", "generator", "steps", "logsnr"):
+    for name in ("z", "x", "label", "image", "index", "dropped", "generator", "steps", "logsnr"):
         assert name in RESERVED
         with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
             spy_model(conditions=(name,))
@@ -558,7 +558,7 @@ def test_a_network_must_take_what_it_is_told():
         def forward(self, z, logsnr, label=None, age=None):
             return z
 
-    with pytest.raises(ValueError, match="Deaf takes no argument 'hidden'"):
+    with pytest.raises(ValueError, match="Deaf takes no argument 'dropped'"):
         LitDiffusion(network=Deaf(), conditions=("age",))
     model = spy_model()
     with pytest.raises(ValueError, match=r"Expected 'angle' in the batch.*got image, label, age"):
@@ -589,11 +589,11 @@ def test_the_unet_looks_at_its_conditions(num_classes):
             changed = (net(z, logsnr, **other) != out).flatten(1).any(1)
             assert changed.tolist() == [False, False, True, False]
     zeros = {name: torch.zeros_like(value) for name, value in cond.items()}
-    hidden = ld.hide_condition(cond, torch.ones(n).bool())
-    assert torch.equal(net(z, logsnr, **hidden), net(z, logsnr))
+    dropped = ld.drop_condition(cond, torch.ones(n).bool())
+    assert torch.equal(net(z, logsnr, **dropped), net(z, logsnr))
     assert not torch.allclose(net(z, logsnr, **zeros), net(z, logsnr))  # zero is a value, too
     rows = torch.tensor([True, False, False, True])
-    mixed = net(z, logsnr, **ld.hide_condition(cond, rows))
+    mixed = net(z, logsnr, **ld.drop_condition(cond, rows))
     assert torch.allclose(mixed[~rows], out[~rows], atol=1e-5)
     assert torch.allclose(mixed[rows], net(z, logsnr)[rows], atol=1e-5)
 
@@ -638,9 +638,9 @@ class Brightness(nn.Module):
         self.first = nn.Linear(16 + 3, 64)
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 16))
 
-    def forward(self, z, logsnr, brightness, hidden=None):
-        hidden = torch.zeros(len(z)) if hidden is None else hidden.float()
-        told = torch.stack([logsnr / 5, brightness, hidden], dim=1)
+    def forward(self, z, logsnr, brightness, dropped=None):
+        dropped = torch.zeros(len(z)) if dropped is None else dropped.float()
+        told = torch.stack([logsnr / 5, brightness, dropped], dim=1)
         return self.rest(self.first(torch.cat([z.flatten(1), told], dim=1))).view_as(z)
 
 
@@ -663,7 +663,7 @@ def test_a_model_obeys_and_guidance_makes_it_obey_more(tmp_path):
         sampler=ld.DDIMSampler(steps=40),
         optimizer=functools.partial(torch.optim.AdamW, lr=5e-3),
         label_dropout=0.2,
-        clip=False,
+        clip_denoised=False,
     )
     batches = [batch() for _ in range(500)]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
@@ -684,7 +684,7 @@ def test_a_model_obeys_and_guidance_makes_it_obey_more(tmp_path):
     assert guided[0].mean() < plain[0].mean() - 0.1
     assert guided[2].mean() > plain[2].mean() + 0.1
     cond = {"brightness": torch.full((600,), 0.4)}
-    without = drawn(cond=ld.hide_condition(cond, torch.ones(600).bool()))
+    without = drawn(cond=ld.drop_condition(cond, torch.ones(600).bool()))
     assert abs(float(without.mean())) < 0.1  # the mean of all there is
 
 

@@ -91,7 +91,7 @@ def distance(a, b, names):
 def test_several_at_once_are_each_as_if_alone(tmp_path, accumulate):
     profiles = PowerProfile(0.05), PowerProfile(0.1), ConstantProfile(0.5), ConstantProfile(0.99)
     follow = Follow(*profiles)
-    callbacks = [follow, Averages([0.05, 0.1], [0.5, 0.99], 0), EMA(std=0.2)]
+    callbacks = [follow, Averages([0.05, 0.1], [0.5, 0.99], 0), EMA(sigma_rel=0.2)]
     run(tmp_path, callbacks, 8, accumulate_grad_batches=accumulate, val_check_interval=4)
     found = further(tmp_path)
     assert list(found) == [str(profile) for profile in profiles]
@@ -108,7 +108,7 @@ def test_several_at_once_are_each_as_if_alone(tmp_path, accumulate):
 
 
 def test_the_power_average_is_what_is_validated_and_saved(tmp_path):
-    follow, average = Follow(PowerProfile(0.1)), EMA(std=0.1)
+    follow, average = Follow(PowerProfile(0.1)), EMA(sigma_rel=0.1)
     seen = {}
 
     class Watch(L.Callback):
@@ -117,10 +117,10 @@ def test_the_power_average_is_what_is_validated_and_saved(tmp_path):
             seen["profile"] = average.profile
 
     model = run(tmp_path, [average, follow, Watch()], 6, val_check_interval=6)
-    assert seen["profile"] == average.profile == "EMA(std=0.1)"
+    assert seen["profile"] == average.profile == "EMA(sigma_rel=0.1)"
     assert same(seen["average"], follow.averages[0])
     checkpoint = load_checkpoint(last(tmp_path))
-    assert checkpoint["average"] == "EMA(std=0.1)"
+    assert checkpoint["average"] == "EMA(sigma_rel=0.1)"
     assert same(checkpoint["state_dict"], follow.averages[0])
     assert same(checkpoint["current_model_state"], follow.raw)
     assert same(dict(model.named_parameters()), follow.averages[0])
@@ -181,7 +181,7 @@ def test_a_bfloat16_model_has_a_float32_average():
 
 
 def cast():
-    return [EMA(std=0.1), Averages([0.05, 0.1], [0.9], snapshot_every_n_steps=2)]
+    return [EMA(sigma_rel=0.1), Averages([0.05, 0.1], [0.9], snapshot_every_n_steps=2)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -201,7 +201,7 @@ def test_a_run_that_was_stopped_leaves_the_same_averages_and_files(tmp_path, acc
     (folder / ".step-0000013.safetensors.tmp").write_bytes(b"half")
     run(part, cast(), 14, ckpt_path=last(part), **arguments)
     ours, theirs = load_checkpoint(last(part)), load_checkpoint(last(whole))
-    assert ours["average"] == theirs["average"] == "EMA(std=0.1)"
+    assert ours["average"] == theirs["average"] == "EMA(sigma_rel=0.1)"
     for key in ("state_dict", "current_model_state"):
         assert same(ours[key], theirs[key])
     for name, one in further(whole).items():
@@ -240,30 +240,39 @@ def test_another_profile_in_the_middle_says_so(tmp_path):
         expected = kept["state_dict"][name].lerp(w, 1 - min(0.99, 7 / 16))
         assert torch.equal(changed["state_dict"][name], expected)
     # A power function cannot: it begins with the weights that are there.
-    average, others, follow = EMA(std=0.1), Averages([0.05], [0.9], 0), Follow()
+    average, others, follow = EMA(sigma_rel=0.1), Averages([0.05], [0.9], 0), Follow()
     with (
-        pytest.warns(UserWarning, match=r"has the average EMA\(decay=0\.9\), not EMA\(std=0\.1\)"),
-        pytest.warns(UserWarning, match=r"does not have EMA\(std=0\.05\), EMA\(decay=0\.9\);"),
+        pytest.warns(
+            UserWarning, match=r"has the average EMA\(decay=0\.9\), not EMA\(sigma_rel=0\.1\)"
+        ),
+        pytest.warns(
+            UserWarning, match=r"does not have EMA\(sigma_rel=0\.05\), EMA\(decay=0\.9\);"
+        ),
     ):
-        run(tmp_path / "std", [average, others, follow], 6, ckpt_path=last(tmp_path))
-    changed = load_checkpoint(last(tmp_path / "std"))
-    assert average.profile == changed["average"] == "EMA(std=0.1, from step 5)"
+        run(tmp_path / "sigma_rel", [average, others, follow], 6, ckpt_path=last(tmp_path))
+    changed = load_checkpoint(last(tmp_path / "sigma_rel"))
+    assert average.profile == changed["average"] == "EMA(sigma_rel=0.1, from step 5)"
     assert same(changed["state_dict"], follow.raw)  # after one step
-    late = further(tmp_path / "std")
-    assert list(late) == ["EMA(std=0.05, from step 5)", "EMA(decay=0.9, from step 5)"]
+    late = further(tmp_path / "sigma_rel")
+    assert list(late) == ["EMA(sigma_rel=0.05, from step 5)", "EMA(decay=0.9, from step 5)"]
     # And these two names are kept when it goes on once more.
-    run(tmp_path / "std", [EMA(std=0.1), Averages([0.05], [0.9], 0)], 7, last(tmp_path / "std"))
-    assert list(further(tmp_path / "std")) == list(late)
-    assert {one["updates"] for one in further(tmp_path / "std").values()} == {2}
+    run(
+        tmp_path / "sigma_rel",
+        [EMA(sigma_rel=0.1), Averages([0.05], [0.9], 0)],
+        7,
+        last(tmp_path / "sigma_rel"),
+    )
+    assert list(further(tmp_path / "sigma_rel")) == list(late)
+    assert {one["updates"] for one in further(tmp_path / "sigma_rel").values()} == {2}
 
 
 def test_the_name_of_what_a_checkpoint_has(tmp_path):
-    model = run(tmp_path, [EMA(std=0.1)], 2)
+    model = run(tmp_path, [EMA(sigma_rel=0.1)], 2)
     average = EMA(0.9)  # as the config may say by now
     trainer(tmp_path, callbacks=[average, LastCheckpoint()]).validate(
         model, tiny_data(), ckpt_path=last(tmp_path), verbose=False
     )
-    assert average.profile == "EMA(std=0.1)"
+    assert average.profile == "EMA(sigma_rel=0.1)"
 
 
 # Snapshots ------------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ def test_a_snapshot_is_the_average_in_half_precision(tmp_path):
         next(model.parameters()).mul_(1e7)
     run(tmp_path, [follow, Averages([0.1, 0.05], snapshot_every_n_steps=3)], 4, model=model)
     stored = read_snapshots(tmp_path)
-    widths = [(one.step, one.snapshot.profile.std, one.snapshot.updates) for one in stored]
+    widths = [(one.step, one.snapshot.profile.sigma_rel, one.snapshot.updates) for one in stored]
     assert widths == [(3, 0.05, 3), (3, 0.1, 3), (4, 0.05, 4), (4, 0.1, 4)]
     for one, average in zip(stored[2:], follow.averages, strict=True):
         found = mix([one], [1.0])
@@ -326,14 +335,16 @@ def test_weights_that_are_no_numbers_leave_no_snapshot(tmp_path):
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match=r"one of decay and std, got decay=0\.9 and std=0\.1"):
-        EMA(0.9, std=0.1)
+    with pytest.raises(
+        ValueError, match=r"one of decay and sigma_rel, got decay=0\.9 and sigma_rel=0\.1"
+    ):
+        EMA(0.9, sigma_rel=0.1)
     assert EMA().profile == "EMA(decay=0.999)"
-    with pytest.raises(ValueError, match="EMA: std must be"):
-        EMA(std=0.5)
-    with pytest.raises(ValueError, match="at least one std or decay, each once"):
+    with pytest.raises(ValueError, match="EMA: sigma_rel must be"):
+        EMA(sigma_rel=0.5)
+    with pytest.raises(ValueError, match="at least one sigma_rel or decay, each once"):
         Averages([0.1, 0.1])
-    with pytest.raises(ValueError, match="at least one std or decay, each once"):
+    with pytest.raises(ValueError, match="at least one sigma_rel or decay, each once"):
         Averages([])
     with pytest.raises(ValueError, match="at least 0"):
         Averages(snapshot_every_n_steps=-1)
@@ -354,15 +365,15 @@ def trained(tmp_path_factory):
     return folder, follow
 
 
-@pytest.mark.parametrize("std", WANTED)
-def test_a_reconstruction_is_the_average_that_was_followed(trained, tmp_path, std):
+@pytest.mark.parametrize("sigma_rel", WANTED)
+def test_a_reconstruction_is_the_average_that_was_followed(trained, tmp_path, sigma_rel):
     folder, follow = trained
     out = tmp_path / "made.ckpt"
-    told = ema(["--run", str(folder), "--std", str(std), "--out", str(out)])
-    direct = follow.averages[WANTED.index(std)]
+    told = ema(["--run", str(folder), "--sigma_rel", str(sigma_rel), "--out", str(out)])
+    direct = follow.averages[WANTED.index(sigma_rel)]
     made = load_checkpoint(out)
     files = len(list((folder / "averages").glob("step-*")))
-    assert made["average"] == f"EMA(std={std}, post hoc, {files} snapshots)"
+    assert made["average"] == f"EMA(sigma_rel={sigma_rel}, post hoc, {files} snapshots)"
     assert made["global_step"] == 150
     foretold = float(re.search(r"relative error about (\S+) \(", told)[1])
     off = distance(made["state_dict"], direct, direct)
@@ -380,7 +391,10 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
     folder, _ = trained
     kept = further(folder)
     out = tmp_path / "x.ckpt"
-    for words, name in ((["--std", "0.05"], "EMA(std=0.05)"), (["--decay", "0.99"], None)):
+    for words, name in (
+        (["--sigma_rel", "0.05"], "EMA(sigma_rel=0.05)"),
+        (["--decay", "0.99"], None),
+    ):
         told = ema(["--run", str(folder), *words, "--out", str(out)])
         made, name = load_checkpoint(out), name or "EMA(decay=0.99)"
         assert told.splitlines() == [f"{name} at step 150, as it was followed", str(out)]
@@ -389,12 +403,15 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
     ema(["--run", str(folder), "--decay", "0.9", "--out", str(out)])
     assert same(load_checkpoint(out)["state_dict"], load_checkpoint(last(folder))["state_dict"])
     # At an earlier step it comes from that snapshot, to the rounding of many.
-    told = ema(["--run", str(folder), "--std", "0.1", "--step", "99"])
-    path = folder / "checkpoints" / "std-0.1-step-0000090.ckpt"
+    told = ema(["--run", str(folder), "--sigma_rel", "0.1", "--step", "99"])
+    path = folder / "checkpoints" / "sigma_rel-0.1-step-0000090.ckpt"
     assert told.splitlines()[1] == str(path)
     made = load_checkpoint(path)
-    assert (made["global_step"], made["average"]) == (90, "EMA(std=0.1, post hoc, 9 snapshots)")
-    (stored,) = [s for s in read_snapshots(folder) if s[1] == 90 and s[2].profile.std == 0.1]
+    assert (made["global_step"], made["average"]) == (
+        90,
+        "EMA(sigma_rel=0.1, post hoc, 9 snapshots)",
+    )
+    (stored,) = [s for s in read_snapshots(folder) if s[1] == 90 and s[2].profile.sigma_rel == 0.1]
     expected = mix([stored], [1.0])
     size = distance(expected, {n: torch.zeros_like(w) for n, w in expected.items()}, expected)
     assert distance(made["state_dict"], expected, expected) < 5e-4 * size
@@ -404,7 +421,7 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
 def test_a_reconstruction_is_validated_but_not_trained(trained, tmp_path):
     folder, _ = trained
     out = tmp_path / "made.ckpt"
-    ema(["--run", str(folder), "--std", "0.08", "--out", str(out)])
+    ema(["--run", str(folder), "--sigma_rel", "0.08", "--out", str(out)])
     average = EMA(0.9)
     run = trainer(tmp_path, callbacks=[average])
     found = run.validate(tiny_model(), tiny_data(), ckpt_path=out, verbose=False)
@@ -413,7 +430,7 @@ def test_a_reconstruction_is_validated_but_not_trained(trained, tmp_path):
     assert found == again
     assert average.profile == load_checkpoint(out)["average"]
     with pytest.raises(
-        ValueError, match=r"weights alone \(EMA\(std=0\.08, post hoc, .*last\.ckpt"
+        ValueError, match=r"weights alone \(EMA\(sigma_rel=0\.08, post hoc, .*last\.ckpt"
     ):
         trainer(tmp_path, max_steps=200, callbacks=[EMA(0.9)]).fit(
             tiny_model(), tiny_data(), ckpt_path=out
@@ -428,21 +445,27 @@ def test_a_late_average_is_on_its_own_clock(tmp_path):
         run(tmp_path, [EMA(0.9), follow, Averages([0.2], snapshot_every_n_steps=2)], 20,
             ckpt_path=last(tmp_path))  # fmt: skip
     out = tmp_path / "late.ckpt"
-    told = ema(["--run", str(tmp_path), "--std", "0.2", "--step", "20", "--out", str(out)])
-    assert "EMA(std=0.2, post hoc, 5 snapshots, from step 10) at step 20" in told
-    told = ema(["--run", str(tmp_path), "--std", "0.1", "--step", "10", "--out", str(out)])
-    assert "EMA(std=0.1, post hoc, 5 snapshots) at step 10" in told
+    told = ema(["--run", str(tmp_path), "--sigma_rel", "0.2", "--step", "20", "--out", str(out)])
+    assert "EMA(sigma_rel=0.2, post hoc, 5 snapshots, from step 10) at step 20" in told
+    told = ema(["--run", str(tmp_path), "--sigma_rel", "0.1", "--step", "10", "--out", str(out)])
+    assert "EMA(sigma_rel=0.1, post hoc, 5 snapshots) at step 10" in told
 
 
 MISTAKES = {
-    "std too wide": (["--std", "0.3"], "at most 0.2887"),
-    "std of nothing": (["--std", "0"], "above 0"),
-    "out of reach": (["--std", "0.005"], r"out of reach .* Within reach are 0\.0\d+ to 0\.2886"),
-    "before the first": (["--std", "0.08", "--step", "9"], "no snapshot up to step 9: the first"),
-    "never followed": (["--decay", "0.5"], r"It has EMA\(decay=0\.9\), EMA\(std=0\.05\)"),
+    "sigma_rel too wide": (["--sigma_rel", "0.3"], "at most 0.2887"),
+    "sigma_rel of nothing": (["--sigma_rel", "0"], "above 0"),
+    "out of reach": (
+        ["--sigma_rel", "0.005"],
+        r"out of reach .* Within reach are 0\.0\d+ to 0\.2886",
+    ),
+    "before the first": (
+        ["--sigma_rel", "0.08", "--step", "9"],
+        "no snapshot up to step 9: the first",
+    ),
+    "never followed": (["--decay", "0.5"], r"It has EMA\(decay=0\.9\), EMA\(sigma_rel=0\.05\)"),
     "decay at a step": (["--decay", "0.9", "--step", "50"], "without --step"),
-    "both": (["--decay", "0.9", "--std", "0.1"], "one of --std and --decay"),
-    "no checkpoint": (["--std", "0.1", "--out", "made.pt"], r"--out must end in \.ckpt"),
+    "both": (["--decay", "0.9", "--sigma_rel", "0.1"], "one of --sigma_rel and --decay"),
+    "no checkpoint": (["--sigma_rel", "0.1", "--out", "made.pt"], r"--out must end in \.ckpt"),
 }
 
 
@@ -460,7 +483,7 @@ def test_mistakes_are_one_line(trained, cli, mistake):
 
 def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
     def error(folder, *words):
-        code, out, err = cli("ema", "--run", folder, *(words or ["--std", "0.08"]))
+        code, out, err = cli("ema", "--run", folder, *(words or ["--sigma_rel", "0.08"]))
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
         return err
@@ -484,21 +507,21 @@ def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
     name = next(iter(trained_weights(tiny_model())))
     checkpoint["state_dict"][name] = torch.zeros(3)
     torch.save(checkpoint, last(other))
-    assert "of another model" in error(other, "--std", "0.1", "--step", "2")
+    assert "of another model" in error(other, "--sigma_rel", "0.1", "--step", "2")
 
 
 def test_what_there_is_is_listed(trained, cli):
     code, out, _ = cli("ema", "--run", trained[0])
     assert code == 0
     first, *snapshots, reach = out.splitlines()
-    followed = "EMA(decay=0.9), EMA(std=0.05), EMA(std=0.1), EMA(decay=0.99)"
+    followed = "EMA(decay=0.9), EMA(sigma_rel=0.05), EMA(sigma_rel=0.1), EMA(decay=0.99)"
     assert first == f"In the checkpoint, of step 150: {followed}"
     assert [line.partition(" at ")[0] for line in snapshots] == [
-        "Snapshots of EMA(std=0.05)", "Snapshots of EMA(std=0.1)",
+        "Snapshots of EMA(sigma_rel=0.05)", "Snapshots of EMA(sigma_rel=0.1)",
     ]  # fmt: skip
-    assert snapshots[0].startswith("Snapshots of EMA(std=0.05) at step 10, 20, 30,")
+    assert snapshots[0].startswith("Snapshots of EMA(sigma_rel=0.05) at step 10, 20, 30,")
     assert snapshots[0].endswith(" 150")
-    assert re.fullmatch(r"Within reach at step 150: std 0\.0\d+ to 0\.2886", reach)
+    assert re.fullmatch(r"Within reach at step 150: sigma_rel 0\.0\d+ to 0\.2886", reach)
 
 
 def test_the_overlay(cli, configs):
@@ -511,7 +534,7 @@ def test_the_overlay(cli, configs):
     code, out, err = cli("fit", "--config", configs / "digits.yaml", "--config", overlay, *words)
     assert code == 0, err
     folder = Path(out.splitlines()[-1].removeprefix("Run folder: "))
-    code, out, err = cli("ema", "--run", folder, "--std", "0.15", "--out", "made.ckpt")
+    code, out, err = cli("ema", "--run", folder, "--sigma_rel", "0.15", "--out", "made.ckpt")
     assert code == 0, err
     assert out.splitlines()[-1] == "made.ckpt"
     code, out, err = cli("sample", "--ckpt_path", "made.ckpt", "--num_samples", 1, "--sampler",

@@ -68,7 +68,7 @@ def chain():
 def toy():
     inner = ResidualMLP((10, 1, 1), features=16, layers=1)
     network = FourierFeatures(inner, exponents=(1, 6), image_shape=(2, 1, 1))
-    return {"network": network, "image_shape": (2, 1, 1), "clip": False}, []
+    return {"network": network, "image_shape": (2, 1, 1), "clip_denoised": False}, []
 
 
 MODELS = [classes, learned, adaptive, chain, toy]

@@ -608,7 +608,7 @@ def test_samples_are_those_of_the_average_whatever_the_order(tmp_path):
 
 
 def test_validations_are_counted_and_the_last_is_measured(tmp_path):
-    callback = FID(4, Flat(), "test", every_n_validations=2, floor_split="train")
+    callback = FID(4, Flat(), "test", every_n_validations=2, baseline_split="train")
     run = trainer(tmp_path, [callback], max_steps=5)
     run.fit(model(), ImageDataModule(steps_per_epoch=1, val_examples=8))
     steps = [one.step for one in read_measurements(tmp_path) if one.name == "fid"]

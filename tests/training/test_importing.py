@@ -84,7 +84,7 @@ def test_a_config_trains_a_model_of_diffusers(cli, tmp_path, model, given):
 def test_a_published_pipeline_is_tested_like_any_other(cli, tmp_path, pipeline):
     code, out, err = cli("import", pipeline, "--out", "published.ckpt")
     assert (code, out) == (0, "published.ckpt\n"), err
-    decoder = {"class_path": "BinDecoder", "init_args": {"levels": 17}}
+    decoder = {"class_path": "DiscretizedGaussianDecoder", "init_args": {"levels": 17}}
     callbacks = [
         {"class_path": "EMA"},
         {"class_path": "Likelihood", "init_args": {"decoder": decoder}},

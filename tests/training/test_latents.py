@@ -237,7 +237,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     network = model.denoiser.network
     assert (type(network).__name__, network.image_shape) == ("DiT", (4, 16, 16))
     assert (network.depth, network.qk_norm, network.num_classes) == (1, True, 1000)
-    assert not model.clip
+    assert not model.clip_denoised
 
     code, _, err = cli("evaluate", "--ckpt_path", "last", "--features", "ClassifierFeatures")
     assert code == 2

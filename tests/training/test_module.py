@@ -69,7 +69,7 @@ class Record(L.Callback):
         self.losses, self.logsnr, self.val = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        assert not outputs["eps_error"].requires_grad
+        assert not outputs["eps_mse"].requires_grad
         self.losses.append(float(outputs["loss"]))
         self.logsnr.append(outputs["logsnr"])
 

@@ -60,7 +60,7 @@ def direct(outputs, bins, low, high):
     found = [[] for _ in range(bins)]
     for step in outputs:
         for logsnr, error, loss in zip(
-            *(step[name].tolist() for name in ("logsnr", "eps_error", "losses")), strict=True
+            *(step[name].tolist() for name in ("logsnr", "eps_mse", "losses")), strict=True
         ):
             i = min(bins - 1, max(0, math.floor((logsnr - low) / (high - low) * bins)))
             found[i].append((error, loss))
@@ -90,7 +90,7 @@ def test_the_sums_are_a_histogram(tmp_path):
             assert int(record.not_finite[i]) == 0
             width = (high - low) / bins
             assert float(record.density[i]) == pytest.approx(n / total / width, rel=1e-6)
-            for k, name in enumerate(("eps_error", "loss")):
+            for k, name in enumerate(("eps_mse", "loss")):
                 values = torch.tensor([member[k] for member in members], dtype=torch.float64)
                 mean = getattr(record, name)[i]
                 variance = getattr(record, f"{name}_variance")[i]
@@ -110,15 +110,15 @@ def test_the_average_weights_are_validated(tmp_path):
     run.fit(tiny_model(), tiny_data())
     record = read_table(tmp_path / "noise_levels.csv")[-1]
     assert record.stage == "val"
-    mean = (record.count * record.eps_error).sum() / record.count.sum()
-    assert float(mean) == pytest.approx(float(run.callback_metrics["val/eps_error"]), rel=1e-5)
+    mean = (record.count * record.eps_mse).sum() / record.count.sum()
+    assert float(mean) == pytest.approx(float(run.callback_metrics["val/eps_mse"]), rel=1e-5)
     averaged = LitDiffusion.load_from_checkpoint(last._path)
     found = trainer(tmp_path).validate(averaged, tiny_data(), verbose=False)[0]
-    assert float(mean) == pytest.approx(found["val/eps_error"], rel=1e-5)
+    assert float(mean) == pytest.approx(found["val/eps_mse"], rel=1e-5)
 
 
 def outputs(logsnr, error, loss):
-    names = ("logsnr", "eps_error", "losses")
+    names = ("logsnr", "eps_mse", "losses")
     return dict(zip(names, map(torch.tensor, (logsnr, error, loss)), strict=True))
 
 
@@ -141,7 +141,7 @@ def test_what_is_not_finite_is_counted_apart():
     record = NoiseLevels.of_sums(1, "train", edges, callback._sums[:5], norms)
     assert record.count.tolist() == [2, 0, 0, 2]  # what is beyond the ends counts at the ends
     assert record.not_finite.tolist() == [2, 1, 1, 0]  # an example without a λ is in the first
-    assert record.eps_error[[0, 3]].tolist() == [2, 6]
+    assert record.eps_mse[[0, 3]].tolist() == [2, 6]
     assert record.loss_variance[[0, 3]].tolist() == [1, 1]
     density = [value * 8 for value in record.density.tolist()]
     assert density == pytest.approx([4, 1, 1, 2])
@@ -175,7 +175,7 @@ def test_only_non_finite_losses_can_be_drawn_too(tmp_path):
     with pytest.warns(UserWarning, match="16 losses"):
         run.fit(tiny_model(), tiny_data())
     (record,) = read_table(tmp_path / "noise_levels.csv")
-    assert record.eps_error.isnan().all()
+    assert record.eps_mse.isnan().all()
     assert (tmp_path / "noise_levels.png").is_file()
 
 
@@ -360,7 +360,7 @@ def test_nothing_waits_for_the_device():
     run.precision_plugin = SimpleNamespace(forward_context=torch.enable_grad)
     callback._sums = callback._sums.to("meta")
     model = tiny_model(network=Noisy()).to("meta")  # ours would ask for an autocast of "meta"
-    names = ("logsnr", "eps_error", "losses")
+    names = ("logsnr", "eps_mse", "losses")
     for step in range(3):
         run.global_step = step + 1
         told = {name: torch.ones(8, device="meta") for name in names}
@@ -588,7 +588,7 @@ def test_the_table_can_be_read_by_anyone(tmp_path):
     path = folder_with(tmp_path / "run", record(3, "val", 0.0, 2.0, [math.nan, 2.0]))
     with (path / "noise_levels.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    assert [row["eps_error"] for row in rows] == ["", "2"]
+    assert [row["eps_mse"] for row in rows] == ["", "2"]
     assert [row["logsnr_min"] for row in rows] == ["0", "1"]
     assert [row["density"] for row in rows] == ["0.5", "0.5"]
     (again,) = read_table(path / "noise_levels.csv")

@@ -91,7 +91,7 @@ class AdaptiveScheduleUpdate(L.Callback):
     ) -> None:
         """Add a micro-batch; every n optimizer steps let the schedule follow."""
         loss: Any = pl_module.loss
-        logsnr, values = outputs["logsnr"], outputs["eps_error"]
+        logsnr, values = outputs["logsnr"], outputs["eps_mse"]
         if self.weighted:
             values = loss.weighting(logsnr) * values
         self._sums += loss.schedule.tally(logsnr, values)

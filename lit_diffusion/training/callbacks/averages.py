@@ -55,7 +55,7 @@ class Averages(L.Callback):
         profiles = [*map(PowerProfile, self.stds), *map(ConstantProfile, self.decays)]
         if not profiles or len(set(profiles)) < len(profiles):
             raise ValueError(
-                "Averages: at least one std or decay, each once, "
+                "Averages: at least one sigma_rel or decay, each once, "
                 f"got stds={self.stds} and decays={self.decays}."
             )
         if snapshot_every_n_steps < 0:

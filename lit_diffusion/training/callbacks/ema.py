@@ -19,18 +19,18 @@ class EMA(L.Callback):
 
     Samples and likelihoods of the average are much better than those of the last weights, whose
     noise it removes. The decay d rises as (1 + n)/(10 + n) until it reaches its value, so that
-    the initial weights are forgotten. With `std` it is a power function instead, whose window is
-    that fraction of the run, however long the run is. Validation, test and prediction use the
-    average, and so does every checkpoint's `state_dict`; the raw weights stand beside it for
-    training to go on. `Averages` keeps others besides.
+    the initial weights are forgotten. With `sigma_rel` it is a power function instead, whose
+    window is that fraction of the run, however long the run is. Validation, test and prediction
+    use the average, and so does every checkpoint's `state_dict`; the raw weights stand beside it
+    for training to go on. `Averages` keeps others besides.
 
     Args:
         decay: d, in [0, 1); 0.999 averages over about a thousand steps. None means 0.999, if
-            there is no std.
-        std: Relative width σ of a power function, in (0, 0.2887], in place of decay.
+            there is no sigma_rel.
+        sigma_rel: Relative width σ of a power function, in (0, 0.2887], in place of decay.
 
     Raises:
-        ValueError: If decay or std is outside its range, or both are given.
+        ValueError: If decay or sigma_rel is outside its range, or both are given.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, appendix B.
@@ -42,13 +42,15 @@ class EMA(L.Callback):
     # (epoch, batch) sees the average wherever it stands in the list. Weights are swapped by value,
     # since optimizer, DDP and compiled graphs hold on to the tensors.
 
-    def __init__(self, decay: float | None = None, std: float | None = None) -> None:
-        if decay is not None and std is not None:
-            raise ValueError(f"EMA: one of decay and std, got decay={decay} and std={std}.")
+    def __init__(self, decay: float | None = None, sigma_rel: float | None = None) -> None:
+        if decay is not None and sigma_rel is not None:
+            raise ValueError(
+                f"EMA: one of decay and sigma_rel, got decay={decay} and sigma_rel={sigma_rel}."
+            )
         self.decay = decay
-        self.std = std
-        if std is not None:
-            self._profile: Profile = PowerProfile(std)
+        self.sigma_rel = sigma_rel
+        if sigma_rel is not None:
+            self._profile: Profile = PowerProfile(sigma_rel)
         else:
             self._profile = ConstantProfile(0.999 if decay is None else decay)
         self.updates = 0
@@ -178,6 +180,6 @@ def name_of(profile: Profile, updates: int, step: int) -> str:
 
     Example:
         >>> name_of(PowerProfile(0.1), 300, 300), name_of(PowerProfile(0.1), 300, 1000)
-        ('EMA(std=0.1)', 'EMA(std=0.1, from step 700)')
+        ('EMA(sigma_rel=0.1)', 'EMA(sigma_rel=0.1, from step 700)')
     """
     return str(profile) if step <= updates else f"{str(profile)[:-1]}, from step {step - updates})"

@@ -53,7 +53,7 @@ class FID(L.Callback):
         seed: Sample i is a function of (weights, seed, i).
         batch_size: Images at a time, dealt to the ranks.
         every_n_validations: Measure at every n-th validation and at the last step only.
-        floor_split: A split of real images whose own distance is measured once, as what perfect
+        baseline_split: A split of real images whose own distance is measured once, as what perfect
             samples would score; logged as …/fid_floor. None for none.
         reference_hash: What the hash of the reference must begin with; None for any.
 
@@ -81,7 +81,7 @@ class FID(L.Callback):
         seed: int = 0,
         batch_size: int = 256,
         every_n_validations: int = 1,
-        floor_split: str | None = None,
+        baseline_split: str | None = None,
         reference_hash: str | None = None,
     ) -> None:
         if num_samples < 2 or every_n_validations < 1:
@@ -102,7 +102,7 @@ class FID(L.Callback):
         }
         self.others = tuple(score for score, is_wanted in wanted.items() if is_wanted)
         self.every_n_validations = every_n_validations
-        self.floor_split = floor_split
+        self.baseline_split = baseline_split
         self.reference_hash = reference_hash
         self.summary: str | None = None
         self._reference: Reference | None = None
@@ -133,8 +133,8 @@ class FID(L.Callback):
         self._shares = None
         if pl_module.num_classes is not None:
             self._shares = class_shares(data, self._reference, network, pl_module.device)
-        if self.floor_split is not None:
-            floor = open_reference(data, self.floor_split, network, pl_module.device)
+        if self.baseline_split is not None:
+            floor = open_reference(data, self.baseline_split, network, pl_module.device)
             self._floor = scores.frechet_distance(floor, self._reference)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -186,7 +186,7 @@ class FID(L.Callback):
         ]
         if self._floor is not None:
             about = {key: protocol[key] for key in ("reference", "versions")}
-            about |= {"split": self.floor_split}
+            about |= {"split": self.baseline_split}
             new.append(Measurement("fid_floor", self._floor, None, step, stage, about))
         if trainer.is_global_zero and folder is not None:
             add_measurements(Path(folder), new)
@@ -195,7 +195,7 @@ class FID(L.Callback):
         floor = ""
         if self._floor is not None:
             times = fid / self._floor
-            floor = f", {times:.2f} times that of split {self.floor_split} ({self._floor:.4g})"
+            floor = f", {times:.2f} times that of split {self.baseline_split} ({self._floor:.4g})"
         others = "".join(
             f"; {name} {one.value:.4g}" + ("" if one.error is None else f" ± {one.error:.2g}")
             for name, one in measured.items()

@@ -104,7 +104,7 @@ class NoiseLevelLoss(L.Callback):
     def _add(self, rows: Tensor, outputs: dict[str, Tensor]) -> None:
         """Sort examples into their bins, without waiting for the device."""
         low, high = self._ends
-        error, loss = outputs["eps_error"].double(), outputs["losses"].double()
+        error, loss = outputs["eps_mse"].double(), outputs["losses"].double()
         where = (outputs["logsnr"].double() - low) * (self.bins / (high - low))
         bad = ~torch.isfinite(error + loss + where)
         # As a whole number even NaN can be brought back into the range.

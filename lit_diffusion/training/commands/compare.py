@@ -70,8 +70,8 @@ def _last(folder: Path) -> dict[str, NoiseLevels]:
 
 def _curve(record: NoiseLevels) -> tuple[Tensor, Tensor]:
     """λ and the ε-error of the bins that have one."""
-    seen = (record.count > 0) & (record.eps_error > 0)
-    return record.centres[seen], record.eps_error[seen]
+    seen = (record.count > 0) & (record.eps_mse > 0)
+    return record.centres[seen], record.eps_mse[seen]
 
 
 def _main(run: dict[str, NoiseLevels]) -> NoiseLevels:

@@ -35,12 +35,12 @@ def ema(argv: list[str]) -> str:
     parser = DiffusionParser(
         prog="lit-diffusion ema",
         description="Make another average of a run's weights, from the snapshots that the "
-        "callback Averages left, or out of its checkpoint. Without --std and --decay: list what "
-        "there is.",
+        "callback Averages left, or out of its checkpoint. Without --sigma_rel and --decay: list "
+        "what there is.",
     )
     parser.add_argument("--run", type=str, required=True, help="The run folder.")
     parser.add_argument(
-        "--std", type=float | None, default=None, help="Relative width, in (0, 0.2887]."
+        "--sigma_rel", type=float | None, default=None, help="Relative width, in (0, 0.2887]."
     )
     parser.add_argument(
         "--decay", type=float | None, default=None, help="A constant decay that was followed."
@@ -49,27 +49,27 @@ def ema(argv: list[str]) -> str:
         "--step",
         type=int | None,
         default=None,
-        help="With --std: as it was at the last snapshot up to this step; the newest by default.",
+        help="With --sigma_rel: at the last snapshot up to this step; the newest by default.",
     )
     parser.add_argument(
         "--out",
         type=str | None,
         default=None,
-        help="The checkpoint, a .ckpt; RUN/checkpoints/std-…-step-….ckpt by default.",
+        help="The checkpoint, a .ckpt; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.",
     )
     config = parser.parse_args(argv)
     run = Path(config.run)
     checkpoint = _checkpoint(run)
     stored = read_snapshots(run)
-    if config.std is None and config.decay is None:
+    if config.sigma_rel is None and config.decay is None:
         return _listing(run, checkpoint, stored)
-    if config.std is not None and config.decay is not None:
-        fail(f"one of --std and --decay, got {config.std} and {config.decay}.")
+    if config.sigma_rel is not None and config.decay is not None:
+        fail(f"one of --sigma_rel and --decay, got {config.sigma_rel} and {config.decay}.")
     if config.out is not None and Path(config.out).suffix != ".ckpt":
         fail(f"--out must end in .ckpt, got {config.out}.")
     wanted = f"EMA(decay={config.decay})"
-    if config.std is not None:
-        wanted = str(PowerProfile(config.std))
+    if config.sigma_rel is not None:
+        wanted = str(PowerProfile(config.sigma_rel))
     followed = _followed(checkpoint)
     name = next((n for n in followed if n == wanted or n.startswith(f"{wanted[:-1]},")), None)
     if config.decay is not None and (name is None or config.step is not None):
@@ -81,8 +81,12 @@ def ema(argv: list[str]) -> str:
         step, weights = checkpoint["global_step"], followed[name]
         told = f"{name} at step {step}, as it was followed"
     else:
-        step, name, weights, told = _reconstructed(run, stored, config.std, config.step)
-    kind = f"std-{config.std}" if config.std is not None else f"decay-{config.decay}"
+        step, name, weights, told = _reconstructed(run, stored, config.sigma_rel, config.step)
+    kind = (
+        f"sigma_rel-{config.sigma_rel}"
+        if config.sigma_rel is not None
+        else f"decay-{config.decay}"
+    )
     out = run / "checkpoints" / f"{kind}-step-{step:07d}.ckpt"  # where `evaluate` knows the run
     out = out if config.out is None else Path(config.out)
     _write(checkpoint, weights, name, step, out)
@@ -117,8 +121,8 @@ def _usable(stored: list[Stored], step: int) -> list[Stored]:
 class _Fit:
     """The average of a width at the time of the last snapshot, from all of them."""
 
-    def __init__(self, std: float, stored: list[Stored], sizes: Scatter) -> None:
-        target = Snapshot(PowerProfile(std), stored[-1].snapshot.updates)
+    def __init__(self, sigma_rel: float, stored: list[Stored], sizes: Scatter) -> None:
+        target = Snapshot(PowerProfile(sigma_rel), stored[-1].snapshot.updates)
         found = reconstruct(target, [one.snapshot for one in stored], sizes.noise)
         distance = target.updates / (2 * target.profile.power + 1)  # squared, in steps
         beyond = found.error**2 - sizes.noise / distance  # a snapshot itself is off by that much
@@ -131,13 +135,15 @@ class _Fit:
 def _reach(stored: list[Stored], sizes: Scatter) -> str:
     """The widths that can be made well enough."""
     tried = {round(0.005 * 1.1**i, 4) for i in range(43)} | {0.2886}
-    tried |= {one.snapshot.profile.std for one in stored}
-    good = [std for std in sorted(tried) if _Fit(std, stored, sizes).within_reach]
+    tried |= {one.snapshot.profile.sigma_rel for one in stored}
+    good = [
+        sigma_rel for sigma_rel in sorted(tried) if _Fit(sigma_rel, stored, sizes).within_reach
+    ]
     return f"{good[0]:g} to {good[-1]:g}"
 
 
 def _reconstructed(
-    run: Path, stored: list[Stored], std: float, upto: int | None
+    run: Path, stored: list[Stored], sigma_rel: float, upto: int | None
 ) -> tuple[int, str, dict[str, Tensor], str]:
     """Step, name, weights and a description of an average that was not followed."""
     if not stored:
@@ -151,16 +157,16 @@ def _reconstructed(
     step = steps[-1]
     stored = _usable(stored, step)
     sizes = scatter(stored)
-    found = _Fit(std, stored, sizes)
+    found = _Fit(sigma_rel, stored, sizes)
     if not found.within_reach:
         fail(
-            f"std={std} is out of reach of the snapshots up to step {step}: it would be off by "
-            f"{found.error:.0%} of its distance from the weights, {LIMIT:.0%} are allowed. Within "
+            f"sigma_rel={sigma_rel} is out of reach of the snapshots up to step {step}: it would be "
+            f"off by {found.error:.0%} of its distance from the weights, {LIMIT:.0%} are allowed. Within "
             f"reach are {_reach(stored, sizes)}."
         )
     files = len({one.path for one in stored})
     late = f", from step {stored[-1].begin}" if stored[-1].begin else ""
-    name = f"EMA(std={std}, post hoc, {files} snapshots{late})"
+    name = f"EMA(sigma_rel={sigma_rel}, post hoc, {files} snapshots{late})"
     told = (
         f"{name} at step {step}; relative error about {found.expected:.1e} "
         f"({found.misfit:.1e} without the rounding of the snapshots)"
@@ -196,7 +202,7 @@ def _listing(run: Path, checkpoint: dict[str, Any], stored: list[Stored]) -> str
     if stored:
         usable = _usable(stored, stored[-1].step)
         reach = _reach(usable, scatter(usable))
-        lines.append(f"Within reach at step {stored[-1].step}: std {reach}")
+        lines.append(f"Within reach at step {stored[-1].step}: sigma_rel {reach}")
     else:
         lines.append("No snapshots.")
     return "\n".join(lines)

@@ -115,8 +115,8 @@ def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModul
     if subject.model.num_classes is not None:
         shares = class_shares(data, reference, network, subject.model.device)
     floor = None
-    if config.floor_split is not None:
-        other = open_reference(data, config.floor_split, network, subject.model.device)
+    if config.baseline_split is not None:
+        other = open_reference(data, config.baseline_split, network, subject.model.device)
         floor = scores.frechet_distance(other, reference)
     others = SCORES if _names_classes(network, data) else (SCORES[0], *SCORES[2:])
     rows = [
@@ -166,9 +166,9 @@ def _parser(data_class: type[ImageDataModule], experiment: dict[str, Any]) -> Di
         "--split", type=str, default=fid.get("split", "train"), help="Split to compare with."
     )
     parser.add_argument(
-        "--floor_split",
+        "--baseline_split",
         type=str | None,
-        default=fid.get("floor_split"),
+        default=fid.get("baseline_split"),
         help="Split of real images whose own distance is shown beside.",
     )
     parser.add_argument(

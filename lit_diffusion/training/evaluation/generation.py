@@ -125,7 +125,7 @@ class Generation:
             "seed": self.seed,
             "batch size": self.batch_size,
             "precision": str(precision).removeprefix("torch."),
-            "bytes": "clamped and rounded" if model.clip else "rounded, then clamped",
+            "bytes": "clamped and rounded" if model.clip_denoised else "rounded, then clamped",
         }
 
 

@@ -99,7 +99,7 @@ def _evenly(items: list[Any], most: int) -> list[Any]:
 
 def _loss(run: Run) -> str:
     loss = run.chosen(lambda name: name in ("train/loss", "val/loss"))
-    error = run.chosen(lambda name: name in ("train/eps_error", "val/eps_error"))
+    error = run.chosen(lambda name: name in ("train/eps_mse", "val/eps_mse"))
     return _charts(
         chart("Loss, nats per dimension", loss, "steps"),
         chart("ε-error, mean (ε̂ − ε)²", error, "steps"),
@@ -131,7 +131,7 @@ def _noise_levels(run: Run) -> str:
     train = {stage: record for stage, record in last.items() if stage == "train"}
     charts = _charts(
         chart("Loss per example, ½ w/p · ε-error", lines("loss", last), x, ends=False),
-        chart("ε-error along the run", lines("eps_error", along), x, ends=False),
+        chart("ε-error along the run", lines("eps_mse", along), x, ends=False),
         chart("Density of λ as drawn", lines("density", train or last), x, ends=False, zero=True),
         chart("Gradient of the ε-error", lines("gradient_norm", train), x, ends=False),
     )
@@ -245,7 +245,7 @@ def _value(one: Measurement | None) -> str:
 
 
 def _is_quality(name: str) -> bool:
-    known = ("val/loss", "val/eps_error", "val/bpd")
+    known = ("val/loss", "val/eps_mse", "val/bpd")
     return name.startswith("val/") and name not in known and not name.startswith("val/bpd_")
 
 
@@ -295,7 +295,7 @@ def _environment(run: Run) -> str:
 
 
 def _others(run: Run) -> str:
-    known = ("train/loss", "val/loss", "train/eps_error", "val/eps_error", "val/bpd")
+    known = ("train/loss", "val/loss", "train/eps_mse", "val/eps_mse", "val/bpd")
     lines = run.chosen(
         lambda name: (
             not (

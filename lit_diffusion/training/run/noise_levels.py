@@ -4,8 +4,8 @@
     logsnr_min, _max     the bin of λ, a line for each
     count, not_finite    examples in it, and those whose loss was NaN or infinite
     density              of λ as it was drawn: the examples' share per unit of λ
-    eps_error, loss      means over the bin, each beside its …_variance over examples
-    gradient_norm        ‖∇ eps_error‖ over the network's weights at the bin's centre
+    eps_mse, loss      means over the bin, each beside its …_variance over examples
+    gradient_norm        ‖∇ eps_mse‖ over the network's weights at the bin's centre
 
 An ε-error at λ means the same for every prediction, schedule and weighting, so that the tables of
 any runs on the same data can be laid over each other.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 __all__ = ["NoiseLevels", "draw", "read_table", "table_text"]
 
-MEANS = ("eps_error", "eps_error_variance", "loss", "loss_variance")
+MEANS = ("eps_mse", "eps_error_variance", "loss", "loss_variance")
 COLUMNS = (
     *("step", "stage", "logsnr_min", "logsnr_max"),
     *("count", "not_finite", "density", *MEANS, "gradient_norm"),
@@ -45,7 +45,7 @@ class NoiseLevels(NamedTuple):
     edges: Tensor
     count: Tensor
     not_finite: Tensor
-    eps_error: Tensor
+    eps_mse: Tensor
     eps_error_variance: Tensor
     loss: Tensor
     loss_variance: Tensor
@@ -61,7 +61,7 @@ class NoiseLevels(NamedTuple):
             step: Optimizer steps so far.
             stage: train or val.
             edges: Of the bins.
-            sums: Count, Σ eps_error, Σ eps_error², Σ loss, Σ loss²; first those of finite losses
+            sums: Count, Σ eps_mse, Σ eps_error², Σ loss, Σ loss²; first those of finite losses
                 for each bin, then the others', of which only the count is looked at.
             gradient_norm: Of each bin; NaN if unknown.
 
@@ -157,12 +157,12 @@ def draw(records: list[NoiseLevels]) -> Any:
     last = {record.stage: record for record in records}
     step = max(record.step for record in records)
     figure.suptitle(f"Noise levels at step {step}: noise on the left, data on the right")
-    _curves(axes[0], last, "eps_error", "ε-error, mean (ε̂ − ε)²")
+    _curves(axes[0], last, "eps_mse", "ε-error, mean (ε̂ − ε)²")
     _curves(axes[1], last, "loss", "loss per example, ½ w/p · ε-error")
     _density(axes[2], last)
     stages = {stage: [r for r in records if r.stage == stage] for stage in ("val", "train")}
-    _heat_map(figure, axes[3], stages["val"], "eps_error", "ε-error in validation")
-    _heat_map(figure, axes[4], stages["train"], "eps_error", "ε-error in training")
+    _heat_map(figure, axes[3], stages["val"], "eps_mse", "ε-error in validation")
+    _heat_map(figure, axes[4], stages["train"], "eps_mse", "ε-error in training")
     probed = any(record.gradient_norm.isfinite().any() for record in stages["train"])
     name = ("gradient_norm", "gradient of the ε-error") if probed else ("loss", "loss in training")
     _heat_map(figure, axes[5], stages["train"], *name)

@@ -101,15 +101,15 @@ def write_snapshot(
     """
     tensors, described = {}, []
     for average in averages:
-        std = average.profile.std  # type: ignore[attr-defined]
-        described.append({"std": std, "updates": average.updates})
+        sigma_rel = average.profile.sigma_rel  # type: ignore[attr-defined]
+        described.append({"sigma_rel": sigma_rel, "updates": average.updates})
         for name, value in zip(names, average.values, strict=True):
             half = value.half().cpu().contiguous()
             if not half.isfinite().all():  # beyond 65504, or no number at all
                 half = value.float().cpu().contiguous()
                 if not half.isfinite().all():
                     return None
-            tensors[f"{std}/{name}"] = half
+            tensors[f"{sigma_rel}/{name}"] = half
     # One entry, since the order of several is not the same in every file.
     header = {"snapshot": json.dumps({"step": step, "averages": described})}
     path = folder_of(run) / f"step-{step:07d}.safetensors"
@@ -145,13 +145,13 @@ def read_snapshots(run: Path) -> list[Stored]:
             with safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["snapshot"])
             for one in header["averages"]:
-                snapshot = Snapshot(PowerProfile(one["std"]), one["updates"])
+                snapshot = Snapshot(PowerProfile(one["sigma_rel"]), one["updates"])
                 found.append(Stored(path, header["step"], snapshot))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no snapshot, or damaged: {error}. Remove it to do without it."
             ) from error
-    return sorted(found, key=lambda one: (one.step, one.snapshot.profile.std))
+    return sorted(found, key=lambda one: (one.step, one.snapshot.profile.sigma_rel))
 
 
 def mix(stored: Sequence[Stored], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def mix(stored: Sequence[Stored], weights: Sequence[float]) -> dict[str, Tensor]
     """
     total: dict[str, Tensor] = {}
     for one, weight in zip(stored, weights, strict=True):
-        prefix = f"{one.snapshot.profile.std}/"
+        prefix = f"{one.snapshot.profile.sigma_rel}/"
         with safe_open(one.path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 — not a dict
                 if key.startswith(prefix):
