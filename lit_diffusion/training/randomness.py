@@ -8,6 +8,8 @@ of devices changes a validation loss or a picture.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 
 import torch
@@ -33,12 +35,18 @@ def mix(*keys: int | str) -> int:
     """
     state = 0
     for key in keys:
-        number = int.from_bytes(key.encode()[:8], "little") if isinstance(key, str) else key
+        number = _number(key) if isinstance(key, str) else key
         state = (state ^ number) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
     return state
+
+
+@functools.cache
+def _number(word: str) -> int:
+    """64 bits of the whole word: "bound 10" and "bound 100" share no noise."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 def fraction(*keys: int | str) -> float:

@@ -53,3 +53,10 @@ def test_an_example_has_its_generator_whatever_its_batch():
     whole = [torch.randn(3, generator=g) for g in generators(0, "sample", list(range(5)))]
     part = [torch.randn(3, generator=g) for g in generators(0, "sample", [3, 4])]
     assert torch.equal(torch.stack(whole[3:]), torch.stack(part))
+
+
+def test_the_whole_word_counts():
+    assert mix(0, "bound 10", 3) != mix(0, "bound 100", 3)
+    words = [f"{word} {i}" for word in ("bound", "long purposes") for i in range(1000)]
+    assert len({mix(word) for word in words}) == len(words)
+    assert mix("12345678" + "9") != mix("12345678", "9")

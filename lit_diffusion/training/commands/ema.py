@@ -160,9 +160,9 @@ def _reconstructed(
     found = _Fit(sigma_rel, stored, sizes)
     if not found.within_reach:
         fail(
-            f"sigma_rel={sigma_rel} is out of reach of the snapshots up to step {step}: it would be "
-            f"off by {found.error:.0%} of its distance from the weights, {LIMIT:.0%} are allowed. Within "
-            f"reach are {_reach(stored, sizes)}."
+            f"sigma_rel={sigma_rel} is out of reach of the snapshots up to step {step}: it would "
+            f"be off by {found.error:.0%} of its distance from the weights, {LIMIT:.0%} are "
+            f"allowed. Within reach are {_reach(stored, sizes)}."
         )
     files = len({one.path for one in stored})
     late = f", from step {stored[-1].begin}" if stored[-1].begin else ""
