@@ -50,7 +50,7 @@ from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reporting.write import report, write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, refuse_weights_alone
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -60,6 +60,7 @@ from lit_diffusion.training.run.folder import (
     new_run_folder,
     run_loggers,
 )
+from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "main"]
 

@@ -40,7 +40,13 @@ from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.run.checkpoints import (
     WholeCheckpointIO,
     load_checkpoint,
+)
+from lit_diffusion.training.run.weights import (
+    RAW,
     refuse_weights_alone,
+    take_average,
+    use_raw_weights,
+    weights_name,
 )
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
@@ -162,7 +168,8 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         self.clip_denoised = clip_denoised
         self.seed = seed
         self._validation: Tensor | None = None
-        self.weights = "raw"  # or the name of an average, of what was loaded
+        self.weights = RAW  # or the name of the average that is in the parameters now
+        self._resumed: dict[str, Any] = {}  # the checkpoint, until its average is taken
         self.remember(
             network=network,
             schedule=schedule,
@@ -211,6 +218,16 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             callbacks.insert(0, BatchFit())
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_fit_start(self) -> None:
+        """Refuse to lose the average of a run that is resumed."""
+        left, self._resumed = take_average(self._resumed), {}
+        if left is not None:
+            raise ValueError(
+                "The checkpoint has an average of the weights, which no callback continues: add "
+                "EMA to trainer.callbacks, so that it is not lost."
+            )
+        self.weights = RAW
 
     def on_train_start(self) -> None:
         """Spare each step the hooks that no callback has."""
@@ -382,24 +399,14 @@ class LitDiffusion(DrawingModel, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training goes on from the raw weights; everything else uses the average."""
-        average = "an average" if "current_model_state" in checkpoint else "raw"
         if self._trainer is None or not self.trainer.training:
-            self.weights = str(checkpoint.get("average", average))
+            self.weights = weights_name(checkpoint)
             return
         refuse_weights_alone(checkpoint)
         self._keep_schedule(checkpoint["state_dict"])
-        if "current_model_state" not in checkpoint:
-            return
-        from lit_diffusion.training.callbacks import EMA
-
-        if not any(isinstance(callback, EMA) for callback in self.trainer.callbacks):
-            raise ValueError(
-                "This checkpoint keeps an average of the weights, which would be lost: add the "
-                "EMA callback to trainer.callbacks to go on with it."
-            )
-        checkpoint["average_model_state"] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = checkpoint["current_model_state"]
+        use_raw_weights(checkpoint)
         self._keep_schedule(checkpoint["state_dict"])
+        self._resumed = checkpoint
 
     def _keep_schedule(self, state: dict[str, Any]) -> None:
         """A run may go on under another schedule, which is only where the integral is sampled."""
@@ -446,6 +453,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
             model = cls(**kept, **arguments)
         model.load_state_dict(checkpoint["state_dict"], strict=strict)
+        model.weights = weights_name(checkpoint)
         return model.eval()
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
+from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
 __all__ = ["EMA", "name_of", "trained_weights"]
 
@@ -59,7 +60,7 @@ class EMA(L.Callback):
         self._raw: list[Tensor] | None = None  # the weights, while the average is in their place
         self._loaded: dict[str, Tensor] | None = None
         self._kept = ""  # name of the average in the checkpoint; older ones do not say
-        self._in_place = ""  # name of what the module has when nothing is followed
+        self._in_place = ""  # name of the module's weights while no average is updated
         self._last_step = 0
 
     @property
@@ -112,6 +113,7 @@ class EMA(L.Callback):
             weights = list(self._weights.values())
             self._raw = [w.clone() for w in weights]
             torch._foreach_copy_(weights, self._average.values)
+            pl_module.weights = self.profile  # type: ignore[assignment]
 
     @torch.no_grad()
     def _out(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -119,6 +121,7 @@ class EMA(L.Callback):
         if self._raw is not None:
             torch._foreach_copy_(list(self._weights.values()), self._raw)
             self._raw = None
+            pl_module.weights = RAW  # type: ignore[assignment]
 
     on_validation_start = on_test_start = on_predict_start = _in
     on_validation_end = on_test_end = on_predict_end = _out
@@ -143,11 +146,9 @@ class EMA(L.Callback):
     ) -> None:
         """Store the average as the model's state with its name, and the raw weights beside it."""
         if self._average is not None:
-            here, names = checkpoint["state_dict"], self._weights
+            names = self._weights
             raw = {} if self._raw is None else dict(zip(names, self._raw, strict=True))
-            average = dict(zip(names, self._average.values, strict=True))
-            checkpoint["state_dict"] = here | average
-            checkpoint["current_model_state"] = here | raw
+            add_average(checkpoint, dict(zip(names, self._average.values, strict=True)), raw)
         if self._average is not None or self._in_place:
             checkpoint["average"] = self.profile
 
@@ -155,9 +156,8 @@ class EMA(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the average until the parameters are on their device."""
-        self._loaded = checkpoint.pop("average_model_state", None)
-        unnamed = "an average" if "current_model_state" in checkpoint else "raw"
-        self._in_place = checkpoint.get("average", unnamed)
+        self._loaded = take_average(checkpoint)
+        self._in_place = weights_name(checkpoint)
 
 
 def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:

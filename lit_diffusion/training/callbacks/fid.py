@@ -15,12 +15,8 @@ from lit_diffusion.training.evaluation.features import InceptionFeatures
 from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
 from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
 from lit_diffusion.training.ranks import place
-from lit_diffusion.training.run.measurements import (
-    Measurement,
-    add_measurements,
-    versions,
-    weights_in_use,
-)
+from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.weights import weights_in_use
 
 __all__ = ["FID"]
 
@@ -219,7 +215,7 @@ class FID(L.Callback):
         return {
             "reference": self._reference.protocol,
             **self.generation.protocol(pl_module),
-            "weights": weights_in_use(trainer),
+            "weights": weights_in_use(pl_module),
             "versions": versions(),
         }
 

@@ -14,12 +14,8 @@ from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.training import randomness
-from lit_diffusion.training.run.measurements import (
-    Measurement,
-    add_measurements,
-    versions,
-    weights_in_use,
-)
+from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.weights import weights_in_use
 
 __all__ = ["Likelihood"]
 
@@ -210,7 +206,7 @@ class Likelihood(L.Callback):
         if n == 0:
             return
         measured = self.measurements(
-            pl_module, total, trainer.global_step, stage, weights_in_use(trainer)
+            pl_module, total, trainer.global_step, stage, weights_in_use(pl_module)
         )
         for one in measured:
             value = torch.tensor(one.value, device=pl_module.device)

@@ -19,6 +19,7 @@ from lit_diffusion.training.run.snapshots import (
     read_snapshots,
     scatter,
 )
+from lit_diffusion.training.run.weights import named_averages, weights_alone
 
 __all__ = ["ema"]
 
@@ -70,7 +71,7 @@ def ema(argv: list[str]) -> str:
     wanted = f"EMA(decay={config.decay})"
     if config.sigma_rel is not None:
         wanted = str(PowerProfile(config.sigma_rel))
-    followed = _followed(checkpoint)
+    followed = named_averages(checkpoint)
     name = next((n for n in followed if n == wanted or n.startswith(f"{wanted[:-1]},")), None)
     if config.decay is not None and (name is None or config.step is not None):
         fail(
@@ -101,15 +102,6 @@ def _checkpoint(run: Path) -> dict[str, Any]:
     if not path.is_file():
         fail(f"expected {path}, which says how the model is made; it is not there.")
     return load_checkpoint(path)
-
-
-def _followed(checkpoint: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The averages in a checkpoint by their names."""
-    kept = checkpoint.get("callbacks", {}).get("Averages", {}).get("averages", [])
-    followed = {one["name"]: one["weights"] for one in kept}
-    if "current_model_state" in checkpoint and "average" in checkpoint:
-        followed = {checkpoint["average"]: checkpoint["state_dict"]} | followed
-    return followed
 
 
 def _usable(stored: list[Stored], step: int) -> list[Stored]:
@@ -187,14 +179,13 @@ def _write(
             f"shape {tuple(weights[strange[0]].shape)}."
         )
     key = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-    kept = {k: checkpoint[k] for k in (key, "epoch", "pytorch-lightning_version")}
-    new = {"state_dict": state | weights, "global_step": step, "average": name, "callbacks": {}}
-    WholeCheckpointIO().save_checkpoint(new | kept, out)
+    new = weights_alone(state | weights, name, step, checkpoint[key], checkpoint["epoch"])
+    WholeCheckpointIO().save_checkpoint(new, out)
 
 
 def _listing(run: Path, checkpoint: dict[str, Any], stored: list[Stored]) -> str:
     """What averages a run has, and which can be made."""
-    followed = ", ".join(_followed(checkpoint)) or "none"
+    followed = ", ".join(named_averages(checkpoint)) or "none"
     lines = [f"In the checkpoint, of step {checkpoint['global_step']}: {followed}"]
     for profile in dict.fromkeys(one.snapshot.profile for one in stored):
         steps = [str(one.step) for one in stored if one.snapshot.profile == profile]

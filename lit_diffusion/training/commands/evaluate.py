@@ -43,6 +43,7 @@ from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
 from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.weights import weights_name
 
 __all__ = ["evaluate"]
 
@@ -272,11 +273,8 @@ def _callback(experiment: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _load(path: Path, run: Path | None, device: str) -> _Model:
     checkpoint = load_checkpoint(path)
-    average = "an average" if "current_model_state" in checkpoint else "raw"
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
-    return _Model(
-        model, path, checkpoint["global_step"], str(checkpoint.get("average", average)), run
-    )
+    return _Model(model, path, checkpoint["global_step"], weights_name(checkpoint), run)
 
 
 def _names_classes(network: nn.Module, data: ImageDataModule) -> bool:

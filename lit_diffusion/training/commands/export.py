@@ -28,6 +28,7 @@ from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint, sync
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
+from lit_diffusion.training.run.weights import weights_name
 
 __all__ = ["export"]
 
@@ -118,10 +119,7 @@ def _read(path: Path) -> _Trained:
     }
     model: Pretrained = build(described)
     model.load_state_dict(checkpoint["state_dict"])
-    average = "average" if "current_model_state" in checkpoint else "raw"
-    return _Trained(
-        model.eval(), described, checkpoint.get("average", average), checkpoint["global_step"]
-    )
+    return _Trained(model.eval(), described, weights_name(checkpoint), checkpoint["global_step"])
 
 
 def _measured(run: Path, trained: _Trained) -> list[Measurement]:

@@ -10,17 +10,13 @@ training in Python can begin from it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import lightning
-from lightning.pytorch import LightningModule
 
 from lit_diffusion.models import from_diffusers
 from lit_diffusion.registry import arguments
 from lit_diffusion.training.commands.parsing import DiffusionParser, fail
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.reporting.model_card import PUBLISHED
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.weights import PUBLISHED, weights_alone
 
 __all__ = ["import_pipeline"]
 
@@ -44,14 +40,6 @@ def import_pipeline(argv: list[str]) -> Path:
     if out.suffix != ".ckpt" or out.exists():
         fail(f"--out must be a new .ckpt file, got {out}.")
     model = LitDiffusion(**arguments(from_diffusers(config.folder)))
-    checkpoint: dict[str, Any] = {
-        "state_dict": model.state_dict(),
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": lightning.__version__,
-        "callbacks": {},  # none has a state, but with the key each is shown the checkpoint
-        "average": PUBLISHED,
-        LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
-    }
+    checkpoint = weights_alone(model.state_dict(), PUBLISHED, 0, model.hparams)
     WholeCheckpointIO().save_checkpoint(checkpoint, out)
     return out

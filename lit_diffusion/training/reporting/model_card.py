@@ -20,11 +20,11 @@ from lit_diffusion.objective import Objective
 from lit_diffusion.training.commands.objective import paragraphs
 from lit_diffusion.training.evaluation.overview import overview
 from lit_diffusion.training.run.measurements import Measurement
+from lit_diffusion.training.run.weights import PUBLISHED
 
-__all__ = ["PUBLISHED", "SAMPLES", "model_card"]
+__all__ = ["SAMPLES", "model_card"]
 
 SAMPLES = "samples.png"
-PUBLISHED = "as published"  # weights that were trained elsewhere
 _UNKNOWN = "The model was trained elsewhere, and what for is not known here."
 
 

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint", "refuse_weights_alone", "sync", "write_whole"]
+__all__ = ["WholeCheckpointIO", "load_checkpoint", "sync", "write_whole"]
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -75,23 +75,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
             weights_only: True is the only way.
         """
         return super().load_checkpoint(path, map_location, weights_only=True)
-
-
-def refuse_weights_alone(checkpoint: dict[str, Any]) -> None:
-    """Refuse to train on from what training did not write, such as an average made afterwards.
-
-    Args:
-        checkpoint: What was read.
-
-    Raises:
-        ValueError: If it has no state of an optimizer.
-    """
-    if "optimizer_states" not in checkpoint:
-        what = checkpoint.get("average", "no optimizer")
-        raise ValueError(
-            f"This checkpoint has weights alone ({what}): to go on training, take the "
-            "last.ckpt of its run."
-        )
 
 
 def sync(path: Path) -> None:

@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
-
 from lit_diffusion.training.run.checkpoints import write_whole
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "add_measurements",
     "read_measurements",
     "versions",
-    "weights_in_use",
 ]
 
 FILE = "metrics.json"
@@ -99,17 +96,3 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers are computed by."""
     names = ("lit-diffusion", "torch", "torchmetrics", "torch-fidelity")
     return {name: version(name) for name in names}
-
-
-def weights_in_use(trainer: Trainer) -> str:
-    """Which weights a validation sees: an average and its name, or the raw ones.
-
-    Args:
-        trainer: Has the callbacks.
-    """
-    from lit_diffusion.training.callbacks.ema import EMA
-
-    for callback in trainer.callbacks:
-        if isinstance(callback, EMA):
-            return callback.profile
-    return getattr(trainer.lightning_module, "weights", "raw")
