@@ -82,7 +82,6 @@ LONG_FILES: set[str] = {
     "lit_diffusion/schedules/textbook.py",
     "lit_diffusion/training/commands/evaluate.py",
     "lit_diffusion/training/data/module.py",
-    "lit_diffusion/training/data/stream.py",
     "lit_diffusion/training/module.py",
 }
 LONG_FUNCTIONS: set[str] = {
