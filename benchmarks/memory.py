@@ -32,7 +32,7 @@ from measuring import CONFIGS, arguments, machine, report
 from overhead import BareLoop
 
 from lit_diffusion.training import ImageDataModule, LitDiffusion
-from lit_diffusion.training.cli import DiffusionCLI
+from lit_diffusion.training.commands.fit import DiffusionCLI
 
 HERE, MIB = Path(__file__).parent, 2**20
 RESULT = "MEMORY_RESULT"

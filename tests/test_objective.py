@@ -17,7 +17,7 @@ from lit_diffusion.nn import ResidualMLP
 from lit_diffusion.objective import Objective, gaussian_error
 from lit_diffusion.published import PUBLISHED, nearest_published, objective_distance
 from lit_diffusion.training import LitDiffusion
-from lit_diffusion.training.commands.objective import save_objective
+from lit_diffusion.training.reporting.objective import save_objective
 
 OVERLAYS = (
     "ddpm",

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI, with plug-ins by bare class name and a folder for each run.
+"""The command line: parsing, dispatch, and one line for every mistake.
 
 A program with its own subclass of LitDiffusion or ImageDataModule has the same command line by
 calling `main(MyLit, MyData)`.
@@ -6,63 +6,33 @@ calling `main(MyLit, MyData)`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import inspect
 import logging
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
-from lit_diffusion.training.callbacks import (
-    FID,
-    Guard,
-    LastCheckpoint,
-    Likelihood,
-    Overview,
-    RankWatch,
-    SampleGrid,
-    Throughput,
-)
 from lit_diffusion.training.commands.compare import compare
 from lit_diffusion.training.commands.ema import ema
 from lit_diffusion.training.commands.encode import decode, encode
 from lit_diffusion.training.commands.evaluate import evaluate
 from lit_diffusion.training.commands.export import export
+from lit_diffusion.training.commands.fit import DiffusionCLI
 from lit_diffusion.training.commands.import_diffusers import import_pipeline
 from lit_diffusion.training.commands.objective import objective
-from lit_diffusion.training.commands.parsing import DiffusionParser, explain, fail, import_plugins
+from lit_diffusion.training.commands.parsing import explain, fail, import_plugins
 from lit_diffusion.training.commands.replay import replay
+from lit_diffusion.training.commands.report import report
 from lit_diffusion.training.commands.sample import sample
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.reporting.write import report, write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint
-from lit_diffusion.training.run.dashboard import Dashboard
-from lit_diffusion.training.run.environment import begin_session, end_session, outcome
-from lit_diffusion.training.run.folder import (
-    RunLogger,
-    SaveConfig,
-    last_checkpoint,
-    new_run_folder,
-    run_loggers,
-)
-from lit_diffusion.training.run.weights import refuse_weights_alone
 
-__all__ = ["DiffusionCLI", "main"]
+__all__ = ["main"]
 
 #: What a user's mistake raises; anything else is ours, and shows its traceback.
 MISTAKES = (ValueError, KeyError, OSError, ModuleNotFoundError, MisconfigurationException)
@@ -78,252 +48,6 @@ COMMANDS = {
     "export": export,
     "import": import_pipeline,
 }
-
-
-class _Bar(TQDMProgressBar):
-    """Lightning's bar, with the time that the whole run will take from here."""
-
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # of a logger: the run folder's name cut short
-        for callback in trainer.callbacks:
-            if isinstance(callback, Throughput) and (left := callback.time_left(trainer)):
-                metrics["left"] = left
-        return metrics
-
-
-class DiffusionCLI(LightningCLI):
-    """fit, validate, test and predict for a LitDiffusion and its data."""
-
-    def __init__(
-        self,
-        model_class: type[LitDiffusion],
-        data_class: type[ImageDataModule],
-        args: list[str] | None = None,
-    ) -> None:
-        self.run_folder: Path | None = None
-        self.resume_step: int | None = None
-        self.wandb_id: str | None = None
-        self.loggers: list[Any] = []
-        self.described: dict[str, Any] = {}
-        super().__init__(
-            model_class,
-            data_class,
-            parser_class=DiffusionParser,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            load_from_checkpoint_support=False,
-            auto_configure_optimizers=False,  # the optimizer is an argument of the model
-            args=args,
-            trainer_defaults={
-                "default_root_dir": "runs",
-                "use_distributed_sampler": False,
-                "max_epochs": -1,
-            },
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's name, plug-ins, and the one link: the data's shape is the model's."""
-        parser.add_argument(
-            "--name",
-            type=str,
-            default="run",
-            help="The run goes to <default_root_dir>/<name>/<time>.",
-        )
-        parser.add_argument(
-            "--plugins",
-            type=list[str] | str,
-            default=[],
-            help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
-        )
-        parser.link_arguments("data.image_shape", "model.image_shape")
-
-    def _parse_ckpt_path(self) -> None:
-        """Resolve `last`, check the file, and take the model of a checkpoint that is evaluated."""
-        config = self.config[self.config.subcommand]
-        path = config.get("ckpt_path")
-        if path is None:
-            return
-        if path == "last":
-            root = Path(config.trainer.default_root_dir)
-            found = last_checkpoint(root, config.name)
-            if found is None and self.config.subcommand != "fit":
-                fail(f"there is no checkpoint below {root / config.name}; train first.")
-            if found is None:
-                _note(f"No checkpoint below {root / config.name} yet: starting afresh.")
-                config.ckpt_path = None
-                return
-            _note(f"Going on from {found}.")
-            config.ckpt_path = path = str(found)
-        checkpoint = load_checkpoint(path)
-        self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
-        if self.config.subcommand == "fit":
-            refuse_weights_alone(checkpoint)
-            self.resume_step = checkpoint["global_step"]
-            self.wandb_id = checkpoint.get("wandb_id")
-            if Path(path).parent.name == "checkpoints":
-                self.run_folder = Path(path).parents[1]
-            return
-        _note("The model is the checkpoint's; what the command says of the model does not count.")
-        described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
-        described.pop("image_shape", None)  # the data's, by the link
-        self.config = self.parser.parse_object(
-            {self.config.subcommand: {"model": described}}, self.config
-        )
-
-    def before_instantiate_classes(self) -> None:
-        """Hand the shape of the data to the network, if it takes one."""
-        config = self.config[self.subcommand]
-        _hand_shape(config.model.get("network"), tuple(config.data.image_shape))
-
-    def instantiate_classes(self) -> None:
-        """Make model, data and trainer; the model keeps its config."""
-        super().instantiate_classes()
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        model = yaml.safe_load(text)["model"]
-        model["image_shape"] = list(self.model.image_shape)
-        self.model.remember(**model)
-        loss, prediction = self.model.loss, self.model.denoiser.prediction
-        chain = "" if loss.steps is None else f" in {loss.steps} steps"
-        whole = "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
-        _note(
-            f"Objective: {loss.weighting}, drawn from {loss.schedule}{chain}, {prediction}{whole}."
-        )
-        for name in ("weighting", "schedule", "prediction", "steps", "decoder"):
-            before, now = self.described.get(name), self.model.hparams[name]
-            if self.resume_step is not None and before != now:
-                _note(f"Note: the checkpoint was trained with another {name}: {before}")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the trainer, with the run folder, its loggers, and the callbacks nobody misses."""
-        config = self.config_init[self.subcommand]
-        trainer = config.trainer
-        callbacks = trainer.callbacks or []
-        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-        if self.run_folder is None:
-            self.run_folder = new_run_folder(Path(trainer.default_root_dir) / config.name)
-        if trainer.logger in (None, True) and not trainer.fast_dev_run:
-            self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
-            kwargs["logger"] = self.loggers
-        if trainer.enable_checkpointing is not False and not any(
-            isinstance(callback, Checkpoint) for callback in callbacks
-        ):
-            callbacks.append(LastCheckpoint())
-        if trainer.enable_progress_bar is not False and not any(
-            isinstance(callback, ProgressBar) for callback in callbacks
-        ):
-            # Refreshed at every step the bar alone would cost most of a millisecond.
-            callbacks.append(_Bar(refresh_rate=20))
-        for usual in (Guard, Throughput, Overview):  # the clock after Guard's look at the device
-            if not any(isinstance(callback, usual) for callback in callbacks):
-                callbacks.append(usual())
-        if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            callbacks.insert(0, RankWatch())
-        trainer.callbacks = callbacks
-        try:
-            made = super().instantiate_trainer(**kwargs)
-            settle_precision(made)  # the model would do it, too, when its report has begun
-            return made
-        except BaseException:
-            self._finish_dashboard(exit_code=1)
-            self._discard_if_empty()
-            raise
-
-    def _finish_dashboard(self, exit_code: int) -> None:
-        """Close the W&B run, so that the next run of this process has its own."""
-        for logger in self.loggers:
-            if isinstance(logger, Dashboard):
-                logger.finish(exit_code)
-
-    def _discard_if_empty(self) -> None:
-        """Remove the folder of a run that failed before it had anything to keep."""
-        folder = self.run_folder
-        if rank_zero_only.rank != 0 or folder is None or self.resume_step is not None:
-            return
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
-            shutil.rmtree(folder)
-            for parent in (folder.parent, folder.parent.parent):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()  # only if it is empty
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        self._begin_report()
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException as error:
-            self._finish_dashboard(exit_code=1)
-            self._discard_if_empty()
-            self._end_report(outcome(error))
-            raise
-        self._finish_dashboard(exit_code=0)
-        self._summarise()
-
-    def _reports(self) -> bool:
-        """Whether this process tells what became of a training."""
-        kept = any(isinstance(logger, RunLogger) for logger in self.trainer.loggers)
-        return self.subcommand == "fit" and rank_zero_only.rank == 0 and kept
-
-    def _begin_report(self) -> None:
-        """Write down what the run runs on; a run is not ended by what is said of it."""
-        if self._reports():
-            try:
-                trainer = self.trainer
-                ranks = trainer.num_devices * trainer.num_nodes
-                device = trainer.strategy.root_device
-                begin_session(self.run_folder, device, ranks, str(trainer.precision))
-            except Exception as error:
-                _note(f"Warning: what the run ran on is not recorded: {error}")
-
-    def _end_report(self, how: str) -> Path | None:
-        """Write the report of the run folder, if there is one; return where it is."""
-        if self._reports() and self.run_folder.is_dir():
-            try:
-                end_session(self.run_folder, how, self.trainer.global_step)
-                return write_report(self.run_folder)
-            except Exception as error:
-                _note(f"Warning: there is no report of this run: {error}")
-        return None
-
-    def _summarise(self) -> None:
-        """Name what there is to look at; the last line is the run folder."""
-        if not self.trainer.is_global_zero or self.run_folder is None:
-            return
-        losses = {k: float(v) for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
-        if self.subcommand == "fit":
-            _say(f"Steps: {self.trainer.global_step}")
-        for name, value in losses.items():
-            _say(f"{name}: {value:.4f} nats per dimension")
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
-                _say(callback.summary)
-        if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
-            return
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, SampleGrid) and callback.last_path is not None:
-                _say(f"Samples: {callback.last_path}")
-        if (page := self._end_report("finished")) is not None:
-            _say(f"Report: {page}")
-        _say(f"Run folder: {self.run_folder}")
-
-
-def _hand_shape(network: Any, shape: tuple[int, int, int]) -> None:
-    """Set image_shape in a network's config, and in those of the networks that it wraps.
-
-    A wrapper says by `inner_shapes` what its own arguments must be built for.
-    """
-    if network is None:
-        return
-    module, _, name = network.class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    if "image_shape" in inspect.signature(cls).parameters:
-        network.init_args = network.get("init_args") or jsonargparse.Namespace()
-        network.init_args.image_shape = shape
-    if hasattr(cls, "inner_shapes"):
-        given = dict(vars(network.get("init_args") or jsonargparse.Namespace()))
-        given["image_shape"] = shape
-        for argument, inner in cls.inner_shapes(**given).items():
-            _hand_shape(given.get(argument), inner)
 
 
 def _quiet() -> None:
@@ -353,12 +77,6 @@ def _one_line(
     if filename.startswith(_OURS):
         return f"Warning: {' '.join(str(message).split())}\n"
     return _USUAL(message, category, filename, lineno, line)
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    sys.stderr.write(" ".join(line.split()) + "\n")
-    sys.stderr.flush()
 
 
 def _say(line: str) -> None:

@@ -50,7 +50,7 @@ from lit_diffusion.training.run.weights import (
 )
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
-__all__ = ["LitDiffusion"]
+__all__ = ["LitDiffusion", "check_data_std"]
 
 
 class LitDiffusion(DrawingModel, L.LightningModule):
@@ -146,7 +146,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
                     f"LitDiffusion: expected an instance of {family.__name__}, got {part!r}; "
                     "was its pair of brackets forgotten?"
                 )
-        _agree_on_data_std(weighting, prediction)
+        check_data_std(weighting, prediction)
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, steps, decoder)
         if schedule.learns_ends and sampler.schedule is not None:
@@ -474,8 +474,16 @@ def _unknown_optimizer(parameters: Any) -> Any:
     raise ValueError("The checkpoint does not say how its optimizer was made: pass optimizer=….")
 
 
-def _agree_on_data_std(weighting: Weighting, prediction: Prediction) -> None:
-    """One standard deviation of the data, used by preconditioning and loss alike."""
+def check_data_std(weighting: Weighting, prediction: Prediction) -> None:
+    """Refuse a weighting and a prediction that assume different deviations of the data.
+
+    Args:
+        weighting: The weighting of the loss.
+        prediction: What the network outputs.
+
+    Raises:
+        ValueError: If an EDM prediction and a part of the weighting differ in data_std.
+    """
     if not isinstance(prediction, EDMPrediction):
         return
     for part in weighting.modules():

@@ -20,6 +20,7 @@ from PIL import Image
 from test_cli import CONFIGS, FAST, fit, run_folder
 
 from lit_diffusion.training import cli as command_line
+from lit_diffusion.training.commands import fit as fit_command
 from lit_diffusion.training.reporting import write as reporting
 from lit_diffusion.training.reporting.chart import POINTS, Line, chart
 from lit_diffusion.training.reporting.page import LARGE
@@ -362,8 +363,8 @@ def test_a_failing_report_fails_no_run(cli, monkeypatch):
     def broken(*args):
         raise OSError("no room")
 
-    monkeypatch.setattr(command_line, "write_report", broken)
-    monkeypatch.setattr(command_line, "begin_session", broken)
+    monkeypatch.setattr(fit_command, "write_report", broken)
+    monkeypatch.setattr(fit_command, "begin_session", broken)
     code, out, err = fit(cli, CONFIGS / "digits.yaml", overlay(Path()))
     assert code == 0, err
     folder = run_folder(out)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -95,6 +96,27 @@ def test_epochs_are_completed_from_the_next(folder):
     assert len(loader) == 8
     stream = labels(take(loader, 60))
     assert [sorted(stream[k : k + N]) for k in range(0, 420, N)] == [list(range(N))] * 7
+
+
+def test_the_loader_measures_how_long_its_user_waits(folder, monkeypatch):
+    loader = module(folder, batch_size=7).train_dataloader()
+    batches = loader.batches
+    plain = type(batches).__iter__
+
+    def slow(self):
+        for batch in plain(self):
+            time.sleep(0.02)
+            yield batch
+
+    assert loader.wait_seconds == 0
+    monkeypatch.setattr(type(batches), "__iter__", slow)
+    for _ in loader:
+        time.sleep(0.05)  # what the user does with a batch does not count
+    assert 8 * 0.02 <= loader.wait_seconds < 8 * 0.05
+    before = loader.wait_seconds
+    for _ in loader:
+        pass
+    assert loader.wait_seconds >= before + 8 * 0.02
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.objective import Objective
+from lit_diffusion.training.reporting.objective import save_objective
 from lit_diffusion.training.run.dashboard import Dashboard, show
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 
@@ -39,8 +40,6 @@ class Overview(L.Callback):
             return
         self._folder = Path(folder)
         try:
-            from lit_diffusion.training.commands.objective import save_objective
-
             loss: Any = pl_module.loss
             prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]
             found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)

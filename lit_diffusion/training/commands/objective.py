@@ -7,34 +7,18 @@ Nothing is trained and no data are read; of a whole experiment only the model's 
 
 from __future__ import annotations
 
-import math
-import textwrap
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor, nn
 
-from lit_diffusion.description import build
-from lit_diffusion.objective import Objective, gaussian_error
-from lit_diffusion.predictions import Prediction, VPrediction, XPrediction
-from lit_diffusion.published import PUBLISHED, nearest_published
-from lit_diffusion.registry import arguments
-from lit_diffusion.schedules import NoiseSchedule
+from lit_diffusion.objective import Objective
 from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_checkpoint
-from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.run.figures import save_figure
-from lit_diffusion.weightings import Weighting
+from lit_diffusion.training.module import LitDiffusion, check_data_std
+from lit_diffusion.training.reporting.objective import objective_of, objective_text, save_objective
 
-__all__ = ["objective", "paragraphs", "save_objective"]
-
-DATA_STD, DIMS = 0.5, 192  # the Gaussian data that the report speaks of: 8×8 colour images
-ROWS = 9  # of the table
-_PARTS = ("schedule", "weighting", "prediction", "sampler", "steps", "decoder")
-_COLOURS = {"ε": "#17407a", "x": "#c2571a", "v": "#3c8d5a"}
+__all__ = ["objective"]
 
 
 def objective(
@@ -82,222 +66,15 @@ def objective(
         if other := [word for word in asked if word in ("-c", "--config") or "--model" in word]:
             fail(f"a checkpoint has its own objective: give --ckpt_path or {other[0]}, not both.")
         path = find_checkpoint(config.ckpt_path, config.name if "--name" in asked else "*")
-        model = LitDiffusion.load_from_checkpoint(path)
+        model = LitDiffusion.load_from_checkpoint(path)  # a schedule may have learned
+        loss, decoder = model.loss, model.loss.decoder
+        found = Objective(loss.schedule, loss.weighting, model.denoiser.prediction, loss.steps)
     else:
         given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
-        # All checks of a model are made; its network has no say.
-        model = LitDiffusion(
-            network=nn.Identity(), **{name: build(given.get(name)) for name in _PARTS}
-        )
-    loss = model.loss
-    found = Objective(loss.schedule, loss.weighting, model.denoiser.prediction, loss.steps)
-    text = _report(
-        found, "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
-    )
+        found, decoder = objective_of(given)
+        check_data_std(found.weighting, found.prediction)
+    text = objective_text(found, decoder)
     if out is not None:
         save_objective(found, out)
         text += f"\n\nFigure: {out}"
     return text
-
-
-# The report ------------------------------------------------------------------------------------
-
-
-def _call(value: Any) -> str:
-    """How an object would be written, its inner ones too, on one line with six digits."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, tuple) and len(value) > 6:  # a table of levels has a thousand
-        return f"({_call(value[0])}, …, {_call(value[-1])})"
-    if not isinstance(value, (NoiseSchedule, Weighting, Prediction)):
-        return repr(value)
-    try:
-        inner = ", ".join(f"{name}={_call(part)}" for name, part in arguments(value).items())
-    except TypeError:  # a plug-in that does not keep what it was made with
-        return type(value).__name__
-    return f"{type(value).__name__}({inner})"
-
-
-def paragraphs(found: Objective, bound: str = "") -> list[str]:
-    """An objective in words: what it is, what it means, how it scatters, whose it is.
-
-    Args:
-        found: The objective.
-        bound: What is said of the decoder, if the loss is the whole bound.
-    """
-    chain = "" if found.steps is None else f" in {found.steps} steps"
-    head = (
-        f"Objective: {_call(found.weighting)}, drawn from {_call(found.schedule)}{chain}, "
-        f"{_call(found.prediction)}{bound}."
-    )
-    meaning = found.meaning()
-    if "added. A share" in meaning:  # the name of a density is not broken in two
-        name = found.augmentation_name()
-        meaning = meaning.replace(name, name.replace(" ", "\N{NO-BREAK SPACE}"))
-    said = [head, meaning, _scatter(found), _neighbours(found)]
-    if bound:
-        said.insert(
-            2,
-            "The decoder's two terms are added as they are; all that is said here is of the rest.",
-        )
-    return said
-
-
-def _report(found: Objective, bound: str) -> str:
-    said = paragraphs(found, bound)
-    wrapped = [textwrap.fill(p, 80, break_on_hyphens=False) for p in said]
-    text = "\n\n".join([wrapped[0], _table(found), *wrapped[1:]])
-    return text.replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _table(found: Objective) -> str:
-    """The curves at a few λ, each column four digits at most."""
-    pick = torch.linspace(0, len(found.logsnr) - 1, ROWS).round().long()
-    loss = found.loss_density(DATA_STD)
-    below = torch.cat([loss.new_zeros(1), torch.cumulative_trapezoid(loss, found.logsnr)])
-    columns = {
-        "λ": found.logsnr,
-        "p": found.density,
-        "w on ε": found.weight,
-        "on x": found.weight_on(XPrediction()),
-        "on v": found.weight_on(VPrediction()),
-        "on output": found.weight_on(found.prediction),
-        "w/p": found.ratio,
-        "loss up to λ": below,
-    }
-    lines = ["".join(f"{name:>{_width(name)}}" for name in columns)]
-    for i in pick.tolist():
-        cells = (
-            f"{_cell(name, float(column[i])):>{_width(name)}}" for name, column in columns.items()
-        )
-        lines.append("".join(cells))
-    return "\n".join(lines)
-
-
-def _width(name: str) -> int:
-    return {"λ": 7, "loss up to λ": 14, "on output": 11}.get(name, 9)
-
-
-def _cell(name: str, value: float) -> str:
-    if name == "λ":
-        return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-    if name == "loss up to λ":
-        return f"{value:.1%}"
-    return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def _scatter(found: Objective) -> str:
-    scatter, least = found.std_over_mean(DATA_STD, DIMS), math.sqrt(2 / DIMS)
-    return (
-        f"The loss of one draw has a standard deviation of {scatter:.2f} times its mean, for "
-        f"Gaussian data ({DIMS} dimensions of standard deviation {DATA_STD}) and the best "
-        f"denoiser; {least:.2f} is the least that a schedule can reach."
-    )
-
-
-def _neighbours(found: Objective) -> str:
-    (name, nearest), *others = nearest_published(found)
-    if nearest.total < 1e-3:
-        chain = PUBLISHED[name].steps
-        but = "" if chain == found.steps else f", but for its steps, {chain or 'none'}"
-        return f"It is a published objective: {name}{but}."
-    rest = ", ".join(f"{other} {distance.total:.2f}" for other, distance in others)
-    return (
-        f"Nearest published objective: {name}, distance {nearest.total:.2f} (weight "
-        f"{nearest.weight:.2f}, density {nearest.density:.2f}, prediction "
-        f"{nearest.prediction:.2f}). Then {rest}."
-    )
-
-
-# The figure ------------------------------------------------------------------------------------
-
-
-def save_objective(found: Objective, path: Path) -> None:
-    """Draw an objective's curves, whole or not at all.
-
-    Args:
-        found: The objective.
-        path: A .png or .pdf file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex=True).flatten()
-    logsnr = found.logsnr
-    _draw_density(axes[0], found)
-    _draw_weights(axes[1], found, logsnr)
-    _draw_ratio(axes[2], found, logsnr)
-    _draw_mixture(axes[3], found)
-    for axis in axes:
-        axis.set_xlim(*found.schedule.ends)
-        axis.spines[["top", "right"]].set_visible(False)
-        for low, high in found.rises():
-            axis.axvspan(low, high, color="0.93", zorder=0)
-    for axis in axes[2:]:
-        axis.set_xlabel("λ, from noise to clean data")
-    chain = "" if found.steps is None else f", {found.steps} steps"
-    lines = [_call(found.weighting), f"{_call(found.schedule)}{chain}, {_call(found.prediction)}"]
-    figure.suptitle("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=9)
-    save_figure(figure, path)
-
-
-def _draw_density(axis: Any, found: Objective) -> None:
-    axis.fill_between(found.logsnr, found.density, color=_COLOURS["ε"], alpha=0.15, linewidth=0)
-    axis.plot(found.logsnr, found.density, color=_COLOURS["ε"])
-    axis.set_ylim(bottom=0)
-    axis.set_title("p(λ): where λ is drawn", fontsize=10)
-
-
-def _draw_weights(axis: Any, found: Objective, logsnr: Tensor) -> None:
-    curves = {
-        "ε": found.weight,
-        "x": found.weight_on(XPrediction()),
-        "v": found.weight_on(VPrediction()),
-    }
-    for letter, curve in curves.items():
-        style = "--" if letter == "v" else "-"  # v lies on ε at one end and on x at the other
-        axis.plot(logsnr, curve, style, color=_COLOURS[letter], label=f"on {letter}")
-    axis.set_yscale("log")
-    whole = torch.stack(list(curves.values()))
-    highest, lowest = float(whole.max()), float(whole.min())
-    # Tails of a normal density reach 1e-20: they would flatten all that there is to see.
-    axis.set_ylim(bottom=max(lowest / 3, highest * 1e-12), top=highest * 3)
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title("w(λ): the weight on the error of ε, x and v", fontsize=10)
-
-
-def _draw_ratio(axis: Any, found: Objective, logsnr: Tensor) -> None:
-    error = gaussian_error(logsnr, DATA_STD)
-    ratio = found.ratio
-    scale = float(torch.trapezoid(found.weight * error, logsnr))
-    draw = ratio * error / scale
-    axis.plot(logsnr, ratio / scale, color="0.6", label="w/p")
-    axis.plot(logsnr, draw, color=_COLOURS["ε"], label="w/p × error of the best denoiser")
-    axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set_yscale("log")
-    top = float(draw[draw.isfinite()].max())
-    axis.set_ylim(1e-3, max(10.0, 3 * top))
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title("Loss of one draw over its mean; level is best", fontsize=10)
-
-
-def _draw_mixture(axis: Any, found: Objective) -> None:
-    middle = (found.logsnr[1:] + found.logsnr[:-1]) / 2
-    density, mixture = found.augmentation_density(), found.mixture()
-    axis.fill_between(middle, density.clamp(min=0), color=_COLOURS["v"], alpha=0.3, linewidth=0)
-    axis.fill_between(middle, density.clamp(max=0), color="#b3261e", alpha=0.3, linewidth=0)
-    axis.plot(middle, density, color="0.2", linewidth=1)
-    axis.axhline(0, color="0.3", linewidth=0.8)
-    if mixture.clean > 1e-3:
-        # A mass has no height among densities: all of it is as high as the panel.
-        top = max(float(density.max()), 1e-9 if mixture.falls.mass else 1.0)
-        axis.vlines(found.logsnr[-1], 0, mixture.clean * top, color=_COLOURS["v"], linewidth=6)
-        axis.set_ylim(top=1.05 * top)
-    clean = f"clean data: {mixture.clean:.2g}"
-    if found.monotone:
-        title = f"−dw/dλ: the noise added to the data; {clean}"
-    else:
-        title = f"−dw/dλ: a signed mixture, no likelihood; {clean}"
-    axis.set_title(title, fontsize=10)

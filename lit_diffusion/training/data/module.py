@@ -25,9 +25,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_diffusion.training.data.bad_examples import Bad, BadExample, BadExamples
 from lit_diffusion.training.data.columns import BATCH
 from lit_diffusion.training.data.images import ImageDecoder
+from lit_diffusion.training.data.loader import TrainLoader
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.sources import find_splits, open_split
-from lit_diffusion.training.data.stream import ShuffledBatches, TrainLoader
+from lit_diffusion.training.data.stream import ShuffledBatches
 from lit_diffusion.training.data.validation import FixedBatches, usable
 
 ORDER_VERSION = 2  # to be raised whenever the same arguments give another order

@@ -17,8 +17,8 @@ import yaml
 import lit_diffusion
 from lit_diffusion.models import Pretrained
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.commands.objective import paragraphs
 from lit_diffusion.training.evaluation.overview import overview
+from lit_diffusion.training.reporting.objective import paragraphs
 from lit_diffusion.training.run.measurements import Measurement
 from lit_diffusion.training.run.weights import PUBLISHED
 
@@ -91,8 +91,7 @@ def _objective(model: Pretrained) -> list[str]:
     """What it was trained for, in words."""
     loss = model.loss
     found = Objective(loss.schedule, loss.weighting, model.prediction, loss.steps)
-    bound = "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
-    said = paragraphs(found, bound)
+    said = paragraphs(found, loss.decoder)
     said[0] = said[0].removeprefix("Objective: ")
     return [text.replace("\N{NO-BREAK SPACE}", " ") for text in (said[0], said[1], said[-1])]
 

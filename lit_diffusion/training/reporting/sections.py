@@ -6,21 +6,15 @@ import csv
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from lit_diffusion.description import build
-from lit_diffusion.objective import Objective
 from lit_diffusion.published import nearest_published
-from lit_diffusion.training.commands.objective import save_objective
 from lit_diffusion.training.evaluation.overview import overview
 from lit_diffusion.training.evaluation.tables import TITLES
-from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.chart import Line, chart
+from lit_diffusion.training.reporting.objective import headline, objective_of, save_objective
 from lit_diffusion.training.reporting.page import (
     code,
     fold,
@@ -147,21 +141,14 @@ def _objective(run: Run) -> str:
     model = run.config.get("model")
     if not isinstance(model, dict):
         return picture(path, "The objective", "") if path.is_file() else ""
-    parts = ("schedule", "weighting", "prediction", "sampler", "steps", "decoder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a network of no use cannot be kept
-        built = LitDiffusion(network=nn.Identity(), **{n: build(model.get(n)) for n in parts})
-    loss, prediction = built.loss, built.denoiser.prediction
-    found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
-    chain = "" if loss.steps is None else f" in {loss.steps} steps"
-    whole = "" if loss.decoder is None else f", plus prior and reconstruction, {loss.decoder}"
+    found, decoder = objective_of(model)
     (name, distance), *_ = nearest_published(found, 1)
     near = (
         f"It is a published objective: {name}."
         if distance.total < 1e-3
         else f"The nearest published objective is {name}, at a distance of {distance.total:.2f}."
     )
-    said = f"{loss.weighting}, drawn from {loss.schedule}{chain}, {prediction}{whole}."
+    said = headline(found, decoder)
     alt = "Density of λ, weights on the errors, loss of a draw, and noise of the data, over λ"
     with tempfile.TemporaryDirectory() as scratch:
         if not path.is_file():
