@@ -19,10 +19,13 @@ help:  ## Show this list.
 demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop) and draw some.
 	$(BIN)/lit-diffusion fit --config configs/digits.yaml
 
-# Small tests on small tensors: a second thread only waits.
+# One process for each core, and one thread in each: the tensors are small, and a second thread only
+# waits. A process that has finished takes over tests of another; neighbours, which share fixtures,
+# stay together. No more than eight, since each needs two gigabytes. WORKERS=0 runs in one process.
+WORKERS ?= auto
 test: export OMP_NUM_THREADS ?= 1
-test: .venv/.dev  ## Run every test that is not marked slow.
-	$(BIN)/python -m pytest
+test: .venv/.dev  ## Run every test that is not marked slow, on all cores.
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
 lint: .venv/.dev  ## Check style, imports and the types of the mathematics.
 	$(BIN)/ruff check .
@@ -32,7 +35,12 @@ lint: .venv/.dev  ## Check style, imports and the types of the mathematics.
 docs: .venv/.dev  ## Build the documentation, gallery included; any warning is an error.
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-check: lint docs test  ## All that a change must pass.
+# Style and documentation keep one core each, so they run side by side; the tests need all cores,
+# and their summary is the last line.
+check:  ## All that a change must pass.
+	@$(MAKE) --no-print-directory .venv/.dev
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint docs
+	@$(MAKE) --no-print-directory test
 
 benchmark: .venv/.dev  ## Measure the speed of everything (half an hour); results go to speed/
 	$(BIN)/python benchmarks/speed.py --out speed
