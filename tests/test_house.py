@@ -84,7 +84,6 @@ LONG_FILES: set[str] = {
 }
 LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.likelihood.consistency_bound",
-    "lit_diffusion.nn.unet.__init__",
     "lit_diffusion.testing.check_schedule",
     "lit_diffusion.training.evaluation.reference._measure",
     "lit_diffusion.training.module.__init__",
