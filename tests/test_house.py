@@ -81,15 +81,12 @@ UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = {
     "lit_diffusion/schedules/textbook.py",
-    "lit_diffusion/training/commands/evaluate.py",
     "lit_diffusion/training/module.py",
 }
 LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.likelihood.consistency_bound",
     "lit_diffusion.nn.unet.__init__",
     "lit_diffusion.testing.check_schedule",
-    "lit_diffusion.training.commands.evaluate._parser",
-    "lit_diffusion.training.commands.evaluate.evaluate",
     "lit_diffusion.training.evaluation.reference._measure",
     "lit_diffusion.training.module.__init__",
 }
@@ -100,7 +97,6 @@ PRIVATE: set[tuple[str, str]] = {
     ("lit_diffusion.training.callbacks.last_checkpoint", "_should_check_val_fx"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._parse_ckpt_path"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._run_subcommand"),
-    ("lit_diffusion.training.commands.parsing", "jsonargparse._typehints"),
     ("lit_diffusion.training.data.table", "_fingerprint"),
     ("lit_diffusion.training.run.folder", "_Rows._check_log_dir_exists"),
     ("lit_diffusion.training.run.folder", "_Rows._rewrite_with_new_header"),

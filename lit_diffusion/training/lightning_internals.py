@@ -1,4 +1,4 @@
-"""All that this library uses of the private parts of Lightning and of W&B, and why.
+"""All that is used of the private parts of Lightning, its parser and W&B, each with the reason.
 
 Each function stands for one private name. `tests/training/test_lightning_internals.py` compares
 each with what a user sees of the library, and so fails by name when a release changes it.
@@ -6,11 +6,14 @@ each with what a user sees of the library, and so fails by name when a release c
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning as L
 
-__all__ = ["logged_step", "wandb_process"]
+from lit_diffusion.description import allowed_modules
+
+__all__ = ["logged_step", "prefer_importable_classes", "wandb_process"]
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -37,3 +40,31 @@ def wandb_process() -> Any:
     from wandb.sdk import wandb_setup
 
     return wandb_setup.singleton()._connection._proc._process  # type: ignore[union-attr]
+
+
+def prefer_importable_classes() -> None:
+    """Let a bare name in a config mean the class that may be imported, where another has it too.
+
+    jsonargparse resolves a bare name among all imported subclasses of the argument's type, and
+    calls it ambiguous if two have it: diffusers has a FourierFeatures as well as we. Its setting
+    `import_path_allowlist` is only asked afterwards, and there is no public way to choose the
+    candidates (4.53). Two classes that may both be imported stay ambiguous.
+    """
+    from jsonargparse import _typehints
+
+    find = _typehints.get_all_subclass_paths
+    if hasattr(find, "__wrapped__"):  # done before
+        return
+
+    @functools.wraps(find)
+    def paths(*args: Any, **kwargs: Any) -> list[str]:
+        found = find(*args, **kwargs)
+        allowed = tuple(f"{module}." for module in allowed_modules())
+        taken = {path.rpartition(".")[2] for path in found if path.startswith(allowed)}
+        return [
+            path
+            for path in found
+            if path.startswith(allowed) or path.rpartition(".")[2] not in taken
+        ]
+
+    _typehints.get_all_subclass_paths = paths

@@ -544,7 +544,7 @@ def test_the_table_is_at_common_noise_levels(cli, tmp_path):
         (("good", "header"), "no record yet"),
         (("good", "other"), "not as NoiseLevelLoss writes it: expected the columns"),
         (("good", "torn"), "not as NoiseLevelLoss writes it"),
-        (("good", "good"), "each run once"),
+        (("good", "good"), "expected each run once"),
         (("good", "--out", "both.doc"), ".png, .pdf, .svg, got both.doc"),
         (("good", "--colour"), "no argument is called --colour"),
     ],
