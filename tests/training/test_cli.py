@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 
 from lit_diffusion import SCHEDULES
@@ -268,7 +269,7 @@ def test_a_local_plugin_by_bare_name_from_the_console_script(tmp_path):
         LitDiffusion.load_from_checkpoint(ckpt)
     words = [sys.executable, "-m", "lit_diffusion", "sample", "--ckpt_path", ckpt]
     words += ["--plugins", "my_plugins", "--num_samples", "1"]
-    done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "samples.png").is_file()
 
@@ -456,10 +457,8 @@ def test_kill_and_resume_is_exact(tmp_path):
 
     def start(folder, *more):
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [*words, *more], cwd=folder, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        with (folder / "log.txt").open("a") as log:
+            return warm.Popen([*words, *more], cwd=folder, env=environment, stdout=log, stderr=log)
 
     assert start(tmp_path / "whole").wait(300) == 0
     part = tmp_path / "part"

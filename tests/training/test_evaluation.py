@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from PIL import Image
 
 from lit_diffusion.training.run.measurements import (
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     """A short run of the demo, with its FID and Likelihood."""
     folder = tmp_path_factory.mktemp("trained")
     words = [sys.executable, "-m", "lit_diffusion", *FIT]
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    done = warm.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "runs"
 
