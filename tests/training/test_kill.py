@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
         [sys.executable, "-c", FULL, str(path)], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert "cannot be written" in done.stdout, done.stderr[-2000:]
-    assert "the one before it is intact" in done.stdout
+    assert "the previous one is intact" in done.stdout
     assert "Make room" in done.stdout
     assert "\n" not in done.stdout.strip()
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(10))

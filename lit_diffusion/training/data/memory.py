@@ -49,7 +49,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lit_diffusion.training.data.bad_examples import FEW, Bad, BadExample, BadExamples
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.stream import ORDER, Example, Position, coin, mirror, permutation
-from lit_diffusion.training.run.checkpoints import sync
+from lit_diffusion.training.run.whole_file import sync
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, is another: all maps
 # are then made anew.

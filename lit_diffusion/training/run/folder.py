@@ -25,8 +25,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = [
     "RunLogger",
