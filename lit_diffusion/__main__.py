@@ -90,7 +90,8 @@ def _print_plugins(argv: list[str]) -> None:
             raise SystemExit(2) from error
     from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `lit-diffusion plugins | head` just ends
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `lit-diffusion plugins | head` just ends
     families = (SCHEDULES, WEIGHTINGS, PREDICTIONS, SAMPLERS, DECODERS)
     packages = {cls: cls.__module__.partition(".")[0] for f in families for cls in f.classes()}
     wide = max(map(len, packages.values()))

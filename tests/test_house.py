@@ -95,10 +95,6 @@ LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.training.module.__init__",
 }
 PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_data_fetcher"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_logger_connector"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_should_accumulate"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_should_check_val_fx"),
     ("lit_diffusion.training.callbacks.overview", "_batches_that_stepped"),
     ("lit_diffusion.training.callbacks.throughput", "_on_after_fetch"),
     ("lit_diffusion.training.callbacks.throughput", "_on_before_fetch"),
@@ -107,11 +103,8 @@ PRIVATE: set[tuple[str, str]] = {
     ("lit_diffusion.training.commands.parsing", "jsonargparse._typehints"),
     ("lit_diffusion.training.data.sources", "_ex_iterable"),
     ("lit_diffusion.training.data.sources", "_fingerprint"),
-    ("lit_diffusion.training.run.dashboard", "_batches_that_stepped"),
     ("lit_diffusion.training.run.dashboard", "_connection"),
     ("lit_diffusion.training.run.dashboard", "_proc"),
-    ("lit_diffusion.training.run.folder", "_Rows._check_log_dir_exists"),
-    ("lit_diffusion.training.run.folder", "_Rows._rewrite_with_new_header"),
 }
 
 
