@@ -152,9 +152,9 @@ class DiffusionCLI(LightningCLI):
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
-        found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+        found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
         _note(f"Objective: {headline(found, loss.decoder)}")
-        for name in ("weighting", "schedule", "prediction", "steps", "decoder"):
+        for name in ("weighting", "schedule", "prediction", "num_timesteps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 _note(f"Note: the checkpoint was trained with another {name}: {before}")

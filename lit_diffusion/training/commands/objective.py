@@ -68,7 +68,9 @@ def objective(
         path = find_checkpoint(config.ckpt_path, config.name if "--name" in asked else "*")
         model = LitDiffusion.load_from_checkpoint(path)  # a schedule may have learned
         loss, decoder = model.loss, model.loss.decoder
-        found = Objective(loss.schedule, loss.weighting, model.denoiser.prediction, loss.steps)
+        found = Objective(
+            loss.schedule, loss.weighting, model.denoiser.prediction, loss.num_timesteps
+        )
     else:
         given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
         found, decoder = objective_of(given)
