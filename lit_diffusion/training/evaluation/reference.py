@@ -66,7 +66,7 @@ def open_reference(
     identity = {
         "format": FORMAT,
         "split": split,
-        "fingerprint": data.decoder(split).source.fingerprint,
+        "fingerprint": data.open_split(split).source.fingerprint,
         "image_shape": list(data.image_shape),
         "image_key": data.image_key,
         "label_key": data.label_key,
