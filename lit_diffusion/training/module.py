@@ -36,7 +36,6 @@ from lit_diffusion.times import fixed_times, stratified_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.conditions import check_network, from_batch
-from lit_diffusion.training.hooks import leave_out_empty_hooks
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.run.checkpoints import (
     WholeCheckpointIO,
@@ -211,12 +210,14 @@ class LitDiffusion(DrawingModel, L.LightningModule):
 
     # Training and validation ---------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The callback that every model brings along: `BatchFit`, unless the trainer has one."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(one, BatchFit) for one in callbacks) else [BatchFit()]
+
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole or not at all, and settle what the device cannot do."""
         settle_precision(self.trainer)
-        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, BatchFit) for callback in callbacks):
-            callbacks.insert(0, BatchFit())
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -229,10 +230,6 @@ class LitDiffusion(DrawingModel, L.LightningModule):
                 "EMA to trainer.callbacks, so that it is not lost."
             )
         self.weights = RAW
-
-    def on_train_start(self) -> None:
-        """Spare each step the hooks that no callback has."""
-        leave_out_empty_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""

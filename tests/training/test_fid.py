@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import warm
 from torch import nn
 
 from lit_diffusion import AncestralSampler, DDIMSampler, HeunSampler
@@ -537,9 +537,10 @@ def measured(folder, devices=1, precision="32-true", samples=37, batch_size=8):
     script = folder / "job.py"
     script.write_text(JOB)
     here = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     words = [folder, devices, precision, samples, batch_size]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, str(script), *map(str, words)],
         env=environment,
         capture_output=True,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 __all__ = ["NoiseLevels", "draw", "read_table", "table_text"]
 
-MEANS = ("eps_mse", "eps_error_variance", "loss", "loss_variance")
+MEANS = ("eps_mse", "eps_mse_variance", "loss", "loss_variance")
 COLUMNS = (
     *("step", "stage", "logsnr_min", "logsnr_max"),
     *("count", "not_finite", "density", *MEANS, "gradient_norm"),
@@ -46,7 +46,7 @@ class NoiseLevels(NamedTuple):
     count: Tensor
     not_finite: Tensor
     eps_mse: Tensor
-    eps_error_variance: Tensor
+    eps_mse_variance: Tensor
     loss: Tensor
     loss_variance: Tensor
     gradient_norm: Tensor
@@ -61,7 +61,7 @@ class NoiseLevels(NamedTuple):
             step: Optimizer steps so far.
             stage: train or val.
             edges: Of the bins.
-            sums: Count, Σ eps_mse, Σ eps_error², Σ loss, Σ loss²; first those of finite losses
+            sums: Count, Σ eps_mse, Σ eps_mse², Σ loss, Σ loss²; first those of finite losses
                 for each bin, then the others', of which only the count is looked at.
             gradient_norm: Of each bin; NaN if unknown.
 
