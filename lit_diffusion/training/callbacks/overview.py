@@ -43,7 +43,7 @@ class Overview(L.Callback):
         try:
             loss: Any = pl_module.loss
             prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]
-            found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+            found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
             save_objective(found, self._folder / "objective.png")
         except Exception as error:
             rank_zero_warn(f"The objective is not drawn: {type(error).__name__}: {error}")

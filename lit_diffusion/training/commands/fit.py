@@ -29,12 +29,12 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
-    RunLogger,
     SaveConfig,
     last_checkpoint,
     new_run_folder,
     run_loggers,
 )
+from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]
@@ -138,9 +138,9 @@ class DiffusionCLI(LightningCLI):
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
-        found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+        found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
         _note(f"Objective: {headline(found, loss.decoder)}")
-        for name in ("weighting", "schedule", "prediction", "steps", "decoder"):
+        for name in ("weighting", "schedule", "prediction", "num_timesteps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 _note(f"Note: the checkpoint was trained with another {name}: {before}")
