@@ -3,9 +3,9 @@
     python benchmarks/data.py [--path FOLDER] [--examples 8000] [--rounds 5]
 
 Streaming: JPEG images of 64 × 64 in parquet files, read, shuffled, decoded and put in batches by
-`ImageDataModule`, compared with a bare loop that only reads the same files with
-pyarrow and decodes with torchvision. The two alternate in one run, so that a noisy machine disturbs
-them alike; reported are medians over rounds. Memory is that of all processes together (their
+`ImageDataModule`, compared with a bare loop that only reads the same files with pyarrow
+and decodes with torchvision. The two alternate in one run, so that a noisy machine disturbs them
+alike; reported are medians over rounds. Memory is that of all processes together (their
 proportional sets), from the first thousand examples to 200,000.
 
 In memory: 32 × 32 PNG images, decoded once into a map, then batches of 256 in this process,
