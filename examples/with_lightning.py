@@ -36,7 +36,7 @@ def main(max_steps: int = 200) -> None:
     trainer.save_checkpoint("digits.ckpt")
     model = LitDiffusion.load_from_checkpoint("digits.ckpt")
     images = model.sample(100, torch.Generator().manual_seed(0))
-    truth = next(iter(data.val_dataloader()))["image"]
+    truth = next(iter(data.val_dataloader()))["image"] / 127.5 - 1  # stored as uint8
     print(f"mean of samples {images.mean():.3f}, of data {truth.mean():.3f}")
     print(f"std of samples  {images.std():.3f}, of data {truth.std():.3f}")
 

@@ -78,7 +78,9 @@ def overview(measured: list[Measurement]) -> Overview:
 def _how(protocol: dict[str, Any]) -> str:
     """What was looked at, in a few words."""
     if "draws" in protocol:
-        chain = "" if protocol.get("steps") is None else f", {protocol['steps']} steps"
+        chain = (
+            "" if protocol.get("num_timesteps") is None else f", {protocol['num_timesteps']} steps"
+        )
         low, high = protocol["λ"]
         return (
             f"{protocol['examples']} examples, {protocol['draws']} draws{chain}, λ in "

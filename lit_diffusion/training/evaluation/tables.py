@@ -109,7 +109,11 @@ def markdown(
     if bound:
         bits, *terms = bound
         about = bits.protocol
-        chain = "continuous time" if about["steps"] is None else f"{about['steps']} steps"
+        chain = (
+            "continuous time"
+            if about["num_timesteps"] is None
+            else f"{about['num_timesteps']} steps"
+        )
         parts = ", ".join(f"{t.name.removeprefix('bpd_')} {t.value:.4f}" for t in terms)
         low, high = about["λ"]
         lines += [

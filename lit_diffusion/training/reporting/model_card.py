@@ -90,7 +90,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
 def _objective(model: Pretrained) -> list[str]:
     """What it was trained for, in words."""
     loss = model.loss
-    found = Objective(loss.schedule, loss.weighting, model.prediction, loss.steps)
+    found = Objective(loss.schedule, loss.weighting, model.prediction, loss.num_timesteps)
     said = paragraphs(found, loss.decoder)
     said[0] = said[0].removeprefix("Objective: ")
     return [text.replace("\N{NO-BREAK SPACE}", " ") for text in (said[0], said[1], said[-1])]

@@ -43,7 +43,7 @@ CLOCKS = {
 GROUPS = 8  # of measurements, for each protocol one
 GRIDS = 12  # of samples
 FEW = 10  # lines of a list of problems
-PARTS = ("schedule", "weighting", "prediction", "sampler", "steps", "decoder")
+PARTS = ("schedule", "weighting", "prediction", "sampler", "num_timesteps", "decoder")
 #: Names of measurements as people say them, the most important first.
 NAMES = {"bpd": "bits per dimension", **TITLES}
 

@@ -26,6 +26,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_diffusion.training.lightning_internals import logged_step, wandb_process
+
 __all__ = ["Dashboard", "show"]
 
 #: Where W&B puts tables until they are sent: by default somewhere at home, for us the run folder.
@@ -42,7 +44,7 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
         name: Of the panel.
         path: The picture.
     """
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = logged_step(trainer)
     caption = f"after {trainer.global_step} steps"
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
@@ -115,7 +117,6 @@ class Dashboard(WandbLogger):
         self._folder = folder
         self._lost = ""  # why W&B is left out
         self._told = False
-        self._last: tuple[Any, ...] = ()
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._deadline: float | None = None  # of the call that is being made
         self._exit_code: int | None = 1  # what W&B is told if it is left out
@@ -208,7 +209,7 @@ class Dashboard(WandbLogger):
         if self._thread.is_alive():
             _ = self.alive
             with contextlib.suppress(Exception):
-                _service().kill()  # a call that hangs would never return, nor would the program
+                wandb_process().kill()  # a call that hangs would hold the program up for ever
             self._thread.join(self.PATIENCE)
         self._lost = self._lost or self._unwritten()
         _ = self.alive
@@ -229,15 +230,13 @@ class Dashboard(WandbLogger):
         return _Nothing() if self._lost else super().experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Show numbers, once: a checkpoint has its step logged before the trainer does.
+        """Show numbers.
 
         Args:
             metrics: Names and numbers.
-            step: Where they stand.
+            step: Where they belong.
         """
-        if (row := (step, dict(metrics))) != self._last:
-            self._last = row
-            self._later(functools.partial(super().log_metrics, row[1], step))
+        self._later(functools.partial(super().log_metrics, dict(metrics), step))
 
     def log_hyperparams(self, params: Any) -> None:
         """Show the model's description in the config.
@@ -268,13 +267,6 @@ def _sentence(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
 
 
-def _service() -> Any:
-    """The process that W&B has started for this one."""
-    from wandb.sdk import wandb_setup
-
-    return wandb_setup.singleton()._connection._proc._process
-
-
 def _teardown() -> None:
     """Have W&B forget its run, which the next one would go on with, and end its process."""
     import wandb
@@ -282,7 +274,7 @@ def _teardown() -> None:
 
     process = None
     with contextlib.suppress(Exception):
-        process = _service()
+        process = wandb_process()
     with contextlib.suppress(Exception):
         module.unset_globals()
         wandb.teardown()
