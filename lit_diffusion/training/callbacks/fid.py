@@ -154,8 +154,8 @@ class FID(L.Callback):
         assert self._reference is not None
         found = scores.Scores(self.features, self._reference, self.others)
         rank, world = place()
-        for drawn in self.generation.draw(pl_module, self._shares, rank, world):
-            found.add(drawn)
+        for batch in self.generation.sample(pl_module, self._shares, rank, world):
+            found.add(batch)
         measured = found.compute()
         values = {name: score.value for name, score in measured.items()}
         values |= {} if self._floor is None else {"fid_floor": self._floor}

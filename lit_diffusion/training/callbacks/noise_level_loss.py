@@ -15,7 +15,12 @@ from lit_diffusion.training import randomness
 from lit_diffusion.training.run.checkpoints import write_whole
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
-from lit_diffusion.training.run.noise_levels import NoiseLevels, draw, read_table, table_text
+from lit_diffusion.training.run.noise_levels import (
+    NoiseLevels,
+    plot_noise_levels,
+    read_table,
+    table_text,
+)
 
 __all__ = ["NoiseLevelLoss"]
 
@@ -247,7 +252,7 @@ class NoiseLevelLoss(L.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, text + table_text(new))
         picture = path.with_suffix(".png")
-        save_figure(draw(self._records), picture)
+        save_figure(plot_noise_levels(self._records), picture)
         show(trainer, "noise_levels", picture)
         return True
 

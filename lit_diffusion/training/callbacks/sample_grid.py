@@ -96,7 +96,7 @@ class SampleGrid(L.Callback):
     With classes, each column is one class. With further conditions, each image has the whole
     condition of a validation example, the first ones in their order; where rank 0 has fewer than
     rows · columns of them, there are as many images. The starting noise is the same every time, so
-    the pictures show how the model changes and nothing else. Drawn from the average weights if
+    the pictures show how the model changes and nothing else. Sampled from the average weights if
     there is an `EMA`. A walk of more than 100 levels shows a progress bar, if the trainer has one.
 
     Data of one or two numbers make one picture instead: a histogram, or a scatter of points.

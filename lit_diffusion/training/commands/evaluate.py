@@ -37,7 +37,7 @@ from lit_diffusion.training.evaluation import scores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
 from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
-from lit_diffusion.training.evaluation.tables import Row, draw, markdown
+from lit_diffusion.training.evaluation.tables import VERSION, SamplerScores, markdown, plot_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
@@ -312,16 +312,16 @@ def _row(
     others: Any,
     generation: Generation,
     seeds: list[int],
-) -> Row:
+) -> SamplerScores:
     """The scores of one way of drawing, for each seed."""
     sampler = subject.model.walk(generation.sampler)
     found = []
     for seed in seeds:
         judge = scores.Scores(network, reference, others)
         what = f"{type(sampler).__name__} {sampler.steps}, seed {seed}"
-        drawn = dataclasses.replace(generation, seed=seed).draw(subject.model, shares)
+        batches = dataclasses.replace(generation, seed=seed).sample(subject.model, shares)
         with tqdm(total=generation.num_samples, desc=what, leave=False, disable=None) as bar:
-            for batch in drawn:
+            for batch in batches:
                 judge.add(batch)
                 bar.update(len(batch.index))
         found.append(judge.compute())
@@ -332,7 +332,7 @@ def _row(
         "versions": versions(),
     }
     del protocol["seed"]  # one of several, which the row has
-    return Row(
+    return SamplerScores(
         sampler=type(sampler).__name__,
         steps=sampler.steps,
         calls=protocol["network calls"],
@@ -364,7 +364,7 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
     return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
 
 
-def _measurements(rows: list[Row], subject: _Model) -> Iterator[Measurement]:
+def _measurements(rows: list[SamplerScores], subject: _Model) -> Iterator[Measurement]:
     for row in rows:
         for name, one in row.scores.items():
             mean, scatter = row.mean(name)
@@ -383,13 +383,14 @@ def _write(
     subject: _Model,
     reference: Reference,
     floor: float | None,
-    rows: list[Row],
+    rows: list[SamplerScores],
     bound: list[Measurement],
 ) -> str:
     """evaluation.json, .md and, if there is a curve to draw, .png; returns the tables."""
     with subject.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
+        "version": VERSION,
         "checkpoint": {
             # <name>/<time>/checkpoints/<file> of a run, and no folder of this machine
             "file": "/".join(subject.checkpoint.parts[-4 if subject.run else -1 :]),
@@ -403,11 +404,11 @@ def _write(
         "scores": [row.plain() for row in rows],
         "bound": [one._asdict() for one in bound],
     }
-    text = markdown(rows, bound, floor, record)
+    text = markdown(record)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if len({row.calls for row in rows}) > 1:
-        save_figure(draw(rows, floor), out / "evaluation.png")
+        save_figure(plot_scores(rows, floor), out / "evaluation.png")
         text += "\n![Fréchet distance against network calls](evaluation.png)\n"
     else:
         (out / "evaluation.png").unlink(missing_ok=True)  # of an earlier sweep

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.training import ranks
 from lit_diffusion.training.evaluation.features import Features, extract
-from lit_diffusion.training.evaluation.generation import Drawn
+from lit_diffusion.training.evaluation.generation import SampleBatch
 from lit_diffusion.training.evaluation.reference import Reference
 
 __all__ = [
@@ -59,7 +59,7 @@ class Scores:
         >>> images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
         >>> f = extract(network, images).features
         >>> scores = Scores(network, Reference(64, f.sum(0), f.T @ f, None, None, {}))
-        >>> scores.add(Drawn(torch.arange(64), images))
+        >>> scores.add(SampleBatch(torch.arange(64), images))
         >>> abs(round(scores.compute()["fid"].value, 4))
         0.0
     """
@@ -78,7 +78,7 @@ class Scores:
         self._features: list[Tensor] = []
         self._logits: list[Tensor] = []
 
-    def add(self, drawn: Drawn) -> None:
+    def add(self, drawn: SampleBatch) -> None:
         """Look at a batch of samples.
 
         Args:

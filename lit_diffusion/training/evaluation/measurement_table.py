@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lit_diffusion.training.run.measurements import Measurement
 
-__all__ = ["Overview", "overview"]
+__all__ = ["MeasurementTable", "measurement_table"]
 
 # What one score alone depends on; and what stands in a row itself.
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
@@ -17,7 +17,7 @@ _SHOWN = (
 )  # fmt: skip
 
 
-class Overview(NamedTuple):
+class MeasurementTable(NamedTuple):
     """A table of measurements.
 
     Args:
@@ -31,7 +31,7 @@ class Overview(NamedTuple):
     protocols: list[dict[str, Any]]
 
 
-def overview(measured: list[Measurement]) -> Overview:
+def measurement_table(measured: list[Measurement]) -> MeasurementTable:
     """Put measurements into a table, a row for all scores that were measured together.
 
     Args:
@@ -39,7 +39,7 @@ def overview(measured: list[Measurement]) -> Overview:
 
     Example:
         >>> one = Measurement("fid", 3.456, None, 10, "val", {"samples": 9, "weights": "raw"})
-        >>> overview([one, one._replace(name="kid", value=2.0)]).rows
+        >>> measurement_table([one, one._replace(name="kid", value=2.0)]).rows
         [['10', 'val', 'raw', '9 samples', '', '3.456', '2', '1']]
     """
     groups: dict[str, dict[str, Measurement]] = {}
@@ -72,7 +72,7 @@ def overview(measured: list[Measurement]) -> Overview:
             ]
         )
     heads = ["step", "stage", "weights", "of", "seeds", *(n.replace("_", " ") for n in names)]
-    return Overview([*heads, "protocol"], rows, protocols)
+    return MeasurementTable([*heads, "protocol"], rows, protocols)
 
 
 def _how(protocol: dict[str, Any]) -> str:
