@@ -9,12 +9,12 @@ steps.
 import os
 import re
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 
 from lit_diffusion import __main__ as command_line
@@ -75,7 +75,7 @@ def test_marked_python_runs(page, tmp_path):
     (tmp_path / "page.py").write_text("\n".join(script), encoding="utf-8")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "page.py"],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"},

@@ -80,17 +80,12 @@ UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = {
     "lit_diffusion/schedules/textbook.py",
-    "lit_diffusion/training/commands/evaluate.py",
-    "lit_diffusion/training/data/module.py",
     "lit_diffusion/training/module.py",
 }
 LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.likelihood.consistency_bound",
     "lit_diffusion.nn.unet.__init__",
     "lit_diffusion.testing.check_schedule",
-    "lit_diffusion.training.commands.evaluate._parser",
-    "lit_diffusion.training.commands.evaluate.evaluate",
-    "lit_diffusion.training.data.module.__init__",
     "lit_diffusion.training.evaluation.reference._measure",
     "lit_diffusion.training.module.__init__",
 }
@@ -104,9 +99,7 @@ PRIVATE: set[tuple[str, str]] = {
     ("lit_diffusion.training.callbacks.throughput", "_on_before_fetch"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._parse_ckpt_path"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._run_subcommand"),
-    ("lit_diffusion.training.commands.parsing", "jsonargparse._typehints"),
-    ("lit_diffusion.training.data.sources", "_ex_iterable"),
-    ("lit_diffusion.training.data.sources", "_fingerprint"),
+    ("lit_diffusion.training.data.table", "_fingerprint"),
     ("lit_diffusion.training.run.dashboard", "_batches_that_stepped"),
     ("lit_diffusion.training.run.dashboard", "_connection"),
     ("lit_diffusion.training.run.dashboard", "_proc"),

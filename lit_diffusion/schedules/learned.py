@@ -121,7 +121,7 @@ class LearnedSchedule(NoiseSchedule):
         away = (target - values[after - 1]) / (values[after] - values[after - 1])
         t = table[after - 1] + away / 2048
         for _ in range(3):
-            parts = [self._shape(part) for part in t.split(4096)]  # 1024 numbers for each
+            parts = [self._shape(part) for part in t.split(512)]  # 4 MB each: fits a cache
             value, rise = (torch.cat(column) for column in zip(*parts, strict=True))
             left, right = (
                 torch.where(value < target, t, left),
@@ -144,7 +144,7 @@ class LearnedSchedule(NoiseSchedule):
         """
         low, high = self.ends
         logsnr = logsnr.to(torch.float64)
-        parts = [self._shape(part)[1] for part in self.time(logsnr).split(4096)]
+        parts = [self._shape(part)[1] for part in self.time(logsnr).split(512)]
         log_prob = -torch.log((high - low) * torch.cat(parts))
         return torch.where(self._outside(logsnr), -torch.inf, log_prob)
 

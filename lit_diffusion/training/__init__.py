@@ -1,24 +1,46 @@
-"""The training wing: the only part of the house that knows Lightning, data and dashboards."""
+"""Training: all that knows Lightning, data sets and dashboards, and every command as a function.
 
-from lit_diffusion.training.callbacks import (
-    EMA,
-    FID,
-    AdaptiveScheduleUpdate,
-    Averages,
-    Compile,
-    Guard,
-    LastCheckpoint,
-    Likelihood,
-    NoiseLevelLoss,
-    Overview,
-    RankWatch,
-    SampleGrid,
-    Throughput,
-)
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
-from lit_diffusion.training.learning_rates import WarmupDecayLR
-from lit_diffusion.training.module import LitDiffusion
+The public names are imported when they are first used, so that a command waits only for what it
+needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_diffusion.training.callbacks import (
+        EMA,
+        FID,
+        AdaptiveScheduleUpdate,
+        Averages,
+        Compile,
+        Guard,
+        LastCheckpoint,
+        Likelihood,
+        NoiseLevelLoss,
+        Overview,
+        RankWatch,
+        SampleGrid,
+        Throughput,
+    )
+    from lit_diffusion.training.commands.compare import compare
+    from lit_diffusion.training.commands.decode import decode
+    from lit_diffusion.training.commands.ema import ema
+    from lit_diffusion.training.commands.encode import encode
+    from lit_diffusion.training.commands.evaluate import evaluate
+    from lit_diffusion.training.commands.export import export
+    from lit_diffusion.training.commands.import_diffusers import import_diffusers
+    from lit_diffusion.training.commands.objective import objective
+    from lit_diffusion.training.commands.plugins import plugins
+    from lit_diffusion.training.commands.replay import replay
+    from lit_diffusion.training.commands.report import report
+    from lit_diffusion.training.commands.sample import sample
+    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
+    from lit_diffusion.training.learning_rates import WarmupDecayLR
+    from lit_diffusion.training.module import LitDiffusion
 
 __all__ = [
     "EMA",
@@ -39,4 +61,38 @@ __all__ = [
     "SampleGrid",
     "Throughput",
     "WarmupDecayLR",
+    "compare",
+    "decode",
+    "ema",
+    "encode",
+    "evaluate",
+    "export",
+    "import_diffusers",
+    "objective",
+    "plugins",
+    "replay",
+    "report",
+    "sample",
 ]
+
+#: Where a name is defined; commands are in modules of their own name, all others in `callbacks`.
+_MODULES = {
+    "ClassifierFeatures": "evaluation.features",
+    "ImageDataModule": "data.module",
+    "InceptionFeatures": "evaluation.features",
+    "LitDiffusion": "module",
+    "WarmupDecayLR": "learning_rates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in __all__:
+        raise AttributeError(f"module 'lit_diffusion.training' has no attribute {name!r}")
+    module = _MODULES.get(name, f"commands.{name}" if name.islower() else "callbacks")
+    return getattr(importlib.import_module(f"lit_diffusion.training.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted({*globals(), *__all__})

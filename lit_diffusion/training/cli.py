@@ -1,62 +1,305 @@
-"""The command line: parsing, dispatch, and one line for every mistake.
+"""The command line: parse the arguments of a command, call its function, print its result.
 
-A program with its own subclass of LitDiffusion or ImageDataModule has the same command line by
-calling `main(MyLit, MyData)`.
+Each command is a typed function in `commands/`; its help is made from signature and docstring. A
+program with its own subclass of LitDiffusion or ImageDataModule has the same command line by
+calling `main(MyLit, MyData)`. Only the module of the command that runs is imported.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
+import contextlib
+import importlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import yaml
 
-from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
-from lit_diffusion.training.commands.compare import compare
-from lit_diffusion.training.commands.ema import ema
-from lit_diffusion.training.commands.encode import decode, encode
-from lit_diffusion.training.commands.evaluate import evaluate
-from lit_diffusion.training.commands.export import export
-from lit_diffusion.training.commands.fit import DiffusionCLI
-from lit_diffusion.training.commands.import_diffusers import import_pipeline
-from lit_diffusion.training.commands.objective import objective
-from lit_diffusion.training.commands.parsing import explain, fail, import_plugins
-from lit_diffusion.training.commands.replay import replay
-from lit_diffusion.training.commands.report import report
-from lit_diffusion.training.commands.sample import sample
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.commands.errors import UsageError, fail, one_line
+from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.lightning_internals import prefer_importable_classes
+
+if TYPE_CHECKING:
+    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.module import LitDiffusion
 
 __all__ = ["main"]
 
-#: What a user's mistake raises; anything else is ours, and shows its traceback.
-MISTAKES = (ValueError, KeyError, OSError, ModuleNotFoundError, MisconfigurationException)
 
-#: Commands that need nothing but their words; each returns what there is to say.
+class Command(NamedTuple):
+    """A function of `commands/` and how its arguments are given on the command line."""
+
+    function: str  # also the name of its module
+    word: str | None = None  # the argument that is given without a flag
+    several: bool = False  # whether there may be several such words
+    group: str | None = None  # the argument whose own arguments are flags: --data.path
+
+
 COMMANDS = {
-    "compare": compare,
-    "decode": decode,
-    "ema": ema,
-    "encode": encode,
-    "report": report,
-    "sample": sample,
-    "export": export,
-    "import": import_pipeline,
+    "compare": Command("compare", "runs", several=True),
+    "decode": Command("decode", "latents"),
+    "ema": Command("ema"),
+    "encode": Command("encode", group="data"),
+    "evaluate": Command("evaluate", group="data"),
+    "export": Command("export", "run"),
+    "import": Command("import_diffusers", "folder"),
+    "objective": Command("objective"),
+    "plugins": Command("plugins"),
+    "replay": Command("replay", "file"),
+    "report": Command("report", "run"),
+    "sample": Command("sample"),
 }
 
 
+def main(
+    model_class: type[LitDiffusion] | None = None,
+    data_class: type[ImageDataModule] | None = None,
+) -> None:
+    """Run a command of `lit-diffusion`.
+
+    Args:
+        model_class: The model to train, LitDiffusion or a subclass of it; None means LitDiffusion.
+        data_class: The data, ImageDataModule or a subclass of it; None means ImageDataModule.
+    """
+    argv = sys.argv[1:]
+    command = argv[0] if argv else ""
+    trace = bool(os.environ.get("LIT_DIFFUSION_TRACEBACK"))
+    _quiet()
+    try:
+        import_plugins(_plugins(argv))
+        prefer_importable_classes()
+        code = _run(command, argv[1:], model_class, data_class)
+    except UsageError as error:
+        if trace:
+            raise
+        fail(str(error))
+    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
+        if trace:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        fail(f"{one_line(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
+    except (RuntimeError, MemoryError) as error:
+        if (sentence := _explanation(error, command)) is None or trace:
+            raise
+        fail(sentence)
+    if code:
+        raise SystemExit(code)
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+def _run(
+    name: str,
+    argv: list[str],
+    model_class: type[LitDiffusion] | None,
+    data_class: type[ImageDataModule] | None,
+) -> int:
+    """Run a command, print its result, and return the exit code."""
+    if name not in COMMANDS:
+        from lit_diffusion.training.commands.fit import DiffusionCLI
+
+        DiffusionCLI(*_classes(model_class, data_class))
+        return 0
+    command = COMMANDS[name]
+    module = importlib.import_module(f"lit_diffusion.training.commands.{command.function}")
+    function: Callable[..., Any] = getattr(module, command.function)
+    if name == "evaluate":
+        arguments = _of_evaluate(argv, function, _classes(model_class, data_class)[1])
+    elif name == "objective":
+        arguments = _of_objective(argv, function, *_classes(model_class, data_class))
+    else:
+        skip: set[str] = {"model_class", "data_class"} if name == "replay" else set()
+        parser = _parser(name, function, skip)
+        if command.group is not None:
+            _add_data(parser, _classes(model_class, data_class)[1])
+        arguments = vars(parser.instantiate(parser.parse_args(argv)))
+        arguments.pop("plugins")
+        if name == "replay":
+            arguments |= dict(
+                zip(("model_class", "data_class"), _classes(model_class, data_class), strict=True)
+            )
+    result = function(**arguments)
+    if text := str(result):
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    return 0 if getattr(result, "reproduced", True) else 1
+
+
+def _classes(
+    model_class: type[LitDiffusion] | None, data_class: type[ImageDataModule] | None
+) -> tuple[type[LitDiffusion], type[ImageDataModule]]:
+    """The classes of model and data, which are imported only if a command needs them.
+
+    With them come the other classes that a config may name without their module.
+    """
+    for room in ("callbacks", "evaluation.features", "learning_rates"):
+        importlib.import_module(f"lit_diffusion.training.{room}")
+    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.module import LitDiffusion
+
+    return model_class or LitDiffusion, data_class or ImageDataModule
+
+
+def _parser(name: str, function: Callable[..., Any], skip: set[str]) -> CommandParser:
+    """The parser of a command, made from the signature and the docstring of its function."""
+    command = COMMANDS[name]
+    summary = (function.__doc__ or "").partition("\n")[0]
+    parser = CommandParser(prog=f"lit-diffusion {name}", description=summary)
+    if command.several and command.word:
+        parser.add_argument(command.word, type=str, nargs="*", help="Folders of runs.")
+    elif command.word:
+        others: set[str | int] = {p for p in function.__annotations__ if p != command.word}
+        parser.add_function_arguments(function, None, False, as_positional=True, skip=others)
+    known: set[str | int] = {part for part in (command.word, command.group) if part}
+    parser.add_function_arguments(function, None, False, skip=known | skip)
+    parser.add_argument(
+        "--plugins",
+        nargs="*" if name == "plugins" else None,
+        type=str if name == "plugins" else list[str] | str,
+        default=[],
+        help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
+    )
+    return parser
+
+
+def _add_data(parser: CommandParser, data_class: type[ImageDataModule]) -> None:
+    parser.add_class_arguments(data_class, "data", fail_untyped=False, sub_configs=True)
+
+
+def _of_evaluate(
+    argv: list[str], function: Callable[..., Any], data_class: type[ImageDataModule]
+) -> dict[str, Any]:
+    """The arguments of `evaluate`, whose defaults are the settings of the checkpoint's run."""
+    from lit_diffusion.training.callbacks.likelihood import Likelihood
+    from lit_diffusion.training.commands.choices import find_checkpoint
+    from lit_diffusion.training.commands.experiment import (
+        callback_arguments,
+        evaluation_defaults,
+        read_experiment,
+        run_folder,
+    )
+
+    # The run must be known before the rest can be parsed.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, default in (("--ckpt_path", None), ("--name", "*"), ("--config", None)):
+        first.add_argument(flag, default=default)
+    known, _ = first.parse_known_args(argv)
+    path = None if known.ckpt_path is None else find_checkpoint(known.ckpt_path, known.name)
+    experiment = read_experiment(known.config, path and run_folder(path))
+    parser = _parser("evaluate", function, {"likelihood"})
+    parser.add_class_arguments(Likelihood, "likelihood")
+    _add_data(parser, data_class)
+    parser.set_defaults(evaluation_defaults(experiment))
+    likelihood = callback_arguments(experiment, "Likelihood")
+    for group, own in (("data", experiment.get("data") or {}), ("likelihood", likelihood)):
+        parser.set_defaults({f"{group}.{key}": value for key, value in own.items()})
+    if path is None and not {"-h", "--help"} & set(argv):
+        raise UsageError("evaluate needs a checkpoint: give --ckpt_path, which may be `last`.")
+    arguments = vars(parser.instantiate(parser.parse_args(argv)))
+    arguments.pop("plugins")
+    arguments["ckpt_path"] = path
+    for name in ("baseline_split", "reference_hash", "guidance_interval"):
+        if arguments[name] is None:  # the run's own would have been the default
+            arguments[name] = "none"
+    if not experiment and not any(word.startswith("--data.p") for word in argv):
+        arguments["data"] = None
+    return arguments
+
+
+def _of_objective(
+    argv: list[str],
+    function: Callable[..., Any],
+    model_class: type[LitDiffusion],
+    data_class: type[ImageDataModule],
+) -> dict[str, Any]:
+    """The arguments of `objective`, from configs and flags as for `fit`, or of a checkpoint."""
+    from jsonargparse import ActionConfigFile
+    from lightning.pytorch import Trainer
+
+    from lit_diffusion.description import build
+
+    of_config = ("schedule", "weighting", "prediction", "decoder")
+    parser = _parser("objective", function, {*of_config, "num_timesteps"})
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="A config; later ones override earlier."
+    )
+    # A whole experiment is accepted, so all of its keys must be known.
+    parser.add_class_arguments(
+        Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True
+    )
+    parser.add_class_arguments(model_class, "model", fail_untyped=False, sub_configs=True)
+    _add_data(parser, data_class)
+    parser.link_arguments("data.image_shape", "model.image_shape")
+    parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
+    config = parser.parse_args(argv)
+    asked = [word.partition("=")[0] for word in argv]
+    if "--ckpt_path" in asked:
+        if other := [word for word in asked if word in ("-c", "--config") or "--model" in word]:
+            raise UsageError(
+                f"a checkpoint has its own objective: give --ckpt_path or {other[0]}, not both."
+            )
+        name = config.name if "--name" in asked else "*"  # a config may have a name as well
+        return {"ckpt_path": config.ckpt_path, "name": name, "out": config.out}
+    model = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
+    parts = {part: build(model[part]) for part in of_config}
+    return {**parts, "num_timesteps": model["steps"], "out": config.out}
+
+
+# What is read and shown around a command ------------------------------------------------------
+
+
+def _plugins(argv: list[str]) -> list[str]:
+    """The modules named by --plugins, or by `plugins:` in a config."""
+    found: list[str] = []
+
+    def add(value: Any) -> None:
+        if isinstance(value, str):
+            value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
+        found.extend(str(module).strip() for module in value or [])
+
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        values = [value] if equals else argv[i + 1 : i + 2]
+        if flag == "--plugins" and argv[0] == "plugins" and not equals:
+            values = argv[i + 1 :]
+        for value in values:
+            if flag == "--plugins":
+                add(value)
+            elif flag in ("--config", "-c") and Path(value).is_file():
+                with contextlib.suppress(yaml.YAMLError):
+                    config = yaml.safe_load(Path(value).read_text())
+                    add(config.get("plugins") if isinstance(config, dict) else None)
+    return found
+
+
+def _explanation(error: BaseException, command: str) -> str | None:
+    """One line for an error of PyTorch or Lightning that a user can act on; None for others."""
+    from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
+
+    if lacks_memory(error):
+        return say_what_fits(error, command)
+    if "Error(s) in loading state_dict" in str(error):
+        return f"The checkpoint's weights do not fit the model of this config: {error}"[:600]
+    if "more than one stateful callback" in str(error):
+        return f"A callback is listed twice: {str(error).partition('.')[0]}."
+    if type(error).__name__ == "MisconfigurationException":
+        return f"{one_line(str(error))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)"
+    return None
+
+
 def _quiet() -> None:
-    """Keep what a user cannot act on out of the way of what he can."""
+    """Hide warnings of libraries that a user cannot act on."""
     warnings.formatwarning = _one_line
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The model is told its config after it is made, so nothing is lost.
+    # The model gets its config after it is made, so nothing is lost.
     warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
     # Compiling for a CPU where the tools for CUDA are installed, too.
     logging.getLogger("torch.utils.cpp_extension").addFilter(
@@ -73,55 +316,7 @@ _USUAL, _OURS = warnings.formatwarning, str(Path(__file__).parents[1])
 def _one_line(
     message: Any, category: Any, filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Our own warnings are sentences for the user, who has no use for the line of code."""
+    """Print our own warnings without the line of code that raised them."""
     if filename.startswith(_OURS):
         return f"Warning: {' '.join(str(message).split())}\n"
     return _USUAL(message, category, filename, lineno, line)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def main(
-    model_class: type[LitDiffusion] = LitDiffusion,
-    data_class: type[ImageDataModule] = ImageDataModule,
-) -> None:
-    """Run a command of `lit-diffusion`.
-
-    Args:
-        model_class: The model to train, LitDiffusion or a subclass of it.
-        data_class: The data, ImageDataModule or a subclass of it.
-    """
-    argv = sys.argv[1:]
-    _quiet()
-    try:
-        import_plugins(argv)
-        command = argv[0] if argv else ""
-        if command in COMMANDS:
-            _say(str(COMMANDS[command](argv[1:])))
-        elif command == "replay":
-            text, code = replay(argv[1:], functools.partial(DiffusionCLI, model_class, data_class))
-            if text:
-                _say(text)
-            raise SystemExit(code)
-        elif command == "evaluate":
-            _say(evaluate(argv[1:], data_class))
-        elif command == "objective":
-            _say(objective(argv[1:], model_class, data_class))
-        else:
-            DiffusionCLI(model_class, data_class)
-    except MISTAKES as error:
-        if os.environ.get("LIT_DIFFUSION_TRACEBACK"):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        fail(f"{explain(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
-    except (RuntimeError, MemoryError) as error:
-        if lacks_memory(error) and not os.environ.get("LIT_DIFFUSION_TRACEBACK"):
-            fail(say_what_fits(error, command))
-        if "Error(s) in loading state_dict" in str(error):
-            fail(f"The checkpoint's weights do not fit the model of this config: {error}"[:600])
-        if "more than one stateful callback" in str(error):
-            fail(f"A callback is listed twice: {str(error).partition('.')[0]}.")
-        raise

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data import ImageDataModule
 
 N = 60
 PARDONS = [

@@ -1,12 +1,12 @@
 """The adaptive schedule along a run: fed, shared by the ranks, resumed, switched on later."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from test_bound import tiny_data, tiny_model, trainer
 
@@ -113,9 +113,7 @@ if __name__ == "__main__":
 def test_two_ranks_share_one_schedule(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
-    )
+    done = warm.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
     (_, one, sums, fed), (_, other, other_sums, other_fed) = told

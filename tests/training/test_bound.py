@@ -3,13 +3,13 @@
 import functools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import warm
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
@@ -163,9 +163,7 @@ if __name__ == "__main__":
 def test_two_ranks_tell_the_number_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
-    )
+    done = warm.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
     (_, one, ends, summary), (_, other, other_ends, other_summary) = told

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 
 from lit_diffusion import SCHEDULES
@@ -203,7 +204,7 @@ def read(folder):
 def test_last_goes_on_in_the_same_folder(cli):
     code, _, err = fit(cli, CONFIGS / "digits.yaml", extra=["--ckpt_path=last"])
     assert code == 0
-    assert "starting afresh" in err
+    assert "starting a new run" in err
     first = Path(next(Path("runs/digits").iterdir()))
     code, out, err = fit(
         cli, CONFIGS / "digits.yaml", extra=["--ckpt_path=last", "--trainer.max_steps=4"]
@@ -268,7 +269,7 @@ def test_a_local_plugin_by_bare_name_from_the_console_script(tmp_path):
         LitDiffusion.load_from_checkpoint(ckpt)
     words = [sys.executable, "-m", "lit_diffusion", "sample", "--ckpt_path", ckpt]
     words += ["--plugins", "my_plugins", "--num_samples", "1"]
-    done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "samples.png").is_file()
 
@@ -363,7 +364,7 @@ MISTAKES = {
     "no plug-in": (["--plugins=not_there"], "not_there"),
     "label out of range": (["--model.network.num_classes=3"], "set num_classes of the network"),
     "listed twice": (["--trainer.callbacks+=EMA"], "listed twice"),
-    "several checkpoints": (["--ckpt_path=junk.ckpt", "other.ckpt"], "one checkpoint, please"),
+    "several checkpoints": (["--ckpt_path=junk.ckpt", "other.ckpt"], "expected one checkpoint"),
     "forbidden import": (["--model.weighting=subprocess.Popen"], "subprocess"),
 }
 
@@ -456,10 +457,8 @@ def test_kill_and_resume_is_exact(tmp_path):
 
     def start(folder, *more):
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [*words, *more], cwd=folder, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        with (folder / "log.txt").open("a") as log:
+            return warm.Popen([*words, *more], cwd=folder, env=environment, stdout=log, stderr=log)
 
     assert start(tmp_path / "whole").wait(300) == 0
     part = tmp_path / "part"
@@ -511,7 +510,7 @@ def test_a_bare_name_is_ours_where_another_library_has_it_too(cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "another_library", library)
     code, out, err = cli("fit", "--config", CONFIGS / "digits.yaml", "--print_config")
     assert code == 0, err
-    assert yaml.safe_load(out)["model"]["network"]["class_path"] == "lit_diffusion.nn.UNet"
+    assert yaml.safe_load(out)["model"]["network"]["class_path"] == "lit_diffusion.UNet"
     # By its own path it is refused, as ever.
     code, _, err = cli("fit", "--model.network=another_library.UNet", "--print_config")
     assert code == 2

@@ -299,13 +299,18 @@ def test_other_bad_places(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected a parquet file or a folder"):
         module(tmp_path / "x.txt")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match="cannot be opened: "):
+    broken = (
+        r"expected a parquet file at \S+/broken.parquet, got ArrowInvalid: .*; repair or remove"
+    )
+    with pytest.raises(ValueError, match=broken):
         module(tmp_path / "broken.parquet")
+    with pytest.raises(ValueError, match="cannot be opened: "):
+        module(tmp_path / "broken.parquet", streaming=False)
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'someone/something' on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         FileNotFoundError,
         match=r"neither a local path nor shipped \(digits8x8, swirl, toy1d\), and on the hub it",

@@ -369,7 +369,7 @@ def trained(tmp_path_factory):
 def test_a_reconstruction_is_the_average_that_was_followed(trained, tmp_path, sigma_rel):
     folder, follow = trained
     out = tmp_path / "made.ckpt"
-    told = ema(["--run", str(folder), "--sigma_rel", str(sigma_rel), "--out", str(out)])
+    told = str(ema(folder, sigma_rel=sigma_rel, out=out))
     direct = follow.averages[WANTED.index(sigma_rel)]
     made = load_checkpoint(out)
     files = len(list((folder / "averages").glob("step-*")))
@@ -392,18 +392,18 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
     kept = further(folder)
     out = tmp_path / "x.ckpt"
     for words, name in (
-        (["--sigma_rel", "0.05"], "EMA(sigma_rel=0.05)"),
-        (["--decay", "0.99"], None),
+        ({"sigma_rel": 0.05}, "EMA(sigma_rel=0.05)"),
+        ({"decay": 0.99}, None),
     ):
-        told = ema(["--run", str(folder), *words, "--out", str(out)])
+        told = str(ema(folder, out=out, **words))
         made, name = load_checkpoint(out), name or "EMA(decay=0.99)"
         assert told.splitlines() == [f"{name} at step 150, as it was followed", str(out)]
         assert made["average"] == name
         assert same(made["state_dict"], kept[name]["weights"])
-    ema(["--run", str(folder), "--decay", "0.9", "--out", str(out)])
+    ema(folder, decay=0.9, out=out)
     assert same(load_checkpoint(out)["state_dict"], load_checkpoint(last(folder))["state_dict"])
     # At an earlier step it comes from that snapshot, to the rounding of many.
-    told = ema(["--run", str(folder), "--sigma_rel", "0.1", "--step", "99"])
+    told = str(ema(folder, sigma_rel=0.1, step=99))
     path = folder / "checkpoints" / "sigma_rel-0.1-step-0000090.ckpt"
     assert told.splitlines()[1] == str(path)
     made = load_checkpoint(path)
@@ -421,7 +421,7 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
 def test_a_reconstruction_is_validated_but_not_trained(trained, tmp_path):
     folder, _ = trained
     out = tmp_path / "made.ckpt"
-    ema(["--run", str(folder), "--sigma_rel", "0.08", "--out", str(out)])
+    assert ema(folder, sigma_rel=0.08, out=out).path == out
     average = EMA(0.9)
     run = trainer(tmp_path, callbacks=[average])
     found = run.validate(tiny_model(), tiny_data(), ckpt_path=out, verbose=False)
@@ -445,9 +445,9 @@ def test_a_late_average_is_on_its_own_clock(tmp_path):
         run(tmp_path, [EMA(0.9), follow, Averages([0.2], snapshot_every_n_steps=2)], 20,
             ckpt_path=last(tmp_path))  # fmt: skip
     out = tmp_path / "late.ckpt"
-    told = ema(["--run", str(tmp_path), "--sigma_rel", "0.2", "--step", "20", "--out", str(out)])
+    told = str(ema(tmp_path, sigma_rel=0.2, step=20, out=out))
     assert "EMA(sigma_rel=0.2, post hoc, 5 snapshots, from step 10) at step 20" in told
-    told = ema(["--run", str(tmp_path), "--sigma_rel", "0.1", "--step", "10", "--out", str(out)])
+    told = str(ema(tmp_path, sigma_rel=0.1, step=10, out=out))
     assert "EMA(sigma_rel=0.1, post hoc, 5 snapshots) at step 10" in told
 
 

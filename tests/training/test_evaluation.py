@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from PIL import Image
 
 from lit_diffusion.training.run.measurements import (
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     """A short run of the demo, with its FID and Likelihood."""
     folder = tmp_path_factory.mktemp("trained")
     words = [sys.executable, "-m", "lit_diffusion", *FIT]
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    done = warm.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "runs"
 
@@ -153,9 +153,9 @@ MISTAKES = [
     (["--ckpt_path=nope.ckpt"], "No checkpoint at nope.ckpt"),
     (["--data.path=./nope"], "expected a file or folder at './nope'"),
     (["--guidance=2", "--guidance_interval=[2,1]"], "interval must be (low, high)"),
-    (["--guidance_interval=[-2,2]"], "--guidance 1 is none: give --guidance"),
+    (["--guidance_interval=[-2,2]"], "which is none: give --guidance"),
     (["--config=nope.yaml"], "--config nope.yaml cannot be read"),
-    (["--device=nope"], "--device nope is not here: Expected one of cpu, cuda"),
+    (["--device=nope"], "--device nope is not available: Expected one of cpu, cuda"),
     (["--likelihood.draws=0"], "steps and draws must be at least 1"),
     (["--data.image_shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
     (["--nope=1"], "no argument is called --nope"),

@@ -262,7 +262,7 @@ def test_a_run_is_named_in_three_ways(cli, run, tmp_path):
     [
         (["nothing", "--out", "new"], "No checkpoint at nothing/checkpoints/last.ckpt"),
         (["last", "--out", "new"], "there is no checkpoint below runs/*"),
-        (["a.ckpt", "--ckpt", "b.ckpt", "--out", "new"], "one checkpoint, please"),
+        (["a.ckpt", "--ckpt", "b.ckpt", "--out", "new"], "expected one checkpoint"),
         (["last"], "required: out"),
         (["--out", "new"], "required: run"),
     ],
@@ -313,5 +313,5 @@ def test_a_network_that_cannot_be_described_is_refused(cli, tmp_path):
     folder = trained(tmp_path / "run", lambda: ({"network": Unkept()}, []))
     code, _, err = cli("export", folder, "--out", "exported")
     assert code == 2
-    assert "does not say how its network was made" in err
+    assert "does not describe its network" in err
     assert not Path("exported").exists()

@@ -3,13 +3,13 @@
 import functools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import warm
 from test_module import Record, StopAt, tiny_data, tiny_model, trainer
 from torch import nn
 
@@ -364,7 +364,7 @@ def test_two_ranks_do_the_same(tmp_path, policy):
     """The largest λ of a step belongs to one rank; both must know of it."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, script, policy, tmp_path],
         capture_output=True, text=True, timeout=200, cwd=tmp_path,
     )  # fmt: skip
@@ -522,7 +522,7 @@ def test_a_trial_run_leaves_nothing(cli, plugin):
 @pytest.mark.slow
 def test_replay_of_two_ranks(tmp_path, plugin):
     command = functools.partial(
-        subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        warm.run, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     words = [sys.executable, "-m", "lit_diffusion"]
     fit_words = ["fit", "--config", ROOT / "configs" / "digits.yaml", *FAST, *BREAK]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resume
@@ -23,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 def test_killed_runs_end_as_if_nothing_had_happened():
     words = [sys.executable, resume.__file__, "--runs", "5", "--seed", "1"]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    done = warm.run(words, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 of 5 equal bit for bit" in done.stdout, done.stdout
     assert "0 unreadable checkpoints" in done.stdout
@@ -88,7 +89,7 @@ def start(folder, *words):
     folder.mkdir(exist_ok=True)
     words = [*resume.command(list(words), folder), "--trainer.max_steps=100000"]
     with (folder / "log.txt").open("w") as log:
-        return subprocess.Popen(
+        return warm.Popen(
             [sys.executable, "-m", "lit_diffusion", *words],
             cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
@@ -178,9 +179,7 @@ code = run.wait()
 again = resume.Run(resume.command([], there), there).wait()
 print(json.dumps([code, again, resume.compare(resume.checkpoint(there), reference)]))
 """)
-    done = subprocess.run(
-        [sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = warm.run([sys.executable, script], env=ENVIRONMENT)
     assert json.loads(done.stdout.splitlines()[-1]) == [138, 0, ""], done.stderr[-2000:]
 
 
@@ -204,9 +203,7 @@ except OSError as error:
 
 def test_a_full_disk_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path)], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = warm.run([sys.executable, "-c", FULL, path], env=ENVIRONMENT)
     assert "cannot be written" in done.stdout, done.stderr[-2000:]
     assert "the one before it is intact" in done.stdout
     assert "Make room" in done.stdout

@@ -23,11 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_diffusion.training.data import bad_examples, memory
+from lit_diffusion.training.data import bad_examples, map_writer, memory
 from lit_diffusion.training.data.bad_examples import BadExample
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap
 from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.stream import Position, coin
+from lit_diffusion.training.data.order import Position, coin
+from lit_diffusion.training.data.split import Split
 
 N = 60
 FORK = multiprocessing.get_context("fork")
@@ -124,7 +125,7 @@ def test_the_map_holds_what_streaming_decodes(file, cache):
     found = open_map(file)
     assert_whole(found)
     streamed = module(file, streaming=True)._train
-    batch = streamed(list(streamed.source.head(None)))
+    batch = streamed.batch(list(streamed.source.head(None)))
     assert torch.equal(found.images, batch["image"])
     assert torch.equal(found.labels, batch["label"])
     arrays = {path.name: np.load(path) for path in found.folder.glob("*.npy")}
@@ -134,7 +135,7 @@ def test_the_map_holds_what_streaming_decodes(file, cache):
 
 @pytest.mark.parametrize("chunk", [1, 7, 60])
 def test_chunks_do_not_matter(file, monkeypatch, chunk):
-    monkeypatch.setattr(memory, "CHUNK_EXAMPLES", chunk)
+    monkeypatch.setattr(map_writer, "CHUNK_EXAMPLES", chunk)
     assert_whole(open_map(file))
 
 
@@ -255,23 +256,23 @@ def test_a_map_is_found_and_not_made_again(file, monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(memory, "_build", never)
+    monkeypatch.setattr(map_writer, "write_map", never)
     assert open_map(file).folder == folder
 
 
 def _slowly(monkeypatch, moment=lambda done: None):
     """Decode seven at a time; `moment` is told how often."""
     done = []
-    sift = memory.ImageDecoder.sift
+    decode = Split.decode
 
     def slow(self, examples):
         if len(examples) > 1:  # setup looks at one
             done.append(len(examples))
             moment(len(done))
-        return sift(self, examples)
+        return decode(self, examples)
 
-    monkeypatch.setattr(memory, "CHUNK_EXAMPLES", 7)
-    monkeypatch.setattr(memory.ImageDecoder, "sift", slow)
+    monkeypatch.setattr(map_writer, "CHUNK_EXAMPLES", 7)
+    monkeypatch.setattr(Split, "decode", slow)
 
 
 def test_many_start_at_once_and_one_decodes(file, cache, tmp_path, monkeypatch):
@@ -314,7 +315,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(file, cache, monkeypatch, m
         if moment == "decoding":
             _slowly(monkeypatch, lambda done: stop() if done == 5 else None)
         else:
-            memory.sync = stop
+            map_writer.sync = stop
         open_map(file)
 
     process = FORK.Process(target=killed)
@@ -351,7 +352,7 @@ def test_who_waits_takes_over_from_a_killed_builder(file, cache, monkeypatch):
 
 
 def _full(monkeypatch):
-    write, written = memory._write, []
+    write, written = map_writer.write, []
 
     def failing(file, array):
         written.append(1)
@@ -359,21 +360,21 @@ def _full(monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, array)
 
-    monkeypatch.setattr(memory, "CHUNK_EXAMPLES", 7)
-    monkeypatch.setattr(memory, "_write", failing)
+    monkeypatch.setattr(map_writer, "CHUNK_EXAMPLES", 7)
+    monkeypatch.setattr(map_writer, "write", failing)
     return "No space left on device"
 
 
 def _little_room(monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    return "100 bytes of room and not 4,800"
+    return "100 bytes of free space and not 4,800"
 
 
 def _quota(monkeypatch):
     """The kernel's own limit, in earnest; the test of ours that comes nearest to a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    build = memory._build
+    build = map_writer.write_map
 
     def limited(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
@@ -382,7 +383,7 @@ def _quota(monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(memory, "_build", limited)
+    monkeypatch.setattr(map_writer, "write_map", limited)
     return "File too large"
 
 
@@ -450,7 +451,7 @@ def test_bad_examples_are_left_out_and_told_each_time(flawed):
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_too_many_bad_examples_leave_nothing(flawed, cache, monkeypatch):
     monkeypatch.setattr(bad_examples, "ENOUGH", 2)
-    monkeypatch.setattr(memory, "CHUNK_EXAMPLES", 5)
+    monkeypatch.setattr(map_writer, "CHUNK_EXAMPLES", 5)
     with pytest.raises(
         ValueError, match=r"got 3 of the 15 examples read .*; the first: example 3"
     ):
@@ -477,10 +478,10 @@ def test_what_takes_long_is_said(file, monkeypatch, capsys):
 
     open_map(file)
     assert said() == []
-    monkeypatch.setattr(memory, "PATIENCE", 0.0)
-    monkeypatch.setattr(memory, "CHUNK_EXAMPLES", 40)
+    monkeypatch.setattr(map_writer, "PATIENCE", 0.0)
+    monkeypatch.setattr(map_writer, "CHUNK_EXAMPLES", 40)
     open_map(file, label_key=None)
-    assert said() == [f"decoding split 'train' for once: {n} of 60 examples" for n in (40, 60)]
+    assert said() == [f"decoding split 'train', once: {n} of 60 examples" for n in (40, 60)]
 
 
 # --- the order
@@ -496,7 +497,7 @@ def test_each_example_once_an_epoch_on_any_number_of_lanes(file):
                 batches.begin_at([Position()] * lanes, lane)
                 part = N * (lane + 1) // lanes - N * lane // lanes
                 steps = -(-3 * part // batch_size)
-                stream = indices(batch for batch, _ in islice(batches, steps))
+                stream = indices(batch for batch, *_ in islice(batches, steps))
                 for epoch in range(3):
                     epochs[epoch] += stream[epoch * part : (epoch + 1) * part]
             assert all(sorted(epoch) == list(range(N)) for epoch in epochs)

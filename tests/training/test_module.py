@@ -2,13 +2,13 @@
 
 import functools
 import pickle
-import subprocess
 import sys
 import warnings
 
 import lightning as L
 import pytest
 import torch
+import warm
 from torch import nn
 
 import lit_diffusion as ld
@@ -517,9 +517,7 @@ def test_two_ranks_share_one_lattice_and_one_validation(tmp_path):
 
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
-    )
+    done = warm.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = {}
     for path in tmp_path.glob("rank*.json"):

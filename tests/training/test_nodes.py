@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import warm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from resume import repeatable
@@ -60,7 +61,7 @@ def test_two_nodes_are_two_ranks(tmp_path):
     assert "Run folder" in logs[0]
     assert "Run folder" not in logs[1]
     words = [sys.executable, "-m", "lit_diffusion", *JOB, "--trainer.devices=2"]
-    done = subprocess.run(words, cwd=one, env=ENVIRONMENT, capture_output=True, text=True)
+    done = warm.run(words, cwd=one, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (ours, rows), (theirs, other_rows) = result(nodes), result(one)
     for key in ("state_dict", "current_model_state"):

@@ -3,7 +3,6 @@
 import csv
 import functools
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import warm
 from test_bound import tiny_data, trainer
 from torch import nn
 
@@ -433,9 +433,7 @@ def two_ranks(folder, kill=-1, ckpt=None):
     script = folder / "two.py"
     places = {"tests": str(Path(__file__).parent), "folder": str(folder)}
     script.write_text(TWO_RANKS.format(kill=kill, ckpt=ckpt, **places))
-    return subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
-    )
+    return warm.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
 
 
 def test_two_ranks_tell_the_numbers_of_one_and_resume(tmp_path):
@@ -544,7 +542,7 @@ def test_the_table_is_at_common_noise_levels(cli, tmp_path):
         (("good", "header"), "no record yet"),
         (("good", "other"), "not as NoiseLevelLoss writes it: expected the columns"),
         (("good", "torn"), "not as NoiseLevelLoss writes it"),
-        (("good", "good"), "each run once"),
+        (("good", "good"), "expected each run once"),
         (("good", "--out", "both.doc"), ".png, .pdf, .svg, got both.doc"),
         (("good", "--colour"), "no argument is called --colour"),
     ],

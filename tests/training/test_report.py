@@ -463,8 +463,8 @@ def test_the_command_writes_where_it_is_told(cli, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "report is of 1 run, got 0"),
-        (["RUN", "RUN"], "report is of 1 run, got 2"),
+        ([], "required: run"),
+        (["RUN", "RUN"], "one argument too many"),
         (["."], "is no run folder"),
         (["nowhere"], "is no run folder"),
         (["last"], "there is no run below runs"),

@@ -33,9 +33,13 @@ from image_files import (
 )
 
 from lit_diffusion.training.data import retry as network
+from lit_diffusion.training.data.columns import Columns
+from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.sources import find_splits, open_split
-from lit_diffusion.training.data.stream import Position, ShuffledBatches, coin, deal
+from lit_diffusion.training.data.order import Position, coin, deal
+from lit_diffusion.training.data.sources import find_splits, open_source
+from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.data.stream import follow
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
@@ -44,6 +48,11 @@ pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_sixty(tmp_path_factory.mktemp("sixty"))
+
+
+def opened(splits, open_shards=4):
+    source = open_source(splits, "train", Columns("image", "label"), open_shards)
+    return Split("train", source, ImageDecoder((1, 8, 8), labels=True))
 
 
 # --- order
@@ -67,18 +76,17 @@ def test_each_example_once_an_epoch(folder, streaming, workers):
 @pytest.mark.parametrize("window", [1, 7, 100])
 def test_each_example_once_over_any_number_of_lanes(folder, streaming, window):
     splits = find_splits(str(folder), None, None, streaming)
-    source = open_split(splits, "train", "image", "label")
-    assert source.total == N
+    split = opened(splits)
+    assert split.source.total == N
     for world, workers in [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (3, 4)]:
         seen = {epoch: [] for epoch in range(3)}
         for rank in range(world):
-            batches = ShuffledBatches(source, None, 4, window, 0, False, rank, world)
             for worker in range(workers):
                 lane = rank * workers + worker
-                for item, epoch, *_ in batches._items(lane, world * workers, Position()):
+                for item, epoch, *_ in follow(split, lane, world * workers, 0, window, Position()):
                     if epoch == 3:
                         break
-                    seen[epoch].append(source.fetch([item])[0].label)
+                    seen[epoch].append(split.source.fetch([item])[0].label)
         assert all(sorted(epoch) == list(range(N)) for epoch in seen.values())
 
 
@@ -130,15 +138,14 @@ def test_each_example_once_for_any_ranks_workers_shards(tmp_path, world, shards)
         write_parquet(file, images, list(range(begin, end)), group=200)
     splits = find_splits(str(tmp_path / "set"), None, None, streaming=True)
     for workers, open_shards in itertools.product([0, 1, 2, 4], [1, 4]):
-        source = open_split(splits, "train", "image", "label", open_shards)
-        assert (source.shards, source.total) == (shards, 151)
+        split = opened(splits, open_shards)
+        assert (split.source.shards, split.source.total) == (shards, 151)
         lanes = world * max(1, workers)
         for epoch in range(2):
             seen = []
             for lane in range(lanes):
-                batches = ShuffledBatches(source, None, 4, 16, 0, False, 0, 1)
-                drawn = batches._items(lane, lanes, Position(epoch))
-                mine = [item for item, e, *_ in islice(drawn, 152) if e == epoch]
+                steps = follow(split, lane, lanes, 0, 16, Position(epoch))
+                mine = [item for item, e, *_ in islice(steps, 152) if e == epoch]
                 assert 151 // lanes <= len(mine) <= -(-151 // lanes)
                 seen += mine
             assert sorted(example.label for example in seen) == list(range(151))
@@ -169,7 +176,7 @@ def shard_of(example):
 @pytest.mark.parametrize(("open_shards", "least"), [(1, 1), (2, 2), (4, 4), (10, 6)])
 def test_a_window_mixes_as_many_shards_as_are_open(folder, open_shards, least):
     splits = find_splits(str(folder), None, None, streaming=True)
-    source = open_split(splits, "train", "image", "label", open_shards)
+    source = opened(splits, open_shards).source
     for epoch in range(5):
         windows = list(source.windows(0, 1, 0, 10, Position(epoch)))
         for window in windows[:-1]:
@@ -184,7 +191,8 @@ def test_memory_holds_one_window_and_the_open_shards(tmp_path, monkeypatch):
     noise = torch.randint(0, 256, (3200, 4000), dtype=torch.uint8).numpy()
     write_parquet(tmp_path / "x.parquet", [bytes(row) for row in noise], group=200)
     splits = find_splits(str(tmp_path / "x.parquet"), None, None, streaming=True)
-    source = open_split(splits, "train", "image", None, 4)
+    source = open_source(splits, "train", Columns("image"))
+    split = Split("train", source, ImageDecoder((1, 8, 8), labels=False))
     opened, most = [], []
     plain = type(source).batches
 
@@ -197,8 +205,7 @@ def test_memory_holds_one_window_and_the_open_shards(tmp_path, monkeypatch):
             opened.pop()
 
     monkeypatch.setattr(type(source), "batches", counted)
-    batches = ShuffledBatches(source, None, 4, 400, 0, False, 0, 1)
-    stream = batches._items(0, 1, Position())
+    stream = follow(split, 0, 1, 0, 400, Position())
     tracemalloc.start()
     for _ in islice(stream, 9600):
         pass

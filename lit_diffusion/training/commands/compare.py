@@ -1,55 +1,62 @@
-"""The command `lit-diffusion compare`: runs laid over each other, noise level by noise level."""
+"""The command `compare`: the ε-errors of several runs at each noise level."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table
 
-__all__ = ["compare"]
+__all__ = ["Comparison", "compare"]
 
 FORMATS = (".png", ".pdf", ".svg")
 COLUMNS = 7  # noise levels of the table
 
 
-def compare(argv: list[str]) -> str:
-    """Draw the ε-errors of runs over λ into one figure; return the table of them as text.
+class Comparison(NamedTuple):
+    """The last ε-errors of several runs, and where the figure of them is."""
+
+    runs: dict[str, dict[str, NoiseLevels]]  # of each run, the last record of each stage
+    figure: Path
+
+    def __str__(self) -> str:
+        return f"{_table(self.runs)}\nFigure: {self.figure}"
+
+
+def compare(runs: Sequence[str | Path], out: str | Path = "compare.png") -> Comparison:
+    """Plot the ε-errors of runs over λ in one figure, and tabulate them.
 
     Args:
-        argv: The command line after `compare`.
+        runs: Folders of runs with the callback NoiseLevelLoss.
+        out: The figure: a .png, .pdf or .svg.
+
+    Raises:
+        ValueError: If a folder has no noise levels, or out has another ending.
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion compare",
-        description="Lay the ε-errors of runs over each other: validation, and training thinly.",
-    )
-    parser.add_argument("runs", type=str, nargs="*", help="Folders of runs with NoiseLevelLoss.")
-    parser.add_argument(
-        "--out", type=str, default="compare.png", help="The figure: a .png, .pdf or .svg."
-    )
-    config = parser.parse_args(argv)
-    out = Path(config.out)
-    if not config.runs:
-        fail("compare needs at least 1 run, got none: lit-diffusion compare RUN1 RUN2 --out FILE.")
+    out, folders = Path(out), [Path(run) for run in runs]
+    if not folders:
+        raise UsageError(
+            "compare needs at least 1 run, got none: lit-diffusion compare RUN1 RUN2 --out FILE."
+        )
     if out.suffix not in FORMATS:
-        fail(f"--out must end in {', '.join(FORMATS)}, got {out}.")
-    folders = [Path(run) for run in config.runs]
-    runs = dict(zip(_names(folders), map(_last, folders), strict=True))
-    save_figure(_draw(runs), out)
-    return f"{_table(runs)}\nFigure: {out}"
+        raise UsageError(f"--out must end in {', '.join(FORMATS)}, got {out}.")
+    found = dict(zip(_names(folders), map(_last, folders), strict=True))
+    save_figure(_plot(found), out)
+    return Comparison(found, out)
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """<name>/<time> of each run, or the whole paths if that does not tell them apart."""
+    """<name>/<time> of each run, or the whole paths where that is ambiguous."""
     short = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     if len(set(names)) < len(names):
-        fail(f"each run once, please: got {' '.join(names)}.")
+        raise UsageError(f"expected each run once, got {' '.join(names)}.")
     return names
 
 
@@ -57,14 +64,14 @@ def _last(folder: Path) -> dict[str, NoiseLevels]:
     """The last record of each stage of a run."""
     path = folder / "noise_levels.csv"
     if not path.is_file():
-        fail(
+        raise UsageError(
             f"{folder} has no noise_levels.csv: expected the folder of a run with the callback "
             "NoiseLevelLoss, which --config configs/with/noise-levels.yaml adds, that has got as "
             "far as a validation."
         )
     last = {record.stage: record for record in read_table(path)}
     if not last:
-        fail(f"{path} has no record yet: wait for the first validation of the run.")
+        raise UsageError(f"{path} has no record yet: wait for the first validation of the run.")
     return last
 
 
@@ -75,12 +82,12 @@ def _curve(record: NoiseLevels) -> tuple[Tensor, Tensor]:
 
 
 def _main(run: dict[str, NoiseLevels]) -> NoiseLevels:
-    """What a run is judged by: its validation, or its training if it had none."""
+    """The record that a run is compared by: validation, or training if there was none."""
     return run.get("val", next(iter(run.values())))
 
 
 def _at(record: NoiseLevels, logsnr: Tensor) -> Tensor:
-    """The ε-error at any λ between the bins, straight in its logarithm."""
+    """The ε-error at any λ between the bins, by linear interpolation of its logarithm."""
     centres, error = _curve(record)
     right = torch.searchsorted(centres, logsnr).clamp(1, len(centres) - 1)
     share = (logsnr - centres[right - 1]) / (centres[right] - centres[right - 1])
@@ -108,7 +115,7 @@ def _table(runs: dict[str, dict[str, NoiseLevels]]) -> str:
     return "\n".join(lines)
 
 
-def _draw(runs: dict[str, dict[str, NoiseLevels]]) -> Any:
+def _plot(runs: dict[str, dict[str, NoiseLevels]]) -> Any:
     from matplotlib.figure import Figure
 
     def curve(record: NoiseLevels) -> list[Any]:

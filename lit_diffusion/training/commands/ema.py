@@ -1,15 +1,15 @@
-"""The command `lit-diffusion ema`: another average of the weights of a run, as a checkpoint."""
+"""The command `ema`: another average of a run's weights as a checkpoint (post-hoc EMA)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
 from lit_diffusion.training.run.snapshots import (
     Scatter,
@@ -21,91 +21,125 @@ from lit_diffusion.training.run.snapshots import (
 )
 from lit_diffusion.training.run.weights import named_averages, weights_alone
 
-__all__ = ["ema"]
+__all__ = ["Available", "Average", "ema"]
 
-#: What an average may be off by, of its distance from the weights, beside the rounding of a file.
+#: Largest error of an average, relative to its distance from the weights, without rounding.
 LIMIT = 0.05
 
 
-def ema(argv: list[str]) -> str:
-    """Write an average of a run's weights as a checkpoint; return what it is and where.
+class Average(NamedTuple):
+    """An average that was written as a checkpoint."""
+
+    name: str
+    step: int
+    path: Path
+    note: str  # how accurate it is
+
+    def __str__(self) -> str:
+        return f"{self.name} at step {self.step}{self.note}\n{self.path}"
+
+
+class Available(NamedTuple):
+    """The averages that a run has, and those that can be reconstructed."""
+
+    step: int  # of the checkpoint
+    followed: list[str]
+    snapshots: dict[str, list[int]]  # the steps of the snapshots of each average
+    reach: str  # "": there are no snapshots
+
+    def __str__(self) -> str:
+        followed = ", ".join(self.followed) or "none"
+        lines = [f"In the checkpoint, of step {self.step}: {followed}"]
+        for name, steps in self.snapshots.items():
+            lines.append(f"Snapshots of {name} at step {', '.join(map(str, steps))}")
+        return "\n".join([*lines, self.reach or "No snapshots."])
+
+
+def ema(
+    run: str | Path,
+    sigma_rel: float | None = None,
+    decay: float | None = None,
+    step: int | None = None,
+    out: str | Path | None = None,
+) -> Average | Available:
+    """Write another average of a run's weights as a checkpoint (post-hoc EMA), or list them.
+
+    The average is reconstructed from the snapshots that the callback Averages has written, or
+    taken from the checkpoint. Without sigma_rel and decay the averages of the run are listed.
 
     Args:
-        argv: The command line after `ema`.
+        run: The run folder.
+        sigma_rel: Relative width, in (0, 0.2887].
+        decay: A constant decay, of an average that the run has followed.
+        step: With sigma_rel: at the last snapshot up to this step; the newest by default.
+        out: The checkpoint, a .ckpt; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.
+
+    Raises:
+        ValueError: If the average is out of reach of the snapshots, or the run has none.
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion ema",
-        description="Make another average of a run's weights, from the snapshots that the "
-        "callback Averages left, or out of its checkpoint. Without --sigma_rel and --decay: list "
-        "what there is.",
-    )
-    parser.add_argument("--run", type=str, required=True, help="The run folder.")
-    parser.add_argument(
-        "--sigma_rel", type=float | None, default=None, help="Relative width, in (0, 0.2887]."
-    )
-    parser.add_argument(
-        "--decay", type=float | None, default=None, help="A constant decay that was followed."
-    )
-    parser.add_argument(
-        "--step",
-        type=int | None,
-        default=None,
-        help="With --sigma_rel: at the last snapshot up to this step; the newest by default.",
-    )
-    parser.add_argument(
-        "--out",
-        type=str | None,
-        default=None,
-        help="The checkpoint, a .ckpt; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.",
-    )
-    config = parser.parse_args(argv)
-    run = Path(config.run)
+    run = Path(run)
     checkpoint = _checkpoint(run)
     stored = read_snapshots(run)
-    if config.sigma_rel is None and config.decay is None:
-        return _listing(run, checkpoint, stored)
-    if config.sigma_rel is not None and config.decay is not None:
-        fail(f"one of --sigma_rel and --decay, got {config.sigma_rel} and {config.decay}.")
-    if config.out is not None and Path(config.out).suffix != ".ckpt":
-        fail(f"--out must end in .ckpt, got {config.out}.")
-    wanted = f"EMA(decay={config.decay})"
-    if config.sigma_rel is not None:
-        wanted = str(PowerProfile(config.sigma_rel))
+    if sigma_rel is None and decay is None:
+        return _available(checkpoint, stored)
+    if sigma_rel is not None and decay is not None:
+        raise UsageError(f"expected one of --sigma_rel and --decay, got {sigma_rel} and {decay}.")
+    if out is not None and Path(out).suffix != ".ckpt":
+        raise UsageError(f"--out must end in .ckpt, got {out}.")
+    found = _followed(run, checkpoint, sigma_rel, decay, step)
+    if found is None:
+        assert sigma_rel is not None  # a constant decay is followed or refused
+        found = _reconstructed(run, stored, sigma_rel, step)
+    kind = f"decay-{decay}" if sigma_rel is None else f"sigma_rel-{sigma_rel}"
+    if out is None:  # in the run folder, where `evaluate` finds the run's config
+        out = run / "checkpoints" / f"{kind}-step-{found.step:07d}.ckpt"
+    _write(checkpoint, found, Path(out))
+    return Average(found.name, found.step, Path(out), found.note)
+
+
+class _Weights(NamedTuple):
+    """The weights of an average, before they are written."""
+
+    name: str
+    step: int
+    weights: dict[str, Tensor]
+    note: str
+
+
+def _followed(
+    run: Path,
+    checkpoint: dict[str, Any],
+    sigma_rel: float | None,
+    decay: float | None,
+    step: int | None,
+) -> _Weights | None:
+    """The average as the checkpoint has it; None if it must be reconstructed."""
     followed = named_averages(checkpoint)
+    wanted = f"EMA(decay={decay})" if sigma_rel is None else str(PowerProfile(sigma_rel))
     name = next((n for n in followed if n == wanted or n.startswith(f"{wanted[:-1]},")), None)
-    if config.decay is not None and (name is None or config.step is not None):
-        fail(
-            f"a constant decay is not made from snapshots: expected one that the checkpoint of "
-            f"{run} has, without --step. It has {', '.join(followed) or 'none'}, not {wanted}."
+    if decay is not None and (name is None or step is not None):
+        raise UsageError(
+            "an average of constant decay cannot be reconstructed from snapshots: expected one "
+            f"that the checkpoint of {run} has, without --step. It has "
+            f"{', '.join(followed) or 'none'}, not {wanted}."
         )
-    if name is not None and config.step is None:
-        step, weights = checkpoint["global_step"], followed[name]
-        told = f"{name} at step {step}, as it was followed"
-    else:
-        step, name, weights, told = _reconstructed(run, stored, config.sigma_rel, config.step)
-    kind = (
-        f"sigma_rel-{config.sigma_rel}"
-        if config.sigma_rel is not None
-        else f"decay-{config.decay}"
-    )
-    out = run / "checkpoints" / f"{kind}-step-{step:07d}.ckpt"  # where `evaluate` knows the run
-    out = out if config.out is None else Path(config.out)
-    _write(checkpoint, weights, name, step, out)
-    return f"{told}\n{out}"
+    if name is None or step is not None:
+        return None
+    return _Weights(name, checkpoint["global_step"], followed[name], ", as it was followed")
 
 
 def _checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, which says what the weights belong to."""
+    """The newest checkpoint of a run, which describes the model."""
     if not run.is_dir():
-        fail(f"--run must be the folder of a run, and there is none at {run}.")
+        raise UsageError(f"--run must be the folder of a run, and there is none at {run}.")
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():
-        fail(f"expected {path}, which says how the model is made; it is not there.")
+        raise UsageError(f"expected {path}, which describes the model; it is not there.")
     return load_checkpoint(path)
 
 
 def _usable(stored: list[Stored], step: int) -> list[Stored]:
-    """Those up to a step that began when the earliest of that step did: one clock for all."""
+    """The snapshots up to a step that began with the earliest of that step: on one clock."""
     begin = min(one.begin for one in stored if one.step == step)
     return [one for one in stored if one.step <= step and one.begin == begin]
 
@@ -125,7 +159,7 @@ class _Fit:
 
 
 def _reach(stored: list[Stored], sizes: Scatter) -> str:
-    """The widths that can be made well enough."""
+    """The widths that can be reconstructed accurately enough."""
     tried = {round(0.005 * 1.1**i, 4) for i in range(43)} | {0.2886}
     tried |= {one.snapshot.profile.sigma_rel for one in stored}
     good = [
@@ -136,22 +170,25 @@ def _reach(stored: list[Stored], sizes: Scatter) -> str:
 
 def _reconstructed(
     run: Path, stored: list[Stored], sigma_rel: float, upto: int | None
-) -> tuple[int, str, dict[str, Tensor], str]:
-    """Step, name, weights and a description of an average that was not followed."""
+) -> _Weights:
+    """An average that was not followed, from the snapshots up to a step."""
     if not stored:
-        fail(
+        raise UsageError(
             f"there are no snapshots in {folder_of(run)}; the callback Averages writes them, "
             "which --config configs/with/ema.yaml adds to a run."
         )
     steps = [one.step for one in stored if upto is None or one.step <= upto]
     if not steps:
-        fail(f"there is no snapshot up to step {upto}: the first of {run} is of {stored[0].step}.")
+        raise UsageError(
+            f"there is no snapshot up to step {upto}: the first of {run} is of step "
+            f"{stored[0].step}."
+        )
     step = steps[-1]
     stored = _usable(stored, step)
     sizes = scatter(stored)
     found = _Fit(sigma_rel, stored, sizes)
     if not found.within_reach:
-        fail(
+        raise UsageError(
             f"sigma_rel={sigma_rel} is out of reach of the snapshots up to step {step}: it would "
             f"be off by {found.error:.0%} of its distance from the weights, {LIMIT:.0%} are "
             f"allowed. Within reach are {_reach(stored, sizes)}."
@@ -159,41 +196,40 @@ def _reconstructed(
     files = len({one.path for one in stored})
     late = f", from step {stored[-1].begin}" if stored[-1].begin else ""
     name = f"EMA(sigma_rel={sigma_rel}, post hoc, {files} snapshots{late})"
-    told = (
-        f"{name} at step {step}; relative error about {found.expected:.1e} "
+    note = (
+        f"; relative error about {found.expected:.1e} "
         f"({found.misfit:.1e} without the rounding of the snapshots)"
     )
-    return step, name, mix(stored, found.mixture), told
+    return _Weights(name, step, mix(stored, found.mixture), note)
 
 
-def _write(
-    checkpoint: dict[str, Any], weights: dict[str, Tensor], name: str, step: int, out: Path
-) -> None:
+def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
     """Write a checkpoint of the same model with these weights; the rest of its state stays."""
-    state = checkpoint["state_dict"]
+    state, weights = checkpoint["state_dict"], average.weights
     strange = [key for key, value in weights.items() if key not in state]
     strange += [key for key in weights if key in state and weights[key].shape != state[key].shape]
     if strange:
-        fail(
+        raise UsageError(
             f"the snapshots are of another model than the checkpoint: it has no {strange[0]} of "
             f"shape {tuple(weights[strange[0]].shape)}."
         )
     key = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-    new = weights_alone(state | weights, name, step, checkpoint[key], checkpoint["epoch"])
+    new = weights_alone(
+        state | weights, average.name, average.step, checkpoint[key], checkpoint["epoch"]
+    )
     WholeCheckpointIO().save_checkpoint(new, out)
 
 
-def _listing(run: Path, checkpoint: dict[str, Any], stored: list[Stored]) -> str:
-    """What averages a run has, and which can be made."""
-    followed = ", ".join(named_averages(checkpoint)) or "none"
-    lines = [f"In the checkpoint, of step {checkpoint['global_step']}: {followed}"]
-    for profile in dict.fromkeys(one.snapshot.profile for one in stored):
-        steps = [str(one.step) for one in stored if one.snapshot.profile == profile]
-        lines.append(f"Snapshots of {profile} at step {', '.join(steps)}")
+def _available(checkpoint: dict[str, Any], stored: list[Stored]) -> Available:
+    """The averages of a run, and which can be reconstructed."""
+    profiles = dict.fromkeys(one.snapshot.profile for one in stored)
+    snapshots = {
+        str(profile): [one.step for one in stored if one.snapshot.profile == profile]
+        for profile in profiles
+    }
+    reach = ""
     if stored:
         usable = _usable(stored, stored[-1].step)
-        reach = _reach(usable, scatter(usable))
-        lines.append(f"Within reach at step {stored[-1].step}: sigma_rel {reach}")
-    else:
-        lines.append("No snapshots.")
-    return "\n".join(lines)
+        widths = _reach(usable, scatter(usable))
+        reach = f"Within reach at step {stored[-1].step}: sigma_rel {widths}"
+    return Available(checkpoint["global_step"], list(named_averages(checkpoint)), snapshots, reach)

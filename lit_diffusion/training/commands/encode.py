@@ -1,17 +1,15 @@
-"""The commands `lit-diffusion encode` and `decode`: images as latents, and back.
+"""The command `encode`: a data set of images as a data set of latents.
 
-A latent model does not see images but what an autoencoder makes of them, some fifty times fewer
-numbers that are still arranged as an image. They never change, so they are made once:
+A latent model does not see images but their latents under an autoencoder, some fifty times fewer
+numbers that are still arranged as an image. They never change, so they are computed once:
 
     lit-diffusion encode --vae FOLDER --data.path NAME --data.image_shape [3,256,256] --out LATENTS
     lit-diffusion fit --config configs/imagenet256-latent.yaml --data.path LATENTS
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
 
-What is stored is (mean − shift) · scale: the mean of what the encoder answers, whose standard
-deviation is small beside that of the means, brought to a size of 1 by the two numbers that each
-autoencoder of diffusers is published with. Shards are parquet files with a column `latent`, each
-an array of float16 in numpy's file format, and a column `label`.
+Shards are parquet files with a column `latent`, each an array of float16 in numpy's file format,
+and a column `label`.
 """
 
 from __future__ import annotations
@@ -29,13 +27,12 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_diffusion.models import import_diffusers
-from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_device
-from lit_diffusion.training.commands.sample import write_images
+from lit_diffusion.training.commands.autoencoder import Autoencoder
+from lit_diffusion.training.commands.choices import find_device
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.data.module import ImageDataModule
 
-__all__ = ["decode", "encode"]
+__all__ = ["encode"]
 
 GROUP, FILE = 1000, 10_000  # latents in a row group, which a stream calls a shard; in a file
 CARD = """---
@@ -45,7 +42,7 @@ configs:
 {files}
 ---
 
-Latents, written by `lit-diffusion encode`. Of each split: how many there are, and the mean and
+Latents, written by `lit-diffusion encode`. For each split: the number of latents, and the mean and
 standard deviation of their channels. An image is decoded from latent / scale + shift.
 
 ```yaml
@@ -53,164 +50,57 @@ standard deviation of their channels. An image is decoded from latent / scale + 
 """
 
 
-class Autoencoder:
-    """An autoencoder of diffusers, between bytes of images and latents of size 1.
+def encode(
+    vae: str | Path,
+    data: ImageDataModule,
+    *,
+    out: str | Path,
+    mirrored: bool = False,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> Path:
+    """Encode a data set of images as a data set of latents; return its folder.
 
     Args:
-        path: Its folder, or its name on the hub.
-        device: Where it computes.
+        vae: An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, or
+            its name on the hub.
+        data: The images.
+        out: The data set: a new folder.
+        mirrored: Also encode the mirror image of each training image: what horizontal_flip is for
+            images.
+        batch_size: Images per batch.
+        device: auto, cpu, cuda, cuda:1, mps.
+
+    Raises:
+        ValueError: If the autoencoder does not take images of this shape, or out exists.
     """
-
-    def __init__(self, path: str, device: torch.device) -> None:
-        self.path = path
-        self.device = device
-        self.vae = import_diffusers().AutoencoderKL.from_pretrained(path).to(device).eval()
-        self.scale = float(self.vae.config.scaling_factor)
-        self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of such images.
-
-        Args:
-            image_shape: (C, H, W) of the images.
-
-        Raises:
-            ValueError: If it does not take them.
-        """
-        channels, height, width = image_shape
-        if channels != self.vae.config.in_channels or height % self.factor or width % self.factor:
-            raise ValueError(
-                f"{self.path} encodes images of {self.vae.config.in_channels} channels whose "
-                f"sides are multiples of {self.factor}, got {image_shape}; set data.image_shape "
-                "to that of the images, and convert those that do not fit."
-            )
-        return self.vae.config.latent_channels, height // self.factor, width // self.factor
-
-    @torch.inference_mode()
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents of images, float32.
-
-        Args:
-            images: (B, C, H, W), uint8.
-        """
-        x = images.to(self.device).float().div(127.5).sub(1)
-        return (self.vae.encode(x).latent_dist.mode() - self.shift) * self.scale
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, in [−1, 1] and a little beyond.
-
-        Args:
-            latents: (B, C, H, W).
-        """
-        z = latents.to(self.device).float() / self.scale + self.shift
-        images: Tensor = self.vae.decode(z).sample
-        return images
-
-
-def encode(argv: list[str]) -> Path:
-    """Make a data set of latents; return its folder.
-
-    Args:
-        argv: The command line after `encode`.
-    """
-    parser = DiffusionParser(
-        prog="lit-diffusion encode", description="Make a data set of the latents of another."
-    )
-    parser.add_class_arguments(ImageDataModule, "data")
-    _add_autoencoder(parser)
-    parser.add_argument("--out", type=str, required=True, help="The data set: a new folder.")
-    parser.add_argument(
-        "--mirrored",
-        type=bool,
-        default=False,
-        help="Encode each training image mirrored, too: what horizontal_flip is for images.",
-    )
-    config = parser.parse_args(argv)
-    out, data = Path(config.out), ImageDataModule(**vars(config.data))
-    _check(config, out)
-    autoencoder = Autoencoder(config.vae, find_device(config.device))
-    shape = autoencoder.latent_shape(data.image_shape)
+    out = Path(out)
+    if batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
+    if out.exists():
+        raise UsageError(f"--out must be a new folder, and {out} is there already.")
+    autoencoder = Autoencoder(str(vae), find_device(device))
+    channels, height, width = data.image_shape
+    shape = autoencoder.latent_shape((channels, height, width))
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     try:
-        said = {}
+        moments = {}
         for split in dict.fromkeys(filter(None, (data.train_split, data.val_split))):
-            batches = data.examples(split, config.batch_size)
-            mirrored = config.mirrored and split == data.train_split
-            said[split] = _write_split(autoencoder, batches, partial, split, mirrored)
-        card = {"autoencoder": config.vae, "scale": autoencoder.scale, "shift": autoencoder.shift}
+            batches = data.examples(split, batch_size)
+            twice = mirrored and split == data.train_split
+            moments[split] = _write_split(autoencoder, batches, partial, split, twice)
+        card = {"autoencoder": str(vae), "scale": autoencoder.scale, "shift": autoencoder.shift}
         card |= {"images": data.path, "image_shape": [*data.image_shape], "latent_shape": [*shape]}
-        card |= {"mirrored": config.mirrored, "splits": said}
-        files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in said)
+        card |= {"mirrored": mirrored, "splits": moments}
+        files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in moments)
         text = CARD.format(files=files, facts=_plain(card))
         (partial / "README.md").write_text(text)
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there if all went well
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
     return out
-
-
-def decode(argv: list[str]) -> Path:
-    """Make images of latents; return where they are.
-
-    Args:
-        argv: The command line after `decode`.
-    """
-    parser = DiffusionParser(
-        prog="lit-diffusion decode", description="Make images of sampled latents."
-    )
-    parser.add_argument("latents", type=str, help="What `sample --out latents.npy` wrote.")
-    _add_autoencoder(parser)
-    parser.add_argument(
-        "--out", type=str, default="samples.png", help="A .png for one grid, or a folder."
-    )
-    config = parser.parse_args(argv)
-    out = Path(config.out)
-    if out.suffix not in ("", ".png"):
-        fail(f"--out must be a .png file or a folder, got {out}.")
-    _check(config)
-    if not Path(config.latents).is_file():
-        fail(f"there is no file {config.latents}: give what `sample --out latents.npy` wrote.")
-    autoencoder = Autoencoder(config.vae, find_device(config.device))
-    latents = torch.from_numpy(np.load(config.latents, allow_pickle=False))
-    channels = autoencoder.vae.config.latent_channels
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        fail(
-            f"{config.latents} must hold latents of shape (n, {channels}, height, width), got "
-            f"{tuple(latents.shape)}."
-        )
-    images = []
-    for first in tqdm(range(0, len(latents), config.batch_size), desc="decoding"):
-        batch = autoencoder.decode(latents[first : first + config.batch_size]).cpu()
-        if out.suffix:
-            images.append(batch)
-        else:
-            write_images(batch, out, [""], first)
-    if out.suffix:
-        save_grid(torch.cat(images), out, max(1, round(len(latents) ** 0.5)))
-    return out
-
-
-def _add_autoencoder(parser: DiffusionParser) -> None:
-    parser.add_argument(
-        "--vae",
-        type=str,
-        required=True,
-        help="An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, "
-        "or its name on the hub.",
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time.")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
-
-
-def _check(config: Any, out: Path | None = None) -> None:
-    if config.batch_size < 1:
-        fail(f"--batch_size must be at least 1, got {config.batch_size}.")
-    if out is not None and out.exists():
-        fail(f"--out must be a new folder, and {out} is there already.")
 
 
 def _write_split(
@@ -220,7 +110,7 @@ def _write_split(
     split: str,
     mirrored: bool,
 ) -> dict[str, Any]:
-    """Write the files of a split; return how many latents there are, and their mean and std."""
+    """Write the files of a split; return the number of latents, and their mean and std."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -249,7 +139,7 @@ def _write_split(
 def _rows(
     autoencoder: Autoencoder, batches: Iterable[dict[str, Any]], mirrored: bool
 ) -> Iterator[tuple[Tensor, int | None]]:
-    """Yield (latent, label) of each image, and behind it of its mirror image."""
+    """Yield (latent, label) of each image, followed by that of its mirror image."""
     for batch in batches:
         images = batch["image"]
         labels = batch["label"].tolist() if "label" in batch else [None] * len(images)

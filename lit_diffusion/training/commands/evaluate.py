@@ -1,36 +1,38 @@
-"""The command `lit-diffusion evaluate`: what a checkpoint is worth, measured as papers do.
+"""The command `evaluate`: FID and other scores of a checkpoint, and bits per dimension.
 
     checkpoint → samples, for each sampler, number of steps and seed → scores against the data
                → bits per dimension of the data
 
-Two files come of it: evaluation.json with every value and its protocol, and evaluation.md with
-the tables. The settings of the run's own `FID` and `Likelihood` are the defaults, so that without
-further words the command repeats what training logged.
+It writes evaluation.json with every value and its protocol, and evaluation.md with the tables.
+The settings of the run's own `FID` and `Likelihood` are the defaults, so that without further
+arguments it repeats the measurements of the training run.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.parsing import (
-    DiffusionParser,
-    fail,
-    find_checkpoint,
-    find_device,
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device
+from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.experiment import (
+    callback_arguments,
+    evaluation_defaults,
+    read_experiment,
+    run_folder,
 )
+from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.commands.sample import NO_GUIDANCE
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation import scores
@@ -45,7 +47,7 @@ from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
 from lit_diffusion.training.run.weights import weights_name
 
-__all__ = ["evaluate"]
+__all__ = ["Evaluation", "evaluate"]
 
 SCORES = (
     scores.kernel_distance,
@@ -55,8 +57,21 @@ SCORES = (
 )
 
 
+class Evaluation(NamedTuple):
+    """Scores of the samples and bits per dimension of the data, and the folder that holds them."""
+
+    rows: list[SamplerScores]
+    bound: list[Measurement]
+    baseline: float | None  # Fréchet distance of real images of the baseline split
+    tables: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.tables}\nWritten to {self.folder}"
+
+
 class _Model(NamedTuple):
-    """What is evaluated, and where it comes from."""
+    """The model that is evaluated, and where it comes from."""
 
     model: LitDiffusion
     checkpoint: Path
@@ -65,215 +80,159 @@ class _Model(NamedTuple):
     run: Path | None  # the run folder, if the checkpoint lies in one
 
 
-def evaluate(argv: list[str], data_class: type[ImageDataModule] = ImageDataModule) -> str:
-    """Measure a checkpoint; return the tables as text.
+class _Settings(NamedTuple):
+    """How samples are made and what they are compared with; see `evaluate`."""
+
+    num_samples: int
+    features: nn.Module | None
+    split: str
+    baseline_split: str | None
+    reference_hash: str | None
+    samplers: list[Sampler] | None
+    steps: list[int] | None
+    seeds: list[int]
+    guidance: float
+    guidance_interval: tuple[float, float] | None
+    batch_size: int
+
+
+def evaluate(
+    ckpt_path: str | Path,
+    name: str = "*",
+    config: str | Path | None = None,
+    num_samples: int | None = None,
+    features: nn.Module | None = None,
+    split: str | None = None,
+    baseline_split: str | None = None,
+    reference_hash: str | None = None,
+    samplers: list[Sampler] | None = None,
+    steps: list[int] | None = None,
+    seeds: list[int] | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | Literal["none"] | None = None,
+    batch_size: int | None = None,
+    bound: bool = True,
+    out: str | Path | None = None,
+    device: str = "auto",
+    compile: bool = False,
+    likelihood: Likelihood | None = None,
+    data: ImageDataModule | None = None,
+) -> Evaluation:
+    """Measure a checkpoint: distances of its samples from the data, and bits per dimension.
 
     Args:
-        argv: The command line after `evaluate`.
-        data_class: The data, ImageDataModule or a subclass of it.
+        ckpt_path: The checkpoint; `last`: the newest in runs/.
+        name: With `last`: only runs of this name.
+        config: The config that describes the data; the run's own by default.
+        num_samples: Number of samples for each seed; by default that of the run's FID, else
+            50,000.
+        features: Network whose features are compared; the run's FID's, else Inception.
+        split: Split to compare with; the run's FID's, else train.
+        baseline_split: Split of real images whose own distance is shown as the baseline; the
+            run's FID's, "none" for none.
+        reference_hash: What the hash of the reference must begin with; the run's FID's, "none"
+            for no such check.
+        samplers: Samplers to compare, such as '[DDIMSampler, HeunSampler]'; the model's own by
+            default.
+        steps: Numbers of steps of each sampler, such as [5, 10, 50]; its own by default.
+        seeds: One set of samples for each seed; the standard deviation over them is shown. The
+            run's FID's by default.
+        guidance: Strength of classifier-free guidance, 1 for none; the run's FID's, else 1.
+        guidance_interval: Guide only for λ within; the run's FID's, "none" for everywhere.
+        batch_size: Images per batch; the run's FID's, else 256.
+        bound: Also measure bits per dimension of the validation split.
+        out: A folder for the results; RUN/evaluation by default.
+        device: auto, cpu, cuda, cuda:1, mps.
+        compile: Compile the network: worth it for many samples, on a GPU.
+        likelihood: How the bound is measured; as the run's Likelihood does by default.
+        data: The data; the run's own by default.
+
+    Raises:
+        ValueError: If the checkpoint or its data cannot be found, or an argument does not fit.
     """
-    # The run's own settings are the defaults, so the run must be known before the rest is parsed.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for word, otherwise in (("--ckpt_path", None), ("--name", "*"), ("--config", None)):
-        first.add_argument(word, default=otherwise)
-    known, _ = first.parse_known_args(argv)
-    path = None if known.ckpt_path is None else find_checkpoint(known.ckpt_path, known.name)
-    run = None if path is None else _run_folder(path)
-    experiment = _experiment(known.config, run)
-    if (
-        path is not None
-        and path.is_file()
-        and not experiment
-        and not any(w.startswith("--data.p") for w in argv)
-    ):
-        fail(
-            f"{path} does not lie in a run folder, and does not say which data it was trained on: "
-            "give --config with that of its run, or --data.path."
-        )
-
-    parser = _parser(data_class, experiment)
-    config = parser.parse_args(argv)
-    if path is None:
-        fail("evaluate needs a checkpoint: give --ckpt_path, which may be `last`.")
-    _check(config)
-    data = data_class(**vars(config.data))
-    parts = parser.instantiate_classes(config)
-    subject = _load(path, run, config.device)
-    refuse_conditions(subject.model)
-    if config.compile:
-        compile_in_place(subject.model, subject.model.device)
-    if subject.model.image_shape != tuple(data.image_shape):
-        fail(
-            f"expected data of the model's shape {subject.model.image_shape}, got "
-            f"{tuple(data.image_shape)}: is --config, or --data.image_shape, that of its run?"
-        )
-    network = (parts.features or InceptionFeatures()).to(subject.model.device).eval()
-
-    reference = open_reference(
-        data, config.split, network, subject.model.device, True, config.reference_hash
+    path = find_checkpoint(ckpt_path, name)
+    run = run_folder(path)
+    experiment = read_experiment(config, run)
+    settings = _settings(
+        experiment,
+        num_samples=num_samples,
+        features=features,
+        split=split,
+        baseline_split=baseline_split,
+        reference_hash=reference_hash,
+        samplers=samplers,
+        steps=steps,
+        seeds=seeds,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        batch_size=batch_size,
     )
-    shares = None
-    if subject.model.num_classes is not None:
-        shares = class_shares(data, reference, network, subject.model.device)
-    floor = None
-    if config.baseline_split is not None:
-        other = open_reference(data, config.baseline_split, network, subject.model.device)
-        floor = scores.frechet_distance(other, reference)
-    others = SCORES if _names_classes(network, data) else (SCORES[0], *SCORES[2:])
-    rows = [
-        _row(subject, network, reference, shares, others, generation, config.seeds)
-        for generation in _generations(config, parts.samplers, subject.model)
-    ]
-    bound = _bound(subject, data, parts.likelihood) if config.bound else []
-
-    out = Path(config.out) if config.out else (run or Path()) / "evaluation"
-    text = _write(out, subject, reference, floor, rows, bound)
+    _check(settings, out)
+    data = data or _own_data(experiment, path)
+    measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
+    subject = _load(path, run, device, data)
+    if compile:
+        compile_in_place(subject.model, subject.model.device)
+    reference, baseline, rows = _scores(subject, data, settings)
+    bits = _bound(subject, data, measure) if bound else []
+    folder = Path(out) if out else (run or Path()) / "evaluation"
+    tables = _write(folder, subject, reference, baseline, rows, bits)
     if run is not None:
-        add_measurements(run, [*_measurements(rows, subject), *bound])
+        add_measurements(run, [*_measurements(rows, subject), *bits])
         if (run / "report.html").is_file():
             write_report(run)
-    return f"{text}\nWritten to {out}"
+    return Evaluation(rows, bits, baseline, tables, folder)
 
 
-# What is asked --------------------------------------------------------------------------------
+def _settings(experiment: dict[str, Any], **given: Any) -> _Settings:
+    """The given settings; None stands for the experiment's own, "none" for none."""
+    found = evaluation_defaults(experiment)
+    found |= {name: value for name, value in given.items() if value is not None}
+    found = {name: None if value == "none" else value for name, value in found.items()}
+    if isinstance(found["features"], (str, dict)):
+        found["features"] = instantiate(nn.Module, found["features"])
+    return _Settings(**{"samplers": None, "steps": None} | found)
 
 
-def _parser(data_class: type[ImageDataModule], experiment: dict[str, Any]) -> DiffusionParser:
-    """The arguments, with the run's own settings as their defaults."""
-    parser = DiffusionParser(
-        prog="lit-diffusion evaluate",
-        description="Measure a checkpoint: distances from the data, and bits per dimension.",
-    )
-    fid = _callback(experiment, "FID")
-    parser.add_argument("--ckpt_path", type=str, help="The checkpoint; `last`: newest in runs/.")
-    parser.add_argument("--name", type=str, default="*", help="With `last`: runs of this name.")
-    parser.add_argument(
-        "--config", type=str, help="Where the data are described; the run's own by default."
-    )
-    parser.add_argument(
-        "--num_samples",
-        type=int,
-        default=fid.get("num_samples", 50_000),
-        help="How many images, for each seed; the run's FID's, else 50,000.",
-    )
-    parser.add_subclass_arguments(
-        nn.Module,
-        "features",
-        required=False,
-        default=fid.get("features"),
-        help="Network that images are compared by; the run's FID's, else Inception.",
-    )
-    parser.add_argument(
-        "--split", type=str, default=fid.get("split", "train"), help="Split to compare with."
-    )
-    parser.add_argument(
-        "--baseline_split",
-        type=str | None,
-        default=fid.get("baseline_split"),
-        help="Split of real images whose own distance is shown beside.",
-    )
-    parser.add_argument(
-        "--reference_hash",
-        type=str | None,
-        default=fid.get("reference_hash"),
-        help="What the reference's hash must begin with.",
-    )
-    parser.add_argument(
-        "--samplers",
-        type=list[Sampler] | None,
-        default=None,
-        help="Samplers to compare, such as '[DDIMSampler, HeunSampler]'; the model's own.",
-    )
-    parser.add_argument(
-        "--steps", type=list[int] | None, default=None, help="Their steps, such as [5, 10, 50]."
-    )
-    parser.add_argument(
-        "--seeds",
-        type=list[int],
-        default=[fid.get("seed", 0)],
-        help="A set of samples for each; the scatter over them is shown.",
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=fid.get("guidance", 1.0), help="Strength; 1 for none."
-    )
-    parser.add_argument(
-        "--guidance_interval",
-        type=tuple[float, float] | None,
-        default=fid.get("guidance_interval"),
-        help="Guide only for λ within.",
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=fid.get("batch_size", 256), help="Images at a time."
-    )
-    parser.add_argument(
-        "--bound", type=bool, default=True, help="Also bits per dimension of data.val_split."
-    )
-    parser.add_argument("--out", type=str | None, help="A folder; RUN/evaluation by default.")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps.")
-    parser.add_argument(
-        "--compile", type=bool, default=False, help="Compile the network: for many, on a GPU."
-    )
-    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
-    parser.add_class_arguments(Likelihood, "likelihood")
-    parser.add_lightning_class_args(data_class, "data")
-    own = {"data": experiment.get("data") or {}, "likelihood": _callback(experiment, "Likelihood")}
-    for group, values in own.items():
-        parser.set_defaults({f"{group}.{key}": value for key, value in values.items()})
-    return parser
-
-
-def _check(config: Any) -> None:
-    """Refuse what cannot be measured before anything is read."""
-    if config.num_samples < 2 or config.batch_size < 1:
-        fail(
-            "--num_samples must be at least 2 and --batch_size 1, "
-            f"got {config.num_samples} and {config.batch_size}."
+def _own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
+    """The data of the experiment, which a checkpoint alone does not record."""
+    if path.is_file() and not experiment:
+        raise UsageError(
+            f"{path} does not lie in a run folder, and does not record its data: give --config "
+            "with that of its run, or --data.path."
         )
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        fail(f"--seeds must be different numbers, at least one, got {config.seeds}.")
-    if config.steps is not None and (not config.steps or min(config.steps) < 1):
-        fail(f"--steps must be numbers of at least 1, got {config.steps}.")
-    if config.samplers is not None and not config.samplers:
-        fail("--samplers must name at least one, got none.")
-    if config.guidance_interval is not None and config.guidance == 1:
-        fail("--guidance_interval says where to guide, and --guidance 1 is none: give --guidance.")
-    out = None if config.out is None else Path(config.out)
-    if out is not None and (out.is_file() or out.suffix):
-        fail(f"--out must be a folder, got {out}.")
+    return instantiate(ImageDataModule, experiment.get("data") or {})
 
 
-def _run_folder(path: Path) -> Path | None:
-    folder = path.parent.parent
-    return folder if path.parent.name == "checkpoints" and folder.is_dir() else None
+def _check(settings: _Settings, out: str | Path | None) -> None:
+    """Refuse what is wrong for every checkpoint, before one is read."""
+    if settings.num_samples < 2 or settings.batch_size < 1:
+        raise UsageError(
+            "--num_samples must be at least 2 and --batch_size 1, "
+            f"got {settings.num_samples} and {settings.batch_size}."
+        )
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise UsageError(f"--seeds must be different numbers, at least one, got {settings.seeds}.")
+    if settings.steps is not None and (not settings.steps or min(settings.steps) < 1):
+        raise UsageError(f"--steps must be numbers of at least 1, got {settings.steps}.")
+    if settings.samplers is not None and not settings.samplers:
+        raise UsageError("--samplers must name at least one, got none.")
+    if settings.guidance_interval is not None and settings.guidance == 1:
+        raise UsageError(NO_GUIDANCE)
+    if out is not None and (Path(out).is_file() or Path(out).suffix):
+        raise UsageError(f"--out must be a folder, got {out}.")
 
 
-def _experiment(given: str | None, run: Path | None) -> dict[str, Any]:
-    """The config of the experiment: the one that is named, else the run's own, else none."""
-    path = Path(given) if given else None if run is None else run / "config.yaml"
-    if path is None or (not given and not path.is_file()):
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        fail(f"--config {path} cannot be read: {error}")
-    if not isinstance(found, dict):
-        fail(f"--config {path} holds no config.")
-    return found
-
-
-def _callback(experiment: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arguments of one of the run's callbacks, empty if it has none of that name."""
-    trainer = experiment.get("trainer") or {}
-    for entry in [*(trainer.get("callbacks") or []), *(trainer.get("callbacks+") or [])]:
-        entry = {"class_path": entry} if isinstance(entry, str) else entry
-        if entry["class_path"].rpartition(".")[2] == name:
-            return dict(entry.get("init_args") or {})
-    return {}
-
-
-def _load(path: Path, run: Path | None, device: str) -> _Model:
+def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _Model:
+    """The model of a checkpoint, if it can be evaluated on these data."""
     checkpoint = load_checkpoint(path)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
+    refuse_conditions(model)
+    if model.image_shape != tuple(data.image_shape):
+        raise UsageError(
+            f"expected data of the model's shape {model.image_shape}, got "
+            f"{tuple(data.image_shape)}: is --config, or --data.image_shape, that of its run?"
+        )
     return _Model(model, path, checkpoint["global_step"], weights_name(checkpoint), run)
 
 
@@ -284,24 +243,49 @@ def _names_classes(network: nn.Module, data: ImageDataModule) -> bool:
     return scores.extract(network, blank).logits is not None
 
 
-def _generations(
-    config: Any, samplers: list[Sampler] | None, model: LitDiffusion
-) -> Iterator[Generation]:
+def _with_steps(sampler: Sampler, steps: int) -> Sampler:
+    replaced: Sampler = dataclasses.replace(sampler, steps=steps)  # type: ignore[type-var]
+    return replaced
+
+
+def _generations(settings: _Settings, model: LitDiffusion) -> Iterator[Generation]:
     """One for each sampler and number of steps."""
-    own = samplers or [model.sampler]
-    for sampler in own:
-        for steps in config.steps or [sampler.steps]:
-            walk = sampler if steps == sampler.steps else dataclasses.replace(sampler, steps=steps)
+    for sampler in settings.samplers or [model.sampler]:
+        for steps in settings.steps or [sampler.steps]:
             yield Generation(
-                config.num_samples,
-                walk,
-                config.guidance,
-                config.guidance_interval,
-                batch_size=config.batch_size,
+                settings.num_samples,
+                sampler if steps == sampler.steps else _with_steps(sampler, steps),
+                settings.guidance,
+                settings.guidance_interval,
+                batch_size=settings.batch_size,
             )
 
 
-# What is measured -----------------------------------------------------------------------------
+# Measuring ------------------------------------------------------------------------------------
+
+
+def _scores(
+    subject: _Model, data: ImageDataModule, settings: _Settings
+) -> tuple[Reference, float | None, list[SamplerScores]]:
+    """The reference, the distance of the baseline from it, and a row for each way of sampling."""
+    device = subject.model.device
+    network = (settings.features or InceptionFeatures()).to(device).eval()
+    reference = open_reference(
+        data, settings.split, network, device, True, settings.reference_hash
+    )
+    shares = None
+    if subject.model.num_classes is not None:
+        shares = class_shares(data, reference, network, device)
+    baseline = None
+    if settings.baseline_split is not None:
+        other = open_reference(data, settings.baseline_split, network, device)
+        baseline = scores.frechet_distance(other, reference)
+    others = SCORES if _names_classes(network, data) else (SCORES[0], *SCORES[2:])
+    rows = [
+        _row(subject, network, reference, shares, others, generation, settings.seeds)
+        for generation in _generations(settings, subject.model)
+    ]
+    return reference, baseline, rows
 
 
 def _row(
@@ -313,7 +297,7 @@ def _row(
     generation: Generation,
     seeds: list[int],
 ) -> SamplerScores:
-    """The scores of one way of drawing, for each seed."""
+    """The scores of one way of sampling, for each seed."""
     sampler = subject.model.walk(generation.sampler)
     found = []
     for seed in seeds:
@@ -375,18 +359,18 @@ def _measurements(rows: list[SamplerScores], subject: _Model) -> Iterator[Measur
             yield Measurement(name, mean, scatter, subject.step, "evaluate", protocol)
 
 
-# What is written ------------------------------------------------------------------------------
+# Writing ---------------------------------------------------------------------------------------
 
 
 def _write(
     out: Path,
     subject: _Model,
     reference: Reference,
-    floor: float | None,
+    baseline: float | None,
     rows: list[SamplerScores],
     bound: list[Measurement],
 ) -> str:
-    """evaluation.json, .md and, if there is a curve to draw, .png; returns the tables."""
+    """Write evaluation.json, .md and, if there is a curve to plot, .png; return the tables."""
     with subject.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
@@ -400,7 +384,7 @@ def _write(
         "weights": subject.weights,
         "weights hash": fingerprint(subject.model.denoiser),
         "reference": reference.protocol,
-        "floor": floor,
+        "floor": baseline,
         "scores": [row.plain() for row in rows],
         "bound": [one._asdict() for one in bound],
     }
@@ -408,7 +392,7 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if len({row.calls for row in rows}) > 1:
-        save_figure(plot_scores(rows, floor), out / "evaluation.png")
+        save_figure(plot_scores(rows, baseline), out / "evaluation.png")
         text += "\n![Fréchet distance against network calls](evaluation.png)\n"
     else:
         (out / "evaluation.png").unlink(missing_ok=True)  # of an earlier sweep

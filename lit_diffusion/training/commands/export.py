@@ -1,11 +1,12 @@
-"""The command `lit-diffusion export`: a trained model as a folder that stands alone.
+"""The command `export`: a trained model as a folder that can be loaded by itself.
 
-    model.safetensors   the weights that images are drawn with: the average, if the run kept one
-    config.json         how the model was made, as plain data
-    README.md           the model card: what it is, what it was trained for, its numbers
-    samples.png         the run's last samples, if it drew some
+    model.safetensors   the weights for sampling: the average, if the run has one
+    config.json         the arguments of the model, as plain data
+    README.md           the model card: architecture, objective, measurements
+    samples.png         the run's last samples, if there are any
 
-`lit_diffusion.load_pretrained` reads it, without the training wing, and the Hub takes it as it is.
+`lit_diffusion.load_pretrained` reads it without importing Lightning; it can be pushed to the Hub
+unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_checkpoint
+from lit_diffusion.training.commands.choices import find_checkpoint
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint, sync
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
@@ -34,7 +36,7 @@ __all__ = ["export"]
 
 
 class _Trained(NamedTuple):
-    """A checkpoint, read: the model, how it was made, and what is known of it."""
+    """The model of a checkpoint, its description, and which weights it has."""
 
     model: Pretrained
     described: dict[str, Any]
@@ -42,43 +44,43 @@ class _Trained(NamedTuple):
     step: int
 
 
-def export(argv: list[str]) -> Path:
-    """Write a trained model into a folder of its own; return the folder.
+def export(
+    run: str | Path,
+    *,
+    out: str | Path,
+    ckpt: str | None = None,
+    name: str = "*",
+    license: str = "unknown",
+) -> Path:
+    """Write a trained model into a folder that loads alone and can be pushed to the Hub.
 
     Args:
-        argv: The command line after `export`.
+        run: A run folder, a .ckpt file, or `last`: the newest run in runs/.
+        out: The folder: a new one.
+        ckpt: Another checkpoint of the run than last.ckpt.
+        name: With `last`: only runs of this name.
+        license: License of the weights, as the Hub names it: mit.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or its network is not described in it, or out
+            is not empty.
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion export",
-        description="Write a model into a folder that loads alone and can be pushed to the Hub.",
-    )
-    parser.add_argument(
-        "run", type=str, help="A run folder, a .ckpt file, or `last`: the newest run in runs/."
-    )
-    parser.add_argument("--out", type=str, required=True, help="The folder, a new one.")
-    parser.add_argument(
-        "--ckpt", type=str | None, default=None, help="Another checkpoint of the run than last."
-    )
-    parser.add_argument("--name", type=str, default="*", help="With `last`: runs of this name.")
-    parser.add_argument(
-        "--license", type=str, default="unknown", help="Of the weights, as the Hub names it: mit."
-    )
-    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
-    config = parser.parse_args(argv)
-    out = Path(config.out)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"--out must be a new folder or an empty one, got {out}: remove it, or name another.")
-    path = _checkpoint(config.run, config.ckpt, config.name)
-    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+        raise UsageError(
+            f"--out must be a new folder or an empty one, got {out}: remove it, or name another."
+        )
+    path = _checkpoint(run, ckpt, name)
+    folder = path.parents[1] if path.parent.name == "checkpoints" else path.parent
     trained = _read(path)
-    picture = _picture(run, trained.step)
+    picture = _picture(folder, trained.step)
     card = model_card(
         trained.model,
         trained.described,
-        title=run.parent.name if path.parent.name == "checkpoints" else path.stem,
-        license=config.license,
+        title=folder.parent.name if path.parent.name == "checkpoints" else path.stem,
+        license=license,
         weights=f"{trained.weights}, step {trained.step}",
-        measured=_measured(run, trained),
+        measured=_measured(folder, trained),
         picture=picture is not None,
     )
     about = {
@@ -92,25 +94,25 @@ def export(argv: list[str]) -> Path:
     return out
 
 
-def _checkpoint(run: str, name: str | None, runs: str) -> Path:
+def _checkpoint(run: str | Path, name: str | None, runs: str) -> Path:
     """The checkpoint that is meant."""
     folder = find_checkpoint("last", runs).parents[1] if run == "last" else Path(run)
     if folder.suffix == ".ckpt":
         if name is not None:
-            fail(f"one checkpoint, please: got {run} and --ckpt {name}.")
+            raise UsageError(f"expected one checkpoint, got {run} and --ckpt {name}.")
         return folder
     inside = folder / "checkpoints" / (name or "last.ckpt")
     return Path(name) if name and not inside.is_file() else inside
 
 
 def _read(path: Path) -> _Trained:
-    """The model of a checkpoint, with the weights that images are drawn with."""
+    """The model of a checkpoint, with the weights for sampling."""
     checkpoint = load_checkpoint(path)
     given = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
     if "network" not in given:
         raise ValueError(
-            f"{path} does not say how its network was made, so nobody could load the folder: make "
-            "the network of a class that keeps its arguments as attributes, and train with that."
+            f"{path} does not describe its network, so the folder could not be loaded: use a "
+            "network whose class keeps its arguments as attributes, and train with that."
         )
     own = inspect.signature(Pretrained).parameters
     described = {
@@ -123,7 +125,7 @@ def _read(path: Path) -> _Trained:
 
 
 def _measured(run: Path, trained: _Trained) -> list[Measurement]:
-    """What was measured of just these weights."""
+    """The measurements of exactly these weights."""
     return [
         one
         for one in read_measurements(run)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,7 +27,8 @@ from lit_diffusion.training.callbacks import (
     SampleGrid,
     Throughput,
 )
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail
+from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
@@ -45,11 +46,15 @@ from lit_diffusion.training.run.folder import (
 )
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
-__all__ = ["DiffusionCLI"]
+__all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]
+
+
+class DiffusionParser(CommandParser, LightningArgumentParser):
+    """The parser of LightningCLI, with errors of one line."""
 
 
 class _Bar(TQDMProgressBar):
-    """Lightning's bar, with the time that the whole run will take from here."""
+    """Lightning's progress bar, with the time left in the whole run."""
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -91,7 +96,7 @@ class DiffusionCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's name, plug-ins, and the one link: the data's shape is the model's."""
+        """Add the run's name, plug-ins, and the link from the data's shape to the model's."""
         parser.add_argument(
             "--name",
             type=str,
@@ -116,12 +121,14 @@ class DiffusionCLI(LightningCLI):
             root = Path(config.trainer.default_root_dir)
             found = last_checkpoint(root, config.name)
             if found is None and self.config.subcommand != "fit":
-                fail(f"there is no checkpoint below {root / config.name}; train first.")
+                raise UsageError(
+                    f"there is no checkpoint below {root / config.name}; train first."
+                )
             if found is None:
-                _note(f"No checkpoint below {root / config.name} yet: starting afresh.")
+                _note(f"No checkpoint below {root / config.name} yet: starting a new run.")
                 config.ckpt_path = None
                 return
-            _note(f"Going on from {found}.")
+            _note(f"Resuming from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
@@ -140,12 +147,12 @@ class DiffusionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Hand the shape of the data to the network, if it takes one."""
+        """Pass the shape of the data to the network, if it takes one."""
         config = self.config[self.subcommand]
-        _hand_shape(config.model.get("network"), tuple(config.data.image_shape))
+        _set_shape(config.model.get("network"), tuple(config.data.image_shape))
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer; the model keeps its config."""
+        """Make model, data and trainer; the model records its config."""
         super().instantiate_classes()
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         model = yaml.safe_load(text)["model"]
@@ -160,7 +167,7 @@ class DiffusionCLI(LightningCLI):
                 _note(f"Note: the checkpoint was trained with another {name}: {before}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the trainer, with the run folder, its loggers, and the callbacks nobody misses."""
+        """Make the trainer, with the run folder, its loggers, and the usual callbacks."""
         config = self.config_init[self.subcommand]
         trainer = config.trainer
         callbacks = trainer.callbacks or []
@@ -201,9 +208,9 @@ class DiffusionCLI(LightningCLI):
                 logger.finish(exit_code)
 
     def _discard_if_empty(self) -> None:
-        """Remove the folder of a run that failed before it had anything to keep."""
+        """Remove the folder of a run that failed before it wrote anything worth keeping."""
         folder = self.run_folder
-        if rank_zero_only.rank != 0 or folder is None or self.resume_step is not None:
+        if not is_first_rank() or folder is None or self.resume_step is not None:
             return
         kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
         if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
@@ -225,33 +232,33 @@ class DiffusionCLI(LightningCLI):
         self._summarise()
 
     def _reports(self) -> bool:
-        """Whether this process tells what became of a training."""
+        """Whether this process writes the report of a training run."""
         kept = any(isinstance(logger, RunLogger) for logger in self.trainer.loggers)
-        return self.subcommand == "fit" and rank_zero_only.rank == 0 and kept
+        return self.subcommand == "fit" and is_first_rank() and kept
 
     def _begin_report(self) -> None:
-        """Write down what the run runs on; a run is not ended by what is said of it."""
-        if self._reports():
+        """Record the device of the run; a failure to do so does not stop the run."""
+        if self._reports() and self.run_folder is not None:
             try:
                 trainer = self.trainer
                 ranks = trainer.num_devices * trainer.num_nodes
                 device = trainer.strategy.root_device
                 begin_session(self.run_folder, device, ranks, str(trainer.precision))
             except Exception as error:
-                _note(f"Warning: what the run ran on is not recorded: {error}")
+                _note(f"Warning: the environment of the run is not recorded: {error}")
 
     def _end_report(self, how: str) -> Path | None:
-        """Write the report of the run folder, if there is one; return where it is."""
-        if self._reports() and self.run_folder.is_dir():
+        """Write the report of the run folder, if there is one; return its path."""
+        if self._reports() and self.run_folder is not None and self.run_folder.is_dir():
             try:
                 end_session(self.run_folder, how, self.trainer.global_step)
                 return write_report(self.run_folder)
             except Exception as error:
-                _note(f"Warning: there is no report of this run: {error}")
+                _note(f"Warning: the report of this run could not be written: {error}")
         return None
 
     def _summarise(self) -> None:
-        """Name what there is to look at; the last line is the run folder."""
+        """Print the results and their files; the last line is the run folder."""
         if not self.trainer.is_global_zero or self.run_folder is None:
             return
         losses = {k: float(v) for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
@@ -259,12 +266,13 @@ class DiffusionCLI(LightningCLI):
             _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
-        for callback in self.trainer.callbacks:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
                 _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return
-        for callback in self.trainer.callbacks:
+        for callback in callbacks:
             if isinstance(callback, SampleGrid) and callback.last_path is not None:
                 _say(f"Samples: {callback.last_path}")
         if (page := self._end_report("finished")) is not None:
@@ -272,23 +280,28 @@ class DiffusionCLI(LightningCLI):
         _say(f"Run folder: {self.run_folder}")
 
 
-def _hand_shape(network: Any, shape: tuple[int, int, int]) -> None:
+def _set_shape(network: Any, shape: tuple[int, int, int]) -> None:
     """Set image_shape in a network's config, and in those of the networks that it wraps.
 
-    A wrapper says by `inner_shapes` what its own arguments must be built for.
+    A wrapper declares by `inner_shapes` the shapes that its arguments must be built for.
     """
     if network is None:
         return
     module, _, name = network.class_path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     if "image_shape" in inspect.signature(cls).parameters:
-        network.init_args = network.get("init_args") or jsonargparse.Namespace()
+        network.init_args = network.get("init_args") or Namespace()
         network.init_args.image_shape = shape
     if hasattr(cls, "inner_shapes"):
-        given = dict(vars(network.get("init_args") or jsonargparse.Namespace()))
+        given = dict(vars(network.get("init_args") or Namespace()))
         given["image_shape"] = shape
         for argument, inner in cls.inner_shapes(**given).items():
-            _hand_shape(given.get(argument), inner)
+            _set_shape(given.get(argument), inner)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, which also holds before a trainer is made."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @rank_zero_only

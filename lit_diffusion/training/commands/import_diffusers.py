@@ -1,10 +1,10 @@
-"""The command `lit-diffusion import`: a published model of diffusers as an ordinary checkpoint.
+"""The command `import`: a published model of diffusers as an ordinary checkpoint.
 
     lit-diffusion import ddpm-cifar10 --out ddpm-cifar10.ckpt
     lit-diffusion test --ckpt_path ddpm-cifar10.ckpt --config configs/cifar10.yaml
 
-From then on it is a model like any other: it is tested, evaluated, sampled, exported, and a
-training in Python can begin from it.
+The checkpoint can be tested, evaluated, sampled and exported like any other, and training in
+Python can start from it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,28 @@ from pathlib import Path
 
 from lit_diffusion.models import from_diffusers
 from lit_diffusion.registry import arguments
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 from lit_diffusion.training.run.weights import AS_PUBLISHED, weights_alone
 
-__all__ = ["import_pipeline"]
+__all__ = ["import_diffusers"]
 
 
-def import_pipeline(argv: list[str]) -> Path:
-    """Write the checkpoint of a diffusers pipeline; return where it is.
+def import_diffusers(folder: str | Path, *, out: str | Path) -> Path:
+    """Write a published unconditional model of diffusers as a checkpoint; return its path.
 
     Args:
-        argv: The command line after `import`.
+        folder: A pipeline's folder, fetched by `hf download NAME --local-dir`.
+        out: The checkpoint: a new .ckpt file.
+
+    Raises:
+        ValueError: If the folder holds no pipeline that can be imported, or out exists.
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion import",
-        description="Make a checkpoint of a published unconditional model of diffusers.",
-    )
-    parser.add_argument(
-        "folder", type=str, help="A pipeline's folder, fetched by `hf download NAME --local-dir`."
-    )
-    parser.add_argument("--out", type=str, required=True, help="The checkpoint: a new .ckpt file.")
-    config = parser.parse_args(argv)
-    out = Path(config.out)
+    out = Path(out)
     if out.suffix != ".ckpt" or out.exists():
-        fail(f"--out must be a new .ckpt file, got {out}.")
-    model = LitDiffusion(**arguments(from_diffusers(config.folder)))
+        raise UsageError(f"--out must be a new .ckpt file, got {out}.")
+    model = LitDiffusion(**arguments(from_diffusers(folder)))
     checkpoint = weights_alone(model.state_dict(), AS_PUBLISHED, 0, model.hparams)
     WholeCheckpointIO().save_checkpoint(checkpoint, out)
     return out

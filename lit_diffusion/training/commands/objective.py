@@ -1,80 +1,85 @@
-"""The command `lit-diffusion objective`: what a config's objective does, before it is trained.
+"""The command `objective`: describe an objective before it is trained.
 
-    config or checkpoint → schedule, weighting, prediction, steps → Objective → a table, a figure
+    schedule, weighting, prediction, steps  →  Objective  →  text with a table, figure
 
-Nothing is trained and no data are read; of a whole experiment only the model's part matters.
+Nothing is trained and no data are read.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-import yaml
-from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningDataModule, Trainer
-
+from lit_diffusion.decoders import Decoder
+from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail, find_checkpoint
+from lit_diffusion.predictions import Prediction, VPrediction
+from lit_diffusion.schedules import NoiseSchedule
+from lit_diffusion.training.commands.choices import find_checkpoint
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.module import LitDiffusion, check_data_std
-from lit_diffusion.training.reporting.objective import objective_of, objective_text, save_objective
+from lit_diffusion.training.reporting.objective import objective_text, save_objective
+from lit_diffusion.weightings import Weighting
 
-__all__ = ["objective"]
+__all__ = ["Described", "objective"]
+
+
+class Described(NamedTuple):
+    """An objective, the decoder of its loss, and where its figure is."""
+
+    objective: Objective
+    decoder: Decoder | None
+    figure: Path | None
+
+    def __str__(self) -> str:
+        text = objective_text(self.objective, self.decoder)
+        return text if self.figure is None else f"{text}\n\nFigure: {self.figure}"
 
 
 def objective(
-    argv: list[str],
-    model_class: type[LitDiffusion],
-    data_class: type[LightningDataModule],
-) -> str:
-    """Explain the objective of a config or a checkpoint; return the report.
+    schedule: NoiseSchedule | None = None,
+    weighting: Weighting | None = None,
+    prediction: Prediction | None = None,
+    num_timesteps: int | None = None,
+    decoder: Decoder | None = None,
+    *,
+    ckpt_path: str | Path | None = None,
+    name: str = "*",
+    out: str | Path | None = None,
+) -> Described:
+    """Describe an objective: its curves over λ, whether it is an ELBO, its variance.
 
     Args:
-        argv: The command line after `objective`.
-        model_class: Whose arguments a config may name.
-        data_class: The same for the data, which are not read.
+        schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
+        weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
+        prediction: What the network outputs; None means `VPrediction()`.
+        num_timesteps: Number of steps of a discrete chain; None means continuous time.
+        decoder: The decoder of a loss that is the whole bound.
+        ckpt_path: Describe the objective of a checkpoint instead; `last`: the newest in runs/.
+        name: With `last`: only runs of this name.
+        out: Plot it as well: a .png or .pdf file.
+
+    Raises:
+        ValueError: If the parts do not fit each other, or the checkpoint cannot be read.
+
+    Example:
+        >>> from lit_diffusion import SigmoidWeighting
+        >>> described = objective(weighting=SigmoidWeighting())
+        >>> described.objective.monotone
+        True
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion objective",
-        description="Say what an objective does; configs and --model.* as for fit.",
-    )
-    parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="A config; several make one."
-    )
-    # A whole experiment is accepted, so all of its keys must be known.
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.add_lightning_class_args(model_class, "model")
-    parser.add_lightning_class_args(data_class, "data")
-    parser.link_arguments("data.image_shape", "model.image_shape")
-    parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
-    parser.add_argument("--name", type=str, default="run", help="Of runs, for `last`.")
-    parser.add_argument("--plugins", type=list[str] | str, default=[], help="As for fit.")
-    parser.add_argument(
-        "--ckpt_path",
-        type=str | None,
-        default=None,
-        help="A checkpoint, not a config; `last`: in runs/.",
-    )
-    parser.add_argument(
-        "--out", type=str | None, default=None, help="Draw it, too: a .png or .pdf file."
-    )
-    config = parser.parse_args(argv)
-    out = None if config.out is None else Path(config.out)
+    out = None if out is None else Path(out)
     if out is not None and out.suffix not in (".png", ".pdf"):
-        fail(f"--out must be a .png or .pdf file, got {out}.")
-    asked = [word.partition("=")[0] for word in argv]
-    if "--ckpt_path" in asked:
-        if other := [word for word in asked if word in ("-c", "--config") or "--model" in word]:
-            fail(f"a checkpoint has its own objective: give --ckpt_path or {other[0]}, not both.")
-        path = find_checkpoint(config.ckpt_path, config.name if "--name" in asked else "*")
-        model = LitDiffusion.load_from_checkpoint(path)  # a schedule may have learned
-        loss, decoder = model.loss, model.loss.decoder
-        found = Objective(loss.schedule, loss.weighting, model.denoiser.prediction, loss.steps)
+        raise UsageError(f"--out must be a .png or .pdf file, got {out}.")
+    if ckpt_path is not None:
+        # The weights count as well: a schedule may have learned its shape.
+        model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name))
+        loss, prediction = model.loss, model.denoiser.prediction
     else:
-        given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
-        found, decoder = objective_of(given)
-        check_data_std(found.weighting, found.prediction)
-    text = objective_text(found, decoder)
+        loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
+        prediction = prediction or VPrediction()
+        check_data_std(loss.weighting, prediction)
+    found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
     if out is not None:
         save_objective(found, out)
-        text += f"\n\nFigure: {out}"
-    return text
+    return Described(found, loss.decoder, out)

@@ -1,12 +1,13 @@
-"""The command `lit-diffusion replay`: a step that went wrong, once more and with open eyes.
+"""The command `replay`: repeat a step whose loss or gradient was not finite.
 
-    non_finite/step-N.json     the step as it was: examples, λ's, losses       written by `Guard`
+    non_finite/step-N.json     the step: its examples, λ's, losses             written by `Guard`
                step-N.yaml     the config that was in force
                start-S.ckpt    the last checkpoint before it, if there was one
 
-Every step is a pure function of (seed, step, micro-batch, rank), and a run goes on from a
-checkpoint bit for bit. So from S, or from the beginning, the run itself leads to step N again, and
-there every module and every gradient is looked at. Nothing is written into the run's folder.
+Every step is a pure function of (seed, step, micro-batch, rank), and a run resumes from a
+checkpoint bit for bit. So training from S, or from the beginning, reaches the same step N again,
+where the output of every module and every gradient is checked. Nothing is written into the run's
+folder.
 """
 
 from __future__ import annotations
@@ -17,26 +18,29 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
-from lit_diffusion.training.commands.parsing import DiffusionParser, fail, import_plugins
+from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.fit import DiffusionCLI, is_first_rank
+from lit_diffusion.training.commands.parsing import import_plugins
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.module import LitDiffusion
 
-__all__ = ["Witness", "replay"]
+__all__ = ["Replay", "Witness", "replay"]
 
 ROWS = 24  # examples of the table, the bad ones first
 NAMES = 5  # parameters that are named
 
 
 class Reached(Exception):  # noqa: N818
-    """The step is reached; carries what was seen there."""
+    """The step is reached; carries what was recorded there."""
 
     def __init__(self, seen: dict[str, Any]) -> None:
         super().__init__("The step is reached.")
@@ -44,14 +48,14 @@ class Reached(Exception):  # noqa: N818
 
 
 class Witness(L.Callback):
-    """Looks at every module and gradient in one step, and ends the run there by `Reached`.
+    """Checks every module and gradient in one step, and ends the run there by `Reached`.
 
     Args:
         step: The step, counted from 0.
-        world_size: How many ranks there must be.
+        world_size: Number of ranks of the run.
 
     Raises:
-        ValueError: If there is another number of ranks.
+        ValueError: If the number of ranks is another.
     """
 
     def __init__(self, step: int, world_size: int) -> None:
@@ -65,7 +69,7 @@ class Witness(L.Callback):
         self._hooks: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse another number of ranks: each of them has noise of its own."""
+        """Refuse another number of ranks: the noise depends on the rank."""
         if trainer.world_size != self.world_size:
             raise ValueError(
                 f"The step was made by {self.world_size} rank(s), expected as many for its replay "
@@ -76,7 +80,7 @@ class Witness(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From the step on, look at the data and into every module."""
+        """From the step on, check the data and watch every module."""
         if trainer.global_step < self.step:
             return
         bad = ~batch["image"].flatten(1).isfinite().all(1)
@@ -103,7 +107,7 @@ class Witness(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at every gradient, before it is clipped or dropped."""
+        """Check every gradient, before it is clipped or dropped."""
         if trainer.global_step == self.step:
             gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
             self._parameters = len(gradients)
@@ -117,7 +121,7 @@ class Witness(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the micro-batch; after the step is whole, end here."""
+        """Record the micro-batch; end the run after the last one of the step."""
         if not self._hooks:
             return
         self._batches.append(plain(account(outputs, batch)))
@@ -140,28 +144,43 @@ class Witness(L.Callback):
             raise Reached({"ranks": ranks, "batches": batches})
 
 
-def replay(argv: list[str], cli: Callable[..., Any]) -> tuple[str, int]:
-    """Go to a step of `Guard`'s once more; return the report, and 0 if it is the same again.
+class Replay(NamedTuple):
+    """Whether a step came out the same again, and the report on it."""
+
+    reproduced: bool
+    report: str  # "" on all ranks but the first
+
+    def __str__(self) -> str:
+        return self.report
+
+
+def replay(
+    file: str | Path,
+    model_class: type[LitDiffusion] = LitDiffusion,
+    data_class: type[ImageDataModule] = ImageDataModule,
+) -> Replay:
+    """Repeat a training step whose loss or gradient was not finite, and locate the cause.
 
     Args:
-        argv: The command line after `replay`.
-        cli: Makes and runs a command line from its arguments.
+        file: non_finite/step-….json of a run.
+        model_class: The class of the model that was trained.
+        data_class: The class of its data.
+
+    Raises:
+        ValueError: If the file, its config or its checkpoint is missing or damaged.
     """
-    parser = DiffusionParser(
-        prog="lit-diffusion replay",
-        description="Go once more to a step whose loss or gradient was not finite.",
-    )
-    parser.add_argument("file", type=str, help="non_finite/step-….json of a run.")
-    path = Path(parser.parse_args(argv).file)
+    path = Path(file)
     told = _read(path)
     os.environ["WANDB_MODE"] = "disabled"
     start = None if told["checkpoint"] is None else path.parent / told["checkpoint"]
     if start is not None and not start.is_file():
-        fail(f"expected {start} beside {path.name}, and it is not there; keep them together.")
+        raise UsageError(f"expected {start} beside {path.name}, and it is not there.")
     with tempfile.TemporaryDirectory() as folder:
+        experiment = _rehearsal(path, told, start, folder)
         config = Path(folder) / "config.yaml"
-        config.write_text(yaml.safe_dump(_rehearsal(path, told, start, folder)))
-        import_plugins(["--config", str(config)])
+        config.write_text(yaml.safe_dump(experiment))
+        plugins = experiment.get("plugins") or []
+        import_plugins([plugins] if isinstance(plugins, str) else plugins)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
@@ -169,32 +188,33 @@ def replay(argv: list[str], cli: Callable[..., Any]) -> tuple[str, int]:
                 "ignore", message=".*checkpoint directory .* exists and is not"
             )
             try:
-                cli(args=["fit", "--config", str(config)])
+                DiffusionCLI(model_class, data_class, args=["fit", "--config", str(config)])
             except Reached as reached:
                 seen = reached.seen
             else:
-                fail(f"the run ended before step {told['step']}: expected it to get there.")
-    if rank_zero_only.rank != 0:
-        return "", 0  # a launcher that sees a rank fail would kill rank 0
+                raise UsageError(f"the run ended before step {told['step']}.")
+    if not is_first_rank():
+        return Replay(True, "")  # a launcher that sees a rank fail would kill rank 0
     verdict, same = _verdict(told, seen)
     begin = "the beginning" if start is None else start.name
     head = f"Step {told['step']} from {begin}; not finite: {told['not_finite']}."
-    return "\n".join([head, "", *_table(seen["batches"]), "", *_causes(seen), verdict]), 1 - same
+    lines = [head, "", *_table(seen["batches"]), "", *_causes(seen), verdict]
+    return Replay(same, "\n".join(lines))
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The file of a step, and its config."""
     if not path.is_file():
-        fail(f"there is no file {path}; expected non_finite/step-….json of a run.")
+        raise UsageError(f"there is no file {path}; expected non_finite/step-….json of a run.")
     try:
         told = json.loads(path.read_text())
         known = {"step", "batches", "checkpoint", "config", "world_size", "not_finite"}
         if missing := known - set(told):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (ValueError, TypeError) as error:
-        fail(f"{path} is not a file of Guard: {error}.")
+        raise UsageError(f"{path} is not a file of Guard: {error}.") from error
     if told["config"] is None:
-        fail(
+        raise UsageError(
             f"{path} was written by a Python program, which has no config: expected one of a run "
             f"of `lit-diffusion fit`; in Python, add Witness({told['step']}, "
             f"{told['world_size']}) to the callbacks and fit from its checkpoint."
@@ -202,11 +222,13 @@ def _read(path: Path) -> dict[str, Any]:
     return told
 
 
-def _rehearsal(path: Path, told: dict[str, Any], start: Path | None, folder: str) -> dict:
-    """The run's config, without what judges, shows, saves or ends it."""
-    config = yaml.safe_load((path.parent / told["config"]).read_text())
+def _rehearsal(
+    path: Path, told: dict[str, Any], start: Path | None, folder: str
+) -> dict[str, Any]:
+    """The run's config, without validation, logging, checkpoints and early stopping."""
+    config: dict[str, Any] = yaml.safe_load((path.parent / told["config"]).read_text())
     config["ckpt_path"] = None if start is None else str(start)
-    # A guard that skipped steps on the way must skip them again.
+    # A guard that skipped earlier steps must skip them again.
     bases = (Checkpoint, EarlyStopping, Guard, ProgressBar, Timer)
     left_out = {cls.__name__ for base in bases for cls in _all(base)}
     trainer = config["trainer"]
@@ -237,7 +259,8 @@ def _rehearsal(path: Path, told: dict[str, Any], start: Path | None, folder: str
 
 def _all(base: type) -> Iterator[type]:
     yield base
-    for cls in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for cls in children:
         yield from _all(cls)
 
 
@@ -257,7 +280,7 @@ def _rows(batches: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _verdict(told: dict[str, Any], seen: dict[str, Any]) -> tuple[str, bool]:
-    """Whether it is the same step again, in a sentence."""
+    """Whether the step is the same again, as a sentence and as a boolean."""
     before, now = _rows(told["batches"]), _rows(seen["batches"])
     words = {
         "examples": ([row[:3] for row in before], [row[:3] for row in now]),
@@ -297,7 +320,7 @@ def _table(batches: list[dict[str, Any]]) -> list[str]:
 
 
 def _causes(seen: dict[str, Any]) -> list[str]:
-    """Where it begins: the first module, and the gradients."""
+    """Where the first value that is not finite appears: module and gradients."""
     lines = []
     for rank, one in enumerate(seen["ranks"]):
         of = f" on rank {rank}" if len(seen["ranks"]) > 1 else ""
@@ -327,7 +350,7 @@ def _causes(seen: dict[str, Any]) -> list[str]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a module takes or gives."""
+    """The tensors in the inputs or outputs of a module."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

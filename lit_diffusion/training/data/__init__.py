@@ -1,1 +1,5 @@
 """Data: any Hugging Face data set of images, as batches in a reproducible order."""
+
+from lit_diffusion.training.data.module import ImageDataModule
+
+__all__ = ["ImageDataModule"]

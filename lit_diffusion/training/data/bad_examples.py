@@ -1,28 +1,29 @@
-"""Bad examples: records of what cannot be used, where it is told, and when it is too much.
+"""Bad examples: how they are recorded, where they are reported, and when they end a run.
 
 Among millions of images from the web some are broken. To stop at each would make large runs
-impossible; to leave them out in silence would hide a disk that dies or a column chosen wrongly.
-So a bad example is left out, named, counted, and written down once, and a run ends when more than
-a stated share of what it has read was bad.
+impossible; to skip them silently would hide a failing disk or a wrongly chosen column. So a bad
+example is skipped, named in a warning, counted, and listed once in a file, and a run ends when
+more than a stated share of what it has read was bad.
 """
 
 from __future__ import annotations
 
 import csv
-import fcntl
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 
-FEW = 5  # named in warnings and errors; the file has all
+FEW = 5  # named in warnings and errors; the file lists all
 ENOUGH = 10  # fewer bad examples than this are never too many
 
 
 class Bad(NamedTuple):
-    """Rows that cannot be used: `rows` of them from `row` of `file` on, why, and when met."""
+    """`rows` rows that cannot be used, from `row` of `file` on; why, and in which epoch."""
 
     file: str
     row: int
@@ -32,7 +33,7 @@ class Bad(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Where it is, in words."""
+        """Its place, for messages."""
         if self.rows > 1:
             span = f"rows {self.row} to {self.row + self.rows - 1}"
         else:
@@ -41,7 +42,7 @@ class Bad(NamedTuple):
 
 
 class BadExample(ValueError):  # noqa: N818
-    """An example that cannot be used; says which one and why."""
+    """An example cannot be used; the message gives its place and the reason."""
 
     def __init__(self, bad: Bad, split: str) -> None:
         super().__init__(f"{bad.name}, split {split!r}: {bad.reason}")
@@ -49,24 +50,41 @@ class BadExample(ValueError):  # noqa: N818
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, short and the same each time: no addresses, no source lines."""
+    """Return an error in one short line without addresses, the same each time.
+
+    Args:
+        error: The error.
+
+    Example:
+        >>> one_line(OSError("no such file"))
+        'OSError: no such file'
+    """
     line = next(iter(str(error).splitlines()), "")
     line = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "", line)
     line = re.sub(r"^.*\.cpp:\d+, ", "", line)
     return f"{type(error).__name__}: {line.strip()[:200]}"
 
 
-class BadExamples:
-    """The bad examples of one split, as the user meets them: warnings, a file, an error.
+def lost_rows(bad: Iterable[Bad]) -> int:
+    """Return the number of rows that are lost with some bad examples.
 
-    The file is `bad_examples.csv`. Each example stands in it once, with the epoch that met it
-    first, whichever rank or resumed run meets it again.
+    Args:
+        bad: Each of one row or more.
+    """
+    return sum(one.rows for one in bad)
+
+
+class BadExamples:
+    """Reports the bad examples of one split: as warnings, in a file, and as an error if too many.
+
+    The file is `bad_examples.csv`. It lists each example once, with the epoch in which it was
+    first met, even if other ranks or resumed runs meet it again.
 
     Args:
         split: Name of the split.
-        share: Share of what is read that may be bad, from 0 to 1.
-        folder: Where the file goes; None for no file.
-        rank: This rank, None if it is the only one; for the warnings.
+        share: Largest share of the rows read that may be bad, from 0 to 1.
+        folder: Folder of the file, None for no file.
+        rank: This rank, for the warnings; None if it is the only one.
     """
 
     def __init__(
@@ -78,10 +96,14 @@ class BadExamples:
         self.rank = rank
         self.first: list[Bad] = []
         self.known: set[tuple[str, str, str]] = set()
-        self.end = 0  # how much of the file is in `known`
+        self.end = 0  # bytes of the file that are in `known`
 
     def add(self, found: list[Bad]) -> None:
-        """Tell of bad examples: the first few as warnings, all of them in the file."""
+        """Report bad examples: the first few as warnings, all of them in the file.
+
+        Args:
+            found: What was met since the last call.
+        """
         for bad in found:
             if len(self.first) < FEW:
                 self.first.append(bad)
@@ -96,25 +118,29 @@ class BadExamples:
             self._write(self.file, found)
 
     def judge(self, read: int, bad: int) -> None:
-        """Raise if `bad` of `read` examples are too many.
+        """Raise an error if too many examples are bad.
+
+        Args:
+            read: Examples read so far, bad ones included.
+            bad: How many of them are bad.
 
         Raises:
-            ValueError: With the counts, the first few and their reasons.
+            ValueError: If there are ten or more bad ones, and more than the allowed share.
         """
         if bad >= ENOUGH and bad > self.share * read:
             few = "; ".join(f"{one.name}: {one.reason}" for one in self.first)
             raise ValueError(
                 f"expected a share of at most {self.share:g} of split {self.split!r} to be bad, "
-                f"got {bad} of the {read} examples read so far; mend the data, or raise "
+                f"got {bad} of the {read} examples read so far; repair the data, or raise "
                 f"data.max_bad_share; the first: {few or 'met before the run was resumed'}"
             )
 
     def _write(self, path: Path, found: list[Bad]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", newline="", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # ranks write to one file, one at a time
+        lock = FileLock(path.with_name(f".{path.name}.lock"))  # all ranks write to one file
+        with lock, path.open("a+", newline="", encoding="utf-8") as file:
             file.seek(self.end)
-            self.known |= {tuple(row[:3]) for row in csv.reader(file)}
+            self.known |= {(row[0], row[1], row[2]) for row in csv.reader(file)}
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(["split", "file", "row", "rows", "reason", "epoch"])

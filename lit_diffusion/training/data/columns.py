@@ -1,9 +1,9 @@
-"""The columns of a data set that make an example: its image, its label, and further conditions.
+"""The columns of a data set that form an example: its image, its label, and further conditions.
 
-An image is bytes and a matter of its own (see `images`). A label is one
-integer. A condition is whatever else the network is to know: a number, or nested lists of numbers
-of one shape for the whole split. What a condition looks like, its shape and whether it is integers
-or not, the first example that fits decides; those after it must look alike.
+For the image see `images`. A label is one integer. A condition is any further input of the
+network: a number, or nested lists of numbers of one shape for the whole split. Its shape, and
+whether it is integer or floating point, are those of the first usable example; all others must
+have the same.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-BATCH = ("image", "label", "index", "total", "batch")  # what a batch calls something else
+BATCH = ("image", "label", "index", "total", "batch")  # entries of a batch that are no conditions
 
 Row = tuple[Any, Any, tuple[Any, ...]]  # an image as stored, a label or None, the conditions
 
 
 class MisfitError(ValueError):
-    """What was expected of an example, what came, and what to do."""
+    """An example does not fit: what was expected, what came, and what to do."""
 
 
 class Columns(NamedTuple):
-    """Names of the columns that are read: of the images, of the labels, of the conditions."""
+    """Names of the columns to read: the images, the labels, the conditions."""
 
     image: str
     label: str | None = None
@@ -32,15 +33,18 @@ class Columns(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Each of them once."""
+        """All names, each once."""
         return list({key: 0 for key in (self.image, self.label, *self.conditions) if key})
 
     def check(self, split: str, found: Sequence[str]) -> None:
-        """Refuse a split that lacks one.
+        """Raise an error if a split lacks one of the columns.
 
         Args:
-            split: Its name.
+            split: Name of the split.
             found: Its columns.
+
+        Raises:
+            ValueError: If one is missing.
         """
         wanted = [
             ("data.image_key", self.image, ""),
@@ -55,7 +59,7 @@ class Columns(NamedTuple):
                 )
 
     def rows(self, table: Mapping[str, Sequence[Any]]) -> list[Row]:
-        """Return the rows of a table that is given column by column.
+        """Return the rows of a table given by its columns.
 
         Args:
             table: Values by the names of their columns.
@@ -69,13 +73,13 @@ class Columns(NamedTuple):
 
 
 def whole_number(label: Any) -> int:
-    """Return a label, which must be an integer.
+    """Return a label as an integer.
 
     Args:
         label: As it is stored.
 
     Raises:
-        MisfitError: If it is not.
+        MisfitError: If it is not an integer of 64 bits.
     """
     if label is None:
         raise MisfitError("an integer label, got none; remove the row")
@@ -88,17 +92,17 @@ def whole_number(label: Any) -> int:
     return int(label)
 
 
-def numbers(stored: Any, column: str, like: np.ndarray | None = None) -> np.ndarray:
-    """Return a condition as an array: int64 if all of it are integers or booleans, else float32.
+def numbers(stored: Any, column: str, like: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    """Return a condition as an array: int64 if all values are integers or booleans, else float32.
 
     Args:
         stored: A number, or nested lists of numbers of one shape.
-        column: Its name.
-        like: What it must look like, in shape and type; None for anything.
+        column: Name of its column.
+        like: Array whose shape and type it must have, None for any.
 
     Raises:
-        MisfitError: If it has no numbers, other things than numbers, or ones that are not finite,
-            or looks different.
+        MisfitError: If it has no numbers, has values that are no numbers or not finite, or is not
+            like the first.
 
     Example:
         >>> numbers([[1, 2, 3], [4, 5, 0.5]], "attributes")
@@ -108,7 +112,7 @@ def numbers(stored: Any, column: str, like: np.ndarray | None = None) -> np.ndar
     if stored is None:
         raise MisfitError(f"numbers in column {column!r}, got none; remove the row")
     wanted, came = f"numbers in column {column!r}", f"{type(stored).__name__} {str(stored)[:50]!r}"
-    hint = "mend the row, or name columns of numbers in data.condition_keys"
+    hint = "repair the row, or name columns of numbers in data.condition_keys"
     try:
         array = np.asarray(stored)
     except ValueError:

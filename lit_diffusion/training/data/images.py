@@ -1,13 +1,13 @@
-"""From a stored image to a tensor: decoded, checked, and never repaired in silence.
+"""Decode a stored image to a tensor, check it, and never repair it silently.
 
-C channels, H rows, W columns. What is only an encoding is undone (a palette, CMYK, one bit a
-pixel, an alpha channel that is opaque everywhere, an EXIF tag that says which side is up).
-Anything else that does not fit makes the example a bad one, which is named: to resize or recolour
-it here would change what is being modelled. The size stands in the first bytes and is looked at
-first, so that an image that claims to be huge is refused before anybody makes room for it.
+C channels, H rows, W columns. What is only an encoding is undone (a palette, CMYK, one bit per
+pixel, an alpha channel that is opaque everywhere, an EXIF orientation tag). Any other mismatch
+makes the example a bad one, which is reported: to resize or recolour an image here would change
+what is being modelled. The size is read from the first bytes of the file before anything else, so
+that an image that claims to be huge is refused before memory is allocated for it.
 
-Latents are no pictures, and are stored as floats in numpy's own file format (.npy), which pass as
-they are. Whether a data set holds bytes or floats its first example decides.
+Latents are stored as floats in numpy's file format (.npy) and pass unchanged. The first example
+decides whether a data set holds bytes or floats.
 """
 
 from __future__ import annotations
@@ -16,92 +16,78 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lit_diffusion.training.data.bad_examples import Bad, BadExample, one_line
+from lit_diffusion.training.data.bad_examples import one_line
 from lit_diffusion.training.data.columns import MisfitError, numbers, whole_number
 from lit_diffusion.training.data.retry import NetworkError, patiently
-from lit_diffusion.training.data.stream import Example, Source
+from lit_diffusion.training.data.source import Example
 
 PNG, JPEG, NPY = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
-# JPEG's "start of frame" segments hold the size; the others between C0 and CF are tables.
+# JPEG's "start of frame" segments contain the size; the others between C0 and CF are tables.
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# PNG's chunks that leave bytes what they are: no palette, transparency, EXIF or further frames.
+# PNG chunks that leave the bytes unchanged: no palette, transparency, EXIF or further frames.
 PLAIN = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME"}
 PLAIN |= {b"tEXt", b"zTXt", b"iTXt"}
 
 
 class Decoded(NamedTuple):
-    """An example that fits: its index, image (C, H, W), label or None, conditions."""
+    """A usable example: its index, image (C, H, W), label or None, conditions."""
 
     index: int
     image: Tensor
     label: int | None
-    conditions: list[np.ndarray]
+    conditions: list[npt.NDArray[Any]]
 
 
 class ImageDecoder:
-    """Make batches of examples, or say which example does not fit and why.
+    """Turns undecoded examples into tensors, or states why one does not fit.
 
     Args:
-        source: Where the examples come from; it knows their names.
-        split: The split's name, for messages.
-        shape: (C, H, W) that every image must have.
-        labels: Whether the batch has labels.
-        conditions: Names of the further conditions in the batch, in the order of the source's.
-        like: What these look like, and "image"; those it does not name may look as they like.
+        shape: (C, H, W) of every image.
+        labels: Whether the examples have labels.
+        conditions: Names of the further conditions, in the order of the source's columns.
+        like: Arrays whose shape and type the conditions must have, and the "image" whose type the
+            images must have, by name; what it does not contain may be anything.
     """
 
     def __init__(
         self,
-        source: Source,
-        split: str,
         shape: tuple[int, int, int],
         labels: bool,
         conditions: tuple[str, ...] = (),
-        like: dict[str, np.ndarray] | None = None,
+        like: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        self.source = source
-        self.split = split
         self.shape = shape
         self.labels = labels
         self.conditions = conditions
-        self.like = like or {}
+        self.like = dict(like or {})
 
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Return the batch of these examples, every one of which must fit.
+    def expecting(self, batch: Mapping[str, Tensor]) -> ImageDecoder:
+        """Return a decoder that expects examples to look like the first of a batch.
+
+        Args:
+            batch: As from `collate`.
+        """
+        like = {name: batch[name][0].numpy() for name in ("image", *self.conditions)}
+        return ImageDecoder(self.shape, self.labels, self.conditions, like)
+
+    def __call__(self, example: Example) -> Decoded:
+        """Decode one example.
+
+        Args:
+            example: As it is stored.
 
         Raises:
-            BadExample: Naming the first that does not.
+            MisfitError: If it cannot be used.
+            NetworkError: If its image cannot be read for want of a network.
         """
-        decoded = self.sift(examples)
-        for one in decoded:
-            if isinstance(one, Bad):
-                raise BadExample(one, self.split)
-        return self.collate(decoded)
-
-    def sift(self, examples: list[Example | Bad]) -> list[Decoded | Bad]:
-        """Decode what can be decoded; the rest comes back as `Bad`, in its place."""
-        return [one if isinstance(one, Bad) else self._decoded(one) for one in examples]
-
-    def collate(self, decoded: list[Decoded]) -> dict[str, Tensor]:
-        """Return {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}.
-
-        Images stored as floats stay what they are, float16 or float32. Each condition is (B, *)
-        beside them, float32 or int64.
-        """
-        batch = {"image": torch.stack([one.image for one in decoded])}
-        if self.labels:
-            batch["label"] = torch.tensor([one.label for one in decoded])
-        for k, name in enumerate(self.conditions):
-            batch[name] = torch.from_numpy(np.stack([one.conditions[k] for one in decoded]))
-        return batch | {"index": torch.tensor([one.index for one in decoded])}
-
-    def _decoded(self, example: Example) -> Decoded | Bad:
         try:
             label = whole_number(example.label) if self.labels else None
             conditions = [
@@ -116,15 +102,27 @@ class ImageDecoder:
                     "store all of them alike"
                 )
             return Decoded(example.index, image, label, conditions)
-        except (NetworkError, MemoryError):
-            raise  # not the example's fault
-        except MisfitError as problem:
-            reason = f"expected {problem}"
-        except Exception as error:  # decoders raise whatever they like
+        except (MisfitError, NetworkError, MemoryError):
+            raise  # the latter two are not the example's fault
+        except Exception as error:  # decoders raise anything
             came = f"{_what(example.image)}: {one_line(error)}"
-            reason = f"expected an image that can be decoded, got {came}"
-        file, row = self.source.where(example.index)
-        return Bad(file, row, 1, reason)
+            raise MisfitError(f"an image that can be decoded, got {came}") from error
+
+    def collate(self, decoded: Sequence[Decoded]) -> dict[str, Tensor]:
+        """Return {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}.
+
+        Images stored as floats stay float16 or float32. Each condition is a (B, *) tensor of
+        float32 or int64.
+
+        Args:
+            decoded: B usable examples.
+        """
+        batch = {"image": torch.stack([one.image for one in decoded])}
+        if self.labels:
+            batch["label"] = torch.tensor([one.label for one in decoded])
+        for k, name in enumerate(self.conditions):
+            batch[name] = torch.from_numpy(np.stack([one.conditions[k] for one in decoded]))
+        return batch | {"index": torch.tensor([one.index for one in decoded])}
 
     def _image(self, stored: Any) -> Tensor:
         if isinstance(stored, dict):
@@ -142,7 +140,7 @@ class ImageDecoder:
     def _decode(self, data: bytes) -> Tensor:
         if not data:
             raise MisfitError("an image, got none; remove the row")
-        # Most images are plain JPEG or PNG, and must not take longer than they need.
+        # Fast paths for plain JPEG and PNG, which most images are.
         if data.startswith(JPEG):
             self._check_size(*_jpeg_size(data))
             image = _decode_jpeg(data)
@@ -157,8 +155,8 @@ class ImageDecoder:
             return self._numbers(np.load(io.BytesIO(data), allow_pickle=False))
         return self._thoroughly(data)
 
-    def _numbers(self, array: np.ndarray) -> Tensor:
-        """Floats as they are; integers are bytes of an image, stored as an array."""
+    def _numbers(self, array: npt.NDArray[Any]) -> Tensor:
+        """Return floats unchanged; integers are the bytes of an image stored as an array."""
         if array.dtype.kind != "f":
             return self._fit(array, "a .npy array")
         if array.shape != self.shape:
@@ -175,14 +173,14 @@ class ImageDecoder:
         from PIL import Image, ImageOps
 
         with warnings.catch_warnings():
-            # What a decoder remarks on a file is no news; that it would need gigabytes is.
+            # Ignore a decoder's remarks on a file, except that it would need gigabytes.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as picture:
                 self._check_size(*picture.size)
                 if (frames := getattr(picture, "n_frames", 1)) > 1:
                     raise MisfitError(f"one image, got an animation of {frames}")
-                deep = data.startswith(PNG) and data[24] == 16  # of three, PIL shows only 8
+                deep = data.startswith(PNG) and data[24] == 16  # of RGB, PIL would give only 8
                 mode = f"{picture.mode}, 16 bit" if deep else picture.mode
                 if deep or picture.mode.startswith("I;16"):
                     raise MisfitError(
@@ -192,7 +190,7 @@ class ImageDecoder:
         return self._fit(array, f"mode {mode}")
 
     def _meant(self, picture: Any) -> Any:
-        """Undo what is only an encoding: palettes, CMYK, single bits, an alpha that is all 1."""
+        """Undo what is only an encoding: palettes, CMYK, single bits, an opaque alpha."""
         grey_palette = picture.format == "GIF" and picture.mode == "L" and self.shape[0] > 1
         if picture.mode == "P" or grey_palette:
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
@@ -206,14 +204,14 @@ class ImageDecoder:
         return picture
 
     def _check_size(self, width: int, height: int) -> None:
-        # Before it is turned upright, an image may lie on its side.
+        # Before EXIF orientation is applied, height and width may be exchanged.
         if (height, width) not in (self.shape[1:], self.shape[:0:-1]):
             raise MisfitError(
                 f"an image of height × width {_times(self.shape[1:])}, got "
                 f"{height} × {width}; set data.image_shape, or convert the data"
             )
 
-    def _fit(self, array: np.ndarray, kind: str) -> Tensor:
+    def _fit(self, array: npt.NDArray[Any], kind: str) -> Tensor:
         if array.ndim == 2:
             array = array[None]
         elif array.ndim == 3 and array.shape != self.shape:
@@ -232,6 +230,21 @@ class ImageDecoder:
         return torch.from_numpy(array.astype(np.uint8))
 
 
+def mirror(images: Tensor, chosen: Tensor) -> None:
+    """Flip some images left to right, in place.
+
+    Args:
+        images: In main memory.
+        chosen: Which of them to flip.
+
+    Shapes:
+        images (B, C, H, W); chosen (B,), bool.
+    """
+    which = chosen.nonzero().squeeze(1)
+    # Numpy writes them back several times as fast as torch does.
+    images.numpy()[which.numpy()] = images.index_select(0, which).flip(-1).numpy()
+
+
 def _decode_jpeg(data: bytes) -> Tensor:
     import torchvision
 
@@ -239,10 +252,10 @@ def _decode_jpeg(data: bytes) -> Tensor:
     return torchvision.io.decode_jpeg(stored, apply_exif_orientation=True)
 
 
-def _decode_png(data: bytes) -> np.ndarray:
+def _decode_png(data: bytes) -> npt.NDArray[Any]:
     from PIL import Image
 
-    # Not torchvision: in 0.29 a damaged PNG file does not raise there, it ends the process.
+    # Not torchvision: in 0.29 a damaged PNG file ends the process instead of raising an error.
     with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
         return np.asarray(picture)
 
@@ -256,13 +269,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             height, width = struct.unpack_from(">HH", data, here + 5)
             return width, height
         here += 1 if marker == 0xFF else 2 + length  # a marker may be padded with FF
-    raise MisfitError(f"an image that can be decoded, got {len(data)} bytes: no frame in it")
+    raise MisfitError(f"an image that can be decoded, got {len(data)} bytes: it has no frame")
 
 
 def _png_chunks(data: bytes) -> set[bytes]:
-    """Return the kinds of chunks in a PNG file, each checked against its checksum.
+    """Return the kinds of chunks in a PNG file, after verifying their checksums.
 
-    PIL passes over the checksums of the pixels' chunks, and would show what is left of them.
+    PIL ignores the checksums of the pixels' chunks and would return a damaged image.
     """
     kinds, here = set(), len(PNG)
     while b"IEND" not in kinds:

@@ -11,30 +11,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_diffusion.training.data.bad_examples import BadExamples
-from lit_diffusion.training.data.retry import prepare_to_fork
-from lit_diffusion.training.data.stream import Position, ShuffledBatches
+from lit_diffusion.training.data.lane import Delivery, Failure, LaneBatches
+from lit_diffusion.training.data.order import Position
+from lit_diffusion.training.data.retry import close_connections
 
 
 class TrainLoader:
-    """What Lightning iterates over: `steps` batches an epoch of a stream that goes on for ever.
+    """Epochs of `steps` batches each from an endless stream.
 
-    It has a length, so Lightning neither prefetches a batch nor loses it in a checkpoint, and all
-    ranks make the same number of steps. Its state holds the positions of all ranks.
-    `wait_seconds` is the time that its user has waited for batches so far, in seconds: it only
-    grows, and a difference of two readings is what was lost to the data between them.
+    It has a length, so Lightning neither prefetches a batch nor loses one in a checkpoint, and all
+    ranks make the same number of steps. Its state contains the positions of all ranks.
+
+    Workers are started as torch's default for the platform says: forked on Linux (with Python 3.14
+    by a fork server), spawned elsewhere.
 
     Args:
         batches: The stream.
         steps: Batches in what Lightning calls an epoch.
-        num_workers: Processes that read and decode; 0 does it in this one.
+        num_workers: Processes that read and decode; 0 reads in this one.
         settings: What must not change between a checkpoint and its resumption.
-        pin_memory: Put batches where a GPU can fetch them without waiting.
-        bad_examples: Is told what was left out, and says when it is too much.
+        pin_memory: Copy batches to page-locked memory, for a faster transfer to a GPU.
+        bad_examples: Reports skipped examples, and raises an error if they are too many.
+
+    Attributes:
+        wait_seconds: Seconds spent so far waiting for batches. It only grows; the difference of
+            two readings is the time lost to the data between them.
     """
 
     def __init__(
         self,
-        batches: ShuffledBatches,
+        batches: LaneBatches,
         steps: int,
         num_workers: int,
         settings: dict[str, Any],
@@ -50,7 +56,7 @@ class TrainLoader:
         self.positions = [Position()] * max(1, num_workers)
         self.turn = 0
         self.wait_seconds = 0.0
-        self._stream: Iterator[Any] | None = None
+        self._stream: Iterator[Delivery | Failure] | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -60,24 +66,24 @@ class TrainLoader:
             asked = perf_counter()
             if self._stream is None:
                 self._stream = self._open()
-            batch, position, *found = next(self._stream)
+            delivery = next(self._stream)
             self.wait_seconds += perf_counter() - asked
-            if isinstance(batch, Exception):
+            if isinstance(delivery, Failure):
                 self.close()
-                raise batch
-            self.positions[self.turn] = position
+                raise delivery.error
+            self.positions[self.turn] = delivery.position
             self.turn = (self.turn + 1) % len(self.positions)
-            if self.bad_examples is not None and any(found):
-                self.bad_examples.add(*found)
+            if self.bad_examples is not None and delivery.bad:
+                self.bad_examples.add(delivery.bad)
                 self.bad_examples.judge(*self.counts())
-            yield batch
+            yield delivery.batch
 
     def counts(self) -> tuple[int, int]:
         """Return how many examples this rank has read, and how many of them were bad."""
         return sum(one.read for one in self.positions), sum(one.bad for one in self.positions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where every rank stands; a collective operation, so every rank must call it."""
+        """Return the positions of all ranks; a collective operation: every rank must call it."""
         mine = {"turn": self.turn, "positions": [list(position) for position in self.positions]}
         ranks: list[Any] = [mine]
         if self.batches.world > 1 and torch.distributed.is_initialized():
@@ -86,7 +92,14 @@ class TrainLoader:
         return {"settings": self.settings, "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state says; refuse if that would not be the same stream."""
+        """Continue from a state.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: If a setting has changed, so that the stream would be another.
+        """
         then = state["settings"]
         for key, now in self.settings.items():
             if then.get(key) != now:
@@ -103,23 +116,23 @@ class TrainLoader:
         self.turn = mine["turn"]
 
     def close(self) -> None:
-        """Stop the workers; the next batch would start new ones at the same place."""
+        """Stop the workers; the next batch starts new ones at the same position."""
         self._stream = None
 
-    def _open(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[Delivery | Failure]:
         self.batches.begin_at(self.positions, self.turn)
         if self.num_workers:
-            prepare_to_fork()
-        loader = DataLoader(
+            close_connections()
+        loader: DataLoader[Delivery | Failure] = DataLoader(
             self.batches,
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # or it would draw from the global one
+            generator=torch.Generator(),  # its own, to leave the global one untouched
         )
         return iter(loader)
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Delivery | Failure) -> Delivery | Failure:
     return item

@@ -1,19 +1,18 @@
 """The data: any Hugging Face data set of images, as batches of uint8 and then as x in [−1, 1].
 
-B examples, C channels, H rows, W columns. An image stays what it is, C × H × W bytes, until it has
-reached the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured
-on the way, for a silent repair would change what is being modelled: an image that does not fit is
-a bad example, which is left out and named, or an error. Floats, such as latents, stay floats.
+B examples, C channels, H rows, W columns. An image remains C × H × W bytes until it has reached
+the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured on the
+way, for a silent repair would change what is being modelled: an image that does not fit is a bad
+example, which is skipped and reported, or an error. Floats, such as latents, remain floats.
 
-    training     endless, shuffled, exactly resumable           see `stream`
+    training     endless, shuffled, exactly resumable           see `order`, `stream`
                  the same from memory, if the data fit          see `memory`
-    validation   in order, each example once, whatever the number of ranks, numbered so that its
-                 noise can be keyed by its number
+    validation   in stored order, each example once for any number of ranks, numbered so that its
+                 noise can be keyed by its number               see `validation`
 """
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -22,30 +21,32 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_diffusion.training.data.bad_examples import Bad, BadExample, BadExamples
-from lit_diffusion.training.data.columns import BATCH
+from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
+from lit_diffusion.training.data.columns import BATCH, Columns
 from lit_diffusion.training.data.images import ImageDecoder
+from lit_diffusion.training.data.lane import LaneBatches
 from lit_diffusion.training.data.loader import TrainLoader
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
-from lit_diffusion.training.data.sources import find_splits, open_split
+from lit_diffusion.training.data.order import ORDER_VERSION
+from lit_diffusion.training.data.sources import find_splits, open_source
+from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
-from lit_diffusion.training.data.validation import FixedBatches, usable
+from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
 
-ORDER_VERSION = 2  # to be raised whenever the same arguments give another order
-STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data whose length nobody knows
-FIRST_LOOK = 100  # examples of which one must fit, or the configuration is wrong and not the data
+STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data of unknown length
+FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
 
 
 class ImageDataModule(L.LightningDataModule):
     """Images (and labels) from any Hugging Face data set, streamed or in memory.
 
-    Batches are {"image": (B, C, H, W), "label": (B,), "index": (B,)}, the images uint8 up to the
-    device and float32 in [−1, 1] from there on (floats in .npy format, such as latents, are taken
-    as they are), the indices those of the examples in the split;
-    and, by its name, each further condition, (B, *), int64 if it is integers and float32 if not.
-    Validation batches count the examples in use instead, and say how many there are ("total").
-    The training order is a function of the data and the seed alone and continues exactly from a
-    checkpoint.
+    Batches are {"image": (B, C, H, W), "label": (B,), "index": (B,)}. Images are uint8 up to the
+    device and from there on float32 in [−1, 1], or float64 with `trainer.precision: 64-true`
+    (floats in .npy format, such as latents, are used unchanged); indices are those of the examples
+    in the split. Each further condition is an entry of its own name, (B, *), int64 if it is
+    integers and float32 otherwise. In validation batches the index counts the examples in use, and
+    "total" is their number. The training order is a function of the data and the seed alone and
+    continues exactly from a checkpoint.
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
@@ -53,12 +54,12 @@ class ImageDataModule(L.LightningDataModule):
             in that order. Or the URL of a parquet file.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
-        config_name: Which configuration of the data set, if it has several.
+        config_name: Configuration of the data set, if it has several.
         image_shape: (channels, height, width) of every image.
-        image_key: Column that holds the images.
-        label_key: Column that holds integer labels, null for none.
-        condition_keys: Columns that hold further conditions, each a number or nested lists of
-            numbers; as in the first example, so in all. A model is told by `model.conditions`.
+        image_key: Column of the images.
+        label_key: Column of the integer labels, null for none.
+        condition_keys: Columns of further conditions, each a number or nested lists of numbers of
+            the same shape in all examples. Name them in `model.conditions` to use them.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none.
         batch_size: Examples in a batch, on each rank.
@@ -68,19 +69,19 @@ class ImageDataModule(L.LightningDataModule):
             ``datasets`` (which HF_DATASETS_CACHE and HF_HOME move).
         shuffle_window: Examples shuffled together when streaming.
         open_shards: Shards that each worker reads at once when streaming, at least 1; a window
-            holds as many examples of each.
-        num_workers: Processes that read and decode, on each rank; 0 does it in the main process.
-        steps_per_epoch: Batches that count as an epoch; by default once through the data, or 1000
-            where their number is unknown.
+            contains equally many examples of each.
+        num_workers: Processes that read and decode, on each rank; 0 to do it in the main process.
+        steps_per_epoch: Batches in an epoch; by default once through the data, or 1000 if their
+            number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
         seed: Seed of the order and of the flips.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label, a shard that cannot be read): `skip` it,
-            name it in a warning and in bad_examples.csv in the run folder, and take the next; or
-            `raise`.
-        max_bad_share: Share of the examples read that may be bad, from 0 to 1; more, and at least
-            ten, end the run.
+            report it in a warning and in bad_examples.csv in the run folder, and take the next;
+            or `raise` an error.
+        max_bad_share: Largest share of the examples read that may be bad, from 0 to 1; more, and
+            at least ten, end the run.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -132,129 +133,106 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise ValueError(
-                "data.image_shape must be (channels, height, width), all positive, "
-                f"got {self.image_shape}"
-            )
-        taken = set(BATCH) & set(self.condition_keys)
-        if taken or len(set(self.condition_keys)) < len(self.condition_keys):
-            raise ValueError(
-                f"data.condition_keys must be different columns, none of them called "
-                f"{', '.join(BATCH)}, got {', '.join(self.condition_keys)}; a label is named by "
-                "data.label_key, any other column may be renamed"
-            )
-        least = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0}
-        least |= {"open_shards": 1}
-        least |= {"steps_per_epoch": 1, "val_examples": 1}
-        for name, low in least.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise ValueError(f"data.{name} must be at least {low}, got {value}")
-        if on_bad_example not in ("skip", "raise"):
-            raise ValueError(f"data.on_bad_example must be skip or raise, got {on_bad_example!r}")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share must be from 0 to 1, got {max_bad_share}")
+        self._check_arguments()
         self._forget()
 
     def setup(self, stage: str) -> None:
-        """Open the splits and look at the first examples of each, so that mistakes show early."""
+        """Open the splits and decode the first example of each, so that mistakes show early."""
         self._forget()
         self._folder = None if self.trainer is None else self.trainer.log_dir  # a collective
-        splits = find_splits(
-            self.path, self.data_files, self.config_name, self.streaming, self._skip
-        )
+        splits = find_splits(self.path, self.data_files, self.config_name, self.streaming)
         if stage == "fit":
-            self._train = self._decoder(splits, self.train_split)
+            self._train = self._open_split(splits, self.train_split)
             if not self.streaming:
                 self._memory = self._open_map(self._train)
         if self.val_split is not None:
-            self._val = self._decoder(splits, self.val_split, self._train)
+            like = None if self._train is None else self._train.decoder
+            self._val = self._open_split(splits, self.val_split, like)
 
     def train_dataloader(self) -> TrainLoader:
         """Return the endless stream, in epochs of a stated length."""
         if self._train_loader is None:
-            self._train_loader = self._make_train_loader()
+            if self._train is None:
+                raise ValueError("expected setup('fit') before train_dataloader(): call it first")
+            self._train_loader = self._make_train_loader(self._train)
             if self._resume is not None:
                 self._train_loader.load_state_dict(self._resume)
         return self._train_loader
 
-    def val_dataloader(self) -> FixedBatches | list:
+    def val_dataloader(self) -> FixedBatches | list[Any]:
         """Return this rank's share of the validation examples, each with its index."""
         if self._val is None:
-            return []  # Lightning's way to say: no validation
+            return []  # Lightning takes this as no validation
         if self._val_loader is None:
             rank, world = self._place()
-            examples: Any = self._val.source.head(self.val_examples)
+            examples = list(self._val.source.head(self.val_examples))
             if self._skip:
-                report = self._bad_examples(self._val.split)
-                examples = usable(self._val, examples, report, tell=rank == 0)
-            self._val_loader = FixedBatches(
-                self._val, list(examples), self.batch_size, rank, world
-            )
+                bad_examples = self._bad_examples(self._val.name)
+                examples = usable(self._val, examples, bad_examples, report=rank == 0)
+            self._val_loader = FixedBatches(self._val, examples, self.batch_size, rank, world)
         return self._val_loader
 
-    def test_dataloader(self) -> FixedBatches | list:
+    def test_dataloader(self) -> FixedBatches | list[Any]:
         """Return what `val_dataloader` returns: there is one held-out split."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> FixedBatches | list:
-        """Return what `val_dataloader` returns: one image is drawn for each of its examples."""
+    def predict_dataloader(self) -> FixedBatches | list[Any]:
+        """Return what `val_dataloader` returns: one image is sampled for each of its examples."""
         return self.val_dataloader()
 
     def examples(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
-        """Yield the usable examples of a whole split, in order, each once: uint8 batches.
+        """Yield the usable examples of a whole split in order, each once, as batches of uint8.
 
-        What a statistic of the data set is made of. Of R ranks each gets every R-th batch, which
-        says by "batch" the how-manieth it is; the others are read by it and not decoded.
+        For statistics of a data set. Of R ranks each gets every R-th batch, whose "batch" entry is
+        its global index.
 
         Args:
             split: Name of the split.
             batch_size: Examples in a batch before the bad ones are left out.
-        """
-        rank, world = self._place()
-        decode = self.decoder(split)
-        examples = decode.source.head(None)
-        report, read, lost = self._bad_examples(split), 0, 0
-        for number in itertools.count():
-            found = list(itertools.islice(examples, batch_size))
-            if not found:
-                return
-            if number % world != rank:
-                continue
-            decoded = decode.sift(found)
-            bad = [one for one in decoded if isinstance(one, Bad)]
-            if bad and not self._skip:
-                raise BadExample(bad[0], split)
-            report.add(bad)
-            read, lost = read + len(found), lost + len(bad)
-            report.judge(read, lost)
-            if kept := [one for one in decoded if not isinstance(one, Bad)]:
-                yield decode.collate(kept) | {"batch": number}
 
-    def decoder(self, split: str) -> ImageDecoder:
-        """Open a split, whatever `setup` has opened, and look at its first example.
+        Raises:
+            BadExample: For the first bad one, if `on_bad_example` is `raise`.
+            ValueError: If there is no such split, or too many examples are bad.
+        """
+        bad_examples = self._bad_examples(split)
+        yield from in_order(
+            self.open_split(split), batch_size, *self._place(), bad_examples, self._skip
+        )
+
+    def open_split(self, name: str) -> Split:
+        """Open a split, whether or not `setup` has opened it, and decode its first example.
 
         Args:
-            split: Its name.
+            name: Of the split.
+
+        Raises:
+            BadExample: If none of its first examples can be used.
+            ValueError: If there is no such split.
         """
-        splits = find_splits(
-            self.path, self.data_files, self.config_name, self.streaming, self._skip
-        )
-        return self._decoder(splits, split)
+        splits = find_splits(self.path, self.data_files, self.config_name, self.streaming)
+        return self._open_split(splits, name)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn bytes into x in [−1, 1], on the device; images that are floats pass as float32."""
-        if isinstance(batch, dict) and batch["image"].dtype == torch.uint8:
-            return batch | {"image": batch["image"].float().div_(127.5).sub_(1.0)}
-        if isinstance(batch, dict) and batch["image"].dtype == torch.float16:
-            return batch | {"image": batch["image"].float()}
-        return batch
+        """Turn bytes into x in [−1, 1], on the device; half-precision images become float32.
+
+        With `trainer.precision: 64-true` x is float64, with the values that it has in float32.
+        """
+        if not isinstance(batch, dict):
+            return batch
+        x = batch["image"]
+        if x.dtype == torch.uint8:
+            x = x.float().div_(127.5).sub_(1.0)
+        elif x.dtype == torch.float16:
+            x = x.float()
+        if self.trainer is not None and self.trainer.precision == "64-true":
+            x = x.double()
+        return batch if x is batch["image"] else batch | {"image": x}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where training stands in the data.
+        """Return the place of training in the data.
 
         Lightning saves the loader's state too, but drops it on resume once somebody has asked for
-        `trainer.estimated_stepping_batches`; this copy is always given back.
+        `trainer.estimated_stepping_batches`; this copy is always restored.
         """
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
@@ -267,11 +245,35 @@ class ImageDataModule(L.LightningDataModule):
         if self._train_loader is not None:
             self._train_loader.close()
 
+    def _check_arguments(self) -> None:
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(
+                "data.image_shape must be (channels, height, width), all positive, "
+                f"got {self.image_shape}"
+            )
+        taken = set(BATCH) & set(self.condition_keys)
+        if taken or len(set(self.condition_keys)) < len(self.condition_keys):
+            raise ValueError(
+                f"data.condition_keys must be different columns, none of them called "
+                f"{', '.join(BATCH)}, got {', '.join(self.condition_keys)}; the label's column is "
+                "data.label_key, any other column may be renamed"
+            )
+        least = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0}
+        least |= {"open_shards": 1, "steps_per_epoch": 1, "val_examples": 1}
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"data.{name} must be at least {low}, got {value}")
+        if self.on_bad_example not in ("skip", "raise"):
+            came = f"{self.on_bad_example!r}"
+            raise ValueError(f"data.on_bad_example must be skip or raise, got {came}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
+
     def _forget(self) -> None:
         self._folder: str | None = None
-        self._train: ImageDecoder | None = None
+        self._train: Split | None = None
         self._memory: MemoryMap | None = None
-        self._val: ImageDecoder | None = None
+        self._val: Split | None = None
         self._train_loader: TrainLoader | None = None
         self._val_loader: FixedBatches | None = None
         self._resume: dict[str, Any] | None = None
@@ -284,136 +286,114 @@ class ImageDataModule(L.LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_train_loader(self) -> TrainLoader:
-        if self._train is None:
-            raise ValueError("expected setup('fit') before train_dataloader(): call it first")
-        rank, world = self._place()
-        source = self._train.source
-        total = source.total if self._memory is None else len(self._memory)
-        lanes = world * max(1, self.num_workers)
-        if total is not None and total < lanes:
-            raise ValueError(
-                f"expected at least one example for each of {world} ranks × "
-                f"{max(1, self.num_workers)} workers, got {total} in all; "
-                "set data.num_workers lower or use fewer ranks"
-            )
-        steps = self.steps_per_epoch
-        if steps is None and total is None:
-            steps = STEPS_IF_UNKNOWN
-            rank_zero_info(
-                f"The length of {self.path!r} is not known without reading it: {steps} batches "
-                "count as an epoch; set data.steps_per_epoch to change that."
-            )
-        elif steps is None:
-            steps = max(1, total // (self.batch_size * world))
-        if total is None and source.shards % lanes and source.shards > lanes:
-            rank_zero_info(
-                f"{source.shards} shards of unknown length are dealt to {lanes} ranks × workers: "
-                "each cycles over its own, so some examples come up more often than others."
-            )
-        order = {"batch_size": self.batch_size, "seed": self.seed, "flip": self.horizontal_flip}
-        order |= {"rank": rank, "world": world}
-        if self._memory is not None:
-            batches = MemoryBatches(self._memory, **order)
-        else:
-            share = self.max_bad_share if self._skip else None
-            batches = ShuffledBatches(
-                source, self._train, window=self.shuffle_window, max_bad_share=share, **order
-            )
-        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return TrainLoader(
-            batches,
-            steps,
-            self.num_workers,
-            self._settings(world, total),
-            pin,
-            self._bad_examples(self.train_split),
-        )
+    @property
+    def _skip(self) -> bool:
+        return self.on_bad_example == "skip"
 
-    def _settings(self, world: int, total: int | None) -> dict[str, Any]:
-        """Return what must stay as it is from a checkpoint to its resumption.
-
-        The path is not among them: the same data may have moved. Their size and their first image
-        stand for them.
-        """
-        names = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed")
-        names += ("open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key")
-        settings: dict[str, Any] = {"the order of the data": ORDER_VERSION}
-        settings["the number of ranks"] = world
-        settings |= {f"data.{name}": getattr(self, name) for name in names}
-        settings["data.image_shape"] = list(self.image_shape)
-        settings["data.condition_keys"] = list(self.condition_keys) or None
-        settings["the number of training examples"] = total
-        settings["the number of shards"] = self._train.source.shards
-        first = self._first(self._train)["image"]
-        settings["the checksum of the first training image"] = zlib.crc32(first.numpy().tobytes())
-        return settings
-
-    def _open_map(self, decode: ImageDecoder) -> MemoryMap:
-        identity = {
-            name: getattr(self, name) for name in ("image_shape", "image_key", "label_key")
-        }
-        if self.condition_keys:
-            identity["condition_keys"] = self.condition_keys
-        identity["fingerprint"] = decode.source.fingerprint
-        share = self.max_bad_share if self._skip else None
-        memory = open_map(decode, identity, cache_folder(self.cache_dir), share)
-        self._bad_examples(decode.split).add(memory.bad if self._place()[0] == 0 else [])
-        return memory
+    @property
+    def _allowed_share(self) -> float | None:
+        """Largest share of bad examples that is skipped, None to skip none."""
+        return self.max_bad_share if self._skip else None
 
     def _bad_examples(self, split: str) -> BadExamples:
         rank, world = self._place()
         return BadExamples(split, self.max_bad_share, self._folder, rank if world > 1 else None)
 
-    @property
-    def _skip(self) -> bool:
-        return self.on_bad_example == "skip"
-
-    def _first(self, decode: ImageDecoder) -> dict[str, Any]:
-        """Return the first usable example, as a batch.
-
-        Raises:
-            BadExample: The first one's, if none of the first can be used.
-        """
-        problem = None
-        for example in decode.source.head(FIRST_LOOK if self._skip else 1):
-            try:
-                return decode([example])
-            except BadExample as error:
-                problem = problem or error
-        raise problem
-
-    def _decoder(
-        self, splits: dict[str, Any], split: str, other: ImageDecoder | None = None
-    ) -> ImageDecoder:
-        """Open a split; its conditions must look as in the other one, or as in its first."""
-        source = open_split(
-            splits,
-            split,
-            self.image_key,
-            self.label_key,
-            self.open_shards,
-            self._skip,
-            self.condition_keys,
-        )
-        decode = ImageDecoder(
-            source,
-            split,
+    def _open_split(
+        self, splits: dict[str, Any], name: str, like: ImageDecoder | None = None
+    ) -> Split:
+        """Open a split; its examples must look as another decoder expects, or like its first."""
+        columns = Columns(self.image_key, self.label_key, self.condition_keys)
+        source = open_source(splits, name, columns, self.open_shards, self._skip)
+        decoder = ImageDecoder(
             self.image_shape,
             labels=self.label_key is not None,
             conditions=self.condition_keys,
-            like=None if other is None else other.like,
+            like=None if like is None else like.like,
         )
-        first = self._first(decode)
-        decode.like = {name: first[name][0].numpy() for name in ("image", *self.condition_keys)}
-        if self.horizontal_flip and first["image"].is_floating_point():
+        split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
+        if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
             raise ValueError(
                 "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
-                "latent is no latent of the mirror image; set it to false"
+                "latent is not the latent of the mirror image; set it to false"
             )
         if source.lost:
-            report = self._bad_examples(split)
-            report.add(list(source.lost) if self._place()[0] == 0 else [])
-            lost = sum(one.rows for one in source.lost)
-            report.judge(source.total + lost, lost)
-        return decode
+            bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
+            bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])
+            bad_examples.judge((source.total or 0) + lost, lost)
+        return split
+
+    def _open_map(self, split: Split) -> MemoryMap:
+        identity: dict[str, Any] = {
+            name: getattr(self, name) for name in ("image_shape", "image_key", "label_key")
+        }
+        if self.condition_keys:
+            identity["condition_keys"] = self.condition_keys
+        identity["fingerprint"] = split.source.fingerprint
+        memory = open_map(split, identity, cache_folder(self.cache_dir), self._allowed_share)
+        self._bad_examples(split.name).add(memory.bad if self._place()[0] == 0 else [])
+        return memory
+
+    def _make_train_loader(self, split: Split) -> TrainLoader:
+        rank, world = self._place()
+        total = split.source.total if self._memory is None else len(self._memory)
+        steps = self._steps_per_epoch(split, total, world)
+        lanes = (self.seed, self.horizontal_flip, rank, world)
+        batches: LaneBatches
+        if self._memory is not None:
+            batches = MemoryBatches(self._memory, self.batch_size, *lanes)
+        else:
+            batches = ShuffledBatches(
+                split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
+            )
+        return TrainLoader(
+            batches,
+            steps,
+            self.num_workers,
+            self._settings(split, world, total),
+            self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            self._bad_examples(split.name),
+        )
+
+    def _steps_per_epoch(self, split: Split, total: int | None, world: int) -> int:
+        """Return how many batches are an epoch, after checking that every lane gets examples."""
+        workers = max(1, self.num_workers)
+        lanes, shards = world * workers, split.source.shards
+        if total is not None and total < lanes:
+            raise ValueError(
+                f"expected at least one example for each of {world} ranks × {workers} workers, "
+                f"got {total} in all; set data.num_workers lower or use fewer ranks"
+            )
+        if total is None and shards % lanes and shards > lanes:
+            rank_zero_info(
+                f"{shards} shards of unknown length are divided among {lanes} ranks × workers: "
+                "each cycles over its own, so some examples come up more often than others."
+            )
+        if self.steps_per_epoch is not None:
+            return self.steps_per_epoch
+        if total is not None:
+            return max(1, total // (self.batch_size * world))
+        rank_zero_info(
+            f"The length of {self.path!r} is not known without reading it: an epoch is "
+            f"{STEPS_IF_UNKNOWN} batches; set data.steps_per_epoch to change that."
+        )
+        return STEPS_IF_UNKNOWN
+
+    def _settings(self, split: Split, world: int, total: int | None) -> dict[str, Any]:
+        """Return what must not change from a checkpoint to its resumption.
+
+        The path may change, since data may move; their size and their first image identify them.
+        """
+        names = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed")
+        names += ("open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key")
+        first = split.decoder.like["image"]
+        return {
+            "the order of the data": ORDER_VERSION,
+            "the number of ranks": world,
+            **{f"data.{name}": getattr(self, name) for name in names},
+            "data.image_shape": list(self.image_shape),
+            "data.condition_keys": list(self.condition_keys) or None,
+            "the number of training examples": total,
+            "the number of shards": split.source.shards,
+            "the checksum of the first training image": zlib.crc32(first.tobytes()),
+        }

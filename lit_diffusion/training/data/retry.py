@@ -1,44 +1,41 @@
-"""A network that fails: known by its errors, given time to come back, never taken for bad data.
+"""Retry a read when the network fails, and never mistake a network failure for bad data.
 
-What is read over a network can fail for a moment, and then the same reading is tried again, after
-1, 2, 4, … seconds. If it goes on failing, the run ends with one sentence, whatever is said about
-bad examples: to skip what a broken line hides would train on other data without a word.
+A read over the network may fail for a moment; it is then repeated after 1, 2, 4, … seconds. If it
+keeps failing, the run ends with an error, even where bad examples may be skipped: to skip what
+cannot be reached would silently train on other data.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import fsspec
 import fsspec.asyn
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # how often something is tried before the network counts as down
+ATTEMPTS = 5  # reads before the network counts as down
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
 
 CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3"}
-GONE = (404, 410)  # the server answers, and says that there is no such file
-
-
-_held: list[Any] = []
+GONE = (404, 410)  # the server answers that there is no such file
 
 
 class NetworkError(ConnectionError):
-    """The network was down for longer than anybody wants to wait."""
+    """The network kept failing."""
 
 
 def patiently(where: str, action: Callable[[], T]) -> T:
-    """Return action(), tried again while the network fails.
+    """Return action(), repeated while the network fails.
 
     Args:
         where: What is read, for the message.
-        action: Must do the same thing each time it is called after a failure.
+        action: Reads it; must do the same each time it is called after a failure.
 
     Raises:
-        NetworkError: When the last attempt has failed too.
+        NetworkError: If the last attempt fails too.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -57,7 +54,11 @@ def patiently(where: str, action: Callable[[], T]) -> T:
 
 
 def is_of_the_network(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is the network's: another attempt may succeed."""
+    """Whether an error or its cause is a network failure, so that another attempt may succeed.
+
+    Args:
+        error: The error.
+    """
     chain = list(_causes(error))
     if any(_status(cause) in GONE for cause in chain):
         return False
@@ -68,19 +69,22 @@ def is_of_the_network(error: BaseException) -> bool:
     )
 
 
-def prepare_to_fork() -> None:
-    """Keep the processes that are forked next from closing the connections of this one.
+def close_connections() -> None:
+    """Close this process's connections, before it is forked; the next read opens new ones.
 
-    fsspec would close in a child what it inherits. But both processes watch their connections
-    through one queue of the kernel's, and the parent would wait for its next answer for ever. So
-    the open file systems are held here, and with that in the children too.
+    fsspec caches its file systems, and drops the inherited ones in a forked child. The child
+    would close their connections; but both processes watch these through one queue of the kernel,
+    and the parent would wait for its next answer for ever.
     """
-    everything = gc.get_objects()
-    _held[:] = [one for one in everything if issubclass(type(one), fsspec.AbstractFileSystem)]
+    kinds = [fsspec.AbstractFileSystem]
+    while kinds:
+        kind = kinds.pop()
+        kind.clear_instance_cache()
+        kinds += kind.__subclasses__()
 
 
 def begin_after_fork() -> None:
-    """In a process that was forked: do not wait for the parent's network thread."""
+    """In a forked process: do not wait for the network thread, which lives in the parent only."""
     fsspec.asyn.reset_lock()
 
 
@@ -92,6 +96,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of any of the clients carries."""
+    """Return the HTTP status of an error of any of the clients."""
     response = getattr(error, "response", None)
     return getattr(error, "status", None) or getattr(response, "status_code", None)

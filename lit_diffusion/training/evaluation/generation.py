@@ -149,7 +149,7 @@ def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Ten
 
     Example:
         >>> labels(torch.arange(1000), 3, torch.tensor([1.0, 0.0, 3.0]), seed=0).bincount()
-        tensor([250,   0, 750])
+        tensor([251,   0, 749])
     """
     if shares is None or len(shares) > classes:
         shares = torch.ones(classes)

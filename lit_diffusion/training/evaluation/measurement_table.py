@@ -1,4 +1,4 @@
-"""Measurements side by side: a row for each way of measuring, and what the rows have in common."""
+"""Measurements as a table: a row for each protocol, and the settings that rows share below it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_diffusion.training.run.measurements import Measurement
 
 __all__ = ["MeasurementTable", "measurement_table"]
 
-# What one score alone depends on; and what stands in a row itself.
+# Settings of a single score; and settings that have a place in the row itself.
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
 _SHOWN = (
     "sampler", "steps", "network calls", "samples", "guidance", "guidance interval", "seed",
@@ -21,9 +21,9 @@ class MeasurementTable(NamedTuple):
     """A table of measurements.
 
     Args:
-        heads: Of the columns; the last names the protocol by its number, from 1.
-        rows: As many cells each.
-        protocols: What the rows do not say.
+        heads: The names of the columns; the last column is the number of a protocol, from 1.
+        rows: A cell for each column.
+        protocols: The settings that are not in the rows.
     """
 
     heads: list[str]
@@ -32,10 +32,10 @@ class MeasurementTable(NamedTuple):
 
 
 def measurement_table(measured: list[Measurement]) -> MeasurementTable:
-    """Put measurements into a table, a row for all scores that were measured together.
+    """Arrange measurements in a table, with one row for scores measured together.
 
     Args:
-        measured: In any order; the parts of a bound stay with it in metrics.json.
+        measured: In any order; the terms of a bound are left out.
 
     Example:
         >>> one = Measurement("fid", 3.456, None, 10, "val", {"samples": 9, "weights": "raw"})
@@ -76,7 +76,7 @@ def measurement_table(measured: list[Measurement]) -> MeasurementTable:
 
 
 def _how(protocol: dict[str, Any]) -> str:
-    """What was looked at, in a few words."""
+    """What was measured, in a few words."""
     if "draws" in protocol:
         chain = "" if protocol.get("steps") is None else f", {protocol['steps']} steps"
         low, high = protocol["λ"]
@@ -86,15 +86,15 @@ def _how(protocol: dict[str, Any]) -> str:
         )
     if "split" in protocol:
         return f"split {protocol['split']}"
-    said = f"{protocol['samples']} samples" if "samples" in protocol else ""
+    found = f"{protocol['samples']} samples" if "samples" in protocol else ""
     if "sampler" in protocol:
         name = protocol["sampler"].partition("(")[0]
         calls = protocol.get("network calls")
-        said += f", {name} {protocol.get('steps')}" + (f", {calls} calls" if calls else "")
+        found += f", {name} {protocol.get('steps')}" + (f", {calls} calls" if calls else "")
     if protocol.get("guidance") is not None:
         interval = protocol.get("guidance interval")
-        said += f", guidance {protocol['guidance']:g}" + (f" in λ {interval}" if interval else "")
-    return said
+        found += f", guidance {protocol['guidance']:g}" + (f" in λ {interval}" if interval else "")
+    return found
 
 
 def _seeds(protocol: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures on the disk."""
+"""Write matplotlib figures atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["save_figure"]
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, whole or not at all; the folder is made.
+    """Write a figure atomically; parent folders are created.
 
     Args:
-        figure: Of matplotlib.
-        path: The file; its ending says the format.
+        figure: A matplotlib figure.
+        path: The file; its suffix determines the format.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")

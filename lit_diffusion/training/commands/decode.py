@@ -1,0 +1,67 @@
+"""The command `decode`: sampled latents as images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.commands.autoencoder import Autoencoder
+from lit_diffusion.training.commands.choices import find_device
+from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.sample import write_images
+
+__all__ = ["decode"]
+
+
+def decode(
+    latents: str | Path,
+    *,
+    vae: str | Path,
+    batch_size: int = 64,
+    device: str = "auto",
+    out: str | Path = "samples.png",
+) -> Path:
+    """Decode sampled latents into images; return their path.
+
+    Args:
+        latents: The file that `sample --out latents.npy` wrote.
+        vae: An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, or
+            its name on the hub.
+        batch_size: Images per batch.
+        device: auto, cpu, cuda, cuda:1, mps.
+        out: A .png for one grid, or a folder.
+
+    Raises:
+        ValueError: If the file does not hold latents of this autoencoder.
+    """
+    out = Path(out)
+    if out.suffix not in ("", ".png"):
+        raise UsageError(f"--out must be a .png file or a folder, got {out}.")
+    if batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
+    if not Path(latents).is_file():
+        raise UsageError(
+            f"there is no file {latents}: give the one that `sample --out latents.npy` wrote."
+        )
+    autoencoder = Autoencoder(str(vae), find_device(device))
+    z = torch.from_numpy(np.load(latents, allow_pickle=False))
+    channels = autoencoder.vae.config.latent_channels
+    if z.ndim != 4 or z.shape[1] != channels:
+        raise UsageError(
+            f"{latents} must hold latents of shape (n, {channels}, height, width), got "
+            f"{tuple(z.shape)}."
+        )
+    images = []
+    for first in tqdm(range(0, len(z), batch_size), desc="decoding"):
+        batch = autoencoder.decode(z[first : first + batch_size]).cpu()
+        if out.suffix:
+            images.append(batch)
+        else:
+            write_images(batch, out, [""], first)
+    if out.suffix:
+        save_grid(torch.cat(images), out, max(1, round(len(z) ** 0.5)))
+    return out

@@ -1,0 +1,142 @@
+"""Errors of usage: raised as a `ValueError` in Python, one line on the command line.
+
+jsonargparse explains a mistake in ten lines of nested alternatives; a user needs the place, what
+was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from typing import NoReturn
+
+from lit_diffusion.description import allowed_modules, missing_package
+
+__all__ = ["UsageError", "fail", "one_line"]
+
+_PLUGINS = (
+    "`lit-diffusion plugins` lists the known classes; a class of your own needs --plugins, one of "
+    "a package needs the package installed."
+)
+
+
+class UsageError(ValueError):
+    """A wrong argument; its message says what was expected, what came, and what to do."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on stderr and exit with code 2.
+
+    Args:
+        message: What was expected, what came, what to do.
+    """
+    sys.stderr.write(f"lit-diffusion: error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+def _families() -> dict[str, type]:
+    """The base class of the classes that an argument of this name takes."""
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    from lit_diffusion.decoders import Decoder
+    from lit_diffusion.predictions import Prediction
+    from lit_diffusion.samplers import Sampler
+    from lit_diffusion.schedules import NoiseSchedule
+    from lit_diffusion.weightings import Weighting
+
+    return {
+        "schedule": NoiseSchedule,
+        "weighting": Weighting,
+        "prediction": Prediction,
+        "sampler": Sampler,
+        "decoder": Decoder,
+        "network": torch.nn.Module,
+        "optimizer": torch.optim.Optimizer,
+        "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+        "callbacks": Callback,
+    }
+
+
+def _names(base: type) -> set[str]:
+    """The names of the public concrete classes below a base."""
+    found = set()
+    children: list[type] = base.__subclasses__()
+    for cls in children:
+        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
+            found.add(cls.__name__)
+        found |= _names(cls)
+    return found
+
+
+def _unknown_class(name: str, keys: list[str]) -> str:
+    """No class has this name: suggest similar ones of the family that the argument takes."""
+    families = _families()
+    meant = [families[word] for key in keys for word in key.split(".") if word in families]
+    known = _names(meant[-1]) if meant else set().union(*map(_names, families.values()))
+    near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(near)}? Otherwise: {_PLUGINS}" if near else _PLUGINS
+    return f"no class is named {name!r}. {hint}"
+
+
+def _not_importable(path: str) -> str:
+    """A class that may not be imported, or whose package is missing."""
+    if missing := missing_package(path):
+        return missing
+    allowed = ", ".join(allowed_modules())
+    return f"{path} may not be imported; allowed are {allowed}, and --plugins."
+
+
+def _unknown_argument(option: str, keys: list[str], message: str) -> str:
+    """A class does not take this argument."""
+    class_path = re.search(r"'?class_path'?[:=] ?'([\w.]+)'", message)
+    cls = class_path[1].rpartition(".")[2] if class_path else "the class"
+    key = ".".join(keys) or "model.weighting"
+    listed = f"`lit-diffusion fit --{key}.help CLASS` lists the arguments of a class."
+    return f"{cls} takes no argument {option!r}. {listed}"
+
+
+def _unrecognized(word: str) -> str:
+    """A word of the command line that no argument takes."""
+    if word.endswith(".ckpt"):
+        return f"expected one checkpoint, got {word} as well. `last` is the newest."
+    if not word.startswith("-"):
+        return f"one argument too many: {word}."
+    return f"no argument is called {word}; --help lists them."
+
+
+def one_line(message: str) -> str:
+    '''The sentence that matters in a parser's message.
+
+    Args:
+        message: The message of jsonargparse.
+
+    Example:
+        >>> one_line("""Parser key "data.batch_size": Expected a <class 'int'>. Got value: abc""")
+        'data.batch_size: expected int, got abc.'
+    '''
+    keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
+    where = f"{'.'.join(keys)}: " if keys else ""
+    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+        return where + _unknown_class(name[1], keys)
+    if extra := re.search(r"^\s*(.*pip install .*)$", message, re.MULTILINE):
+        return f"{where}{extra[1]}"  # a class that lacks an optional package says so itself
+    if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
+        return where + _not_importable(path[1])
+    if "Expected an instantiatable class" in message:
+        return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
+    if option := re.search(r"Option '([^']+)' is not accepted", message):
+        return where + _unknown_argument(option[1], keys, message)
+    reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
+    if reasons:
+        return f"{where}{reasons[0]}"
+    given = re.search(r"(?:Given value|Got value): (.*)", message)
+    kinds = [k for k in re.findall(r"Expected a <class '([\w.]+)'>", message) if k != "NoneType"]
+    if kinds and given:
+        return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        return _unrecognized(unknown[1])
+    return " ".join(message.split())[:500]
