@@ -15,8 +15,9 @@ import math
 import torch
 
 from lit_diffusion import BoundTerms, SoftmaxDecoder, variational_bound
+from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
-from lit_diffusion.training.randomness import generators, strata
+from lit_diffusion.training.randomness import generators
 
 
 @torch.inference_mode()
@@ -39,20 +40,20 @@ def main() -> None:
     data.setup("validate")
     decoder = model.loss.decoder or SoftmaxDecoder()
     result: dict[str, object] = {"λ": model.loss.schedule.ends, "decoder": repr(decoder)}
-    for steps in (10, 100, 1000, None):
+    for num_timesteps in (10, 100, 1000, None):
         found = []
         for draw in range(args.draws):
             for batch in data.val_dataloader():
                 batch = data.on_after_batch_transfer(batch, 0)
                 index, total = batch["index"], int(batch["total"])
-                t = (strata(index, total) + draw / (args.draws * total)) % 1
+                t = fixed_times(index, total, draw, args.draws)
                 noise = generators(draw, "chain", index.tolist())
                 terms = variational_bound(
                     model.denoiser,
                     batch["image"],
                     model.loss.schedule,
                     decoder,
-                    steps,
+                    num_timesteps,
                     noise,
                     t,
                     **model.condition(batch),
@@ -60,7 +61,7 @@ def main() -> None:
                 found.append(torch.stack(terms) / math.log(2))
         every = torch.cat(found, 1)
         terms = BoundTerms(*every.mean(1))
-        result["continuous" if steps is None else f"T = {steps}"] = {
+        result["continuous" if num_timesteps is None else f"T = {num_timesteps}"] = {
             "bits per dimension": float(terms.total),
             "± (as if not stratified)": float(every.sum(0).std() / every.shape[1] ** 0.5),
             **{name: float(value) for name, value in terms._asdict().items()},

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from lit_diffusion import DDIMSampler
 from lit_diffusion.gaussian import noise_like
+from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
-from lit_diffusion.training.randomness import generators, strata
+from lit_diffusion.training.randomness import generators
 
 
 class Classifier(nn.Module):
@@ -83,7 +84,7 @@ def bits(model: LitDiffusion, x: Tensor, label: Tensor, draws: int = 24) -> floa
     index = torch.arange(len(x))
     total = 0.0
     for draw in range(draws):
-        t = (strata(index, len(x)) + draw / draws / len(x)) % 1
+        t = fixed_times(index, len(x), draw, draws)
         _, log_prob = model.loss.schedule.at(t)
         eps = noise_like(x, generators(draw, "bits", index.tolist()))
         terms = model.loss(model.denoiser, x, t=t, eps=eps, label=label)

@@ -74,7 +74,7 @@ def estimators(steps: int, tolerance: float) -> list[Estimator]:
             2,
             False,
         ),
-        Estimator("bound, 1,000 steps", partial(bound, steps=1000), 1, False),
+        Estimator("bound, 1,000 steps", partial(bound, num_timesteps=1000), 1, False),
         Estimator(f"flow, {steps} steps", partial(flow, steps=steps), 4 * steps, True),
         Estimator(f"flow, adaptive, {tolerance:g}", adaptive, None, True),
     ]

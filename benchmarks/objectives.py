@@ -36,9 +36,10 @@ import lit_diffusion as ld
 from lit_diffusion.gaussian import noise_like
 from lit_diffusion.likelihood import variational_bound
 from lit_diffusion.loss import weighted_error
+from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
 from lit_diffusion.training.cli import main as lit_diffusion
-from lit_diffusion.training.randomness import generators, strata
+from lit_diffusion.training.randomness import generators
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
@@ -100,7 +101,7 @@ class Judge(L.Callback):
         """Add a batch, in a hook where the average weights are in place."""
         x, index, total = batch["image"], batch["index"], int(batch["total"])
         for draw in range(self.draws):
-            t = (strata(index, total) + draw / (self.draws * total)) % 1
+            t = fixed_times(index, total, draw, self.draws)
             eps = noise_like(x, generators(0, f"judge {draw}", index.tolist()))
             terms = weighted_error(
                 *(pl_module.denoiser, x, ld.LinearSchedule(*ENDS), ld.ELBOWeighting(), None),

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from lit_diffusion.registry import *
     from lit_diffusion.samplers import *
     from lit_diffusion.schedules import *
+    from lit_diffusion.times import *
     from lit_diffusion.weightings import *
 
 _ROOMS = (
     "gaussian",
+    "times",
     "schedules",
     "weightings",
     "predictions",

@@ -22,15 +22,11 @@ from torch import Tensor, nn
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.gaussian import Generators, broadcast_to_data, diffuse, noise_like, prior_kl
 from lit_diffusion.predictions import Denoised
-from lit_diffusion.schedules import (
-    CosineSchedule,
-    LearnedSchedule,
-    NoiseSchedule,
-    stratified_times,
-)
+from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
+from lit_diffusion.times import sample_times
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
-__all__ = ["DiffusionLoss", "LossTerms", "draw_times", "noise_error", "weighted_error"]
+__all__ = ["DiffusionLoss", "LossTerms", "noise_error", "weighted_error"]
 
 
 class LossTerms(NamedTuple):
@@ -47,31 +43,6 @@ class LossTerms(NamedTuple):
     loss: Tensor
     logsnr: Tensor
     eps_mse: Tensor
-
-
-def draw_times(x: Tensor, generator: Generators = None) -> Tensor:
-    """A time for each example, on one lattice with a random offset.
-
-    Args:
-        x: The batch.
-        generator: Source of the offset: None or one.
-
-    Shapes:
-        x (B, *); result (B,), float64.
-
-    Raises:
-        ValueError: If there is one generator for each example: they cannot share an offset.
-
-    Example:
-        >>> draw_times(torch.zeros(2, 1), torch.Generator().manual_seed(0))
-        tensor([0.9701, 0.4701], dtype=torch.float64)
-    """
-    if not isinstance(generator, torch.Generator | None):
-        raise ValueError("With one generator for each example there is no common lattice: give t.")
-    device = x.device if generator is None else generator.device
-    return stratified_times(
-        len(x), torch.rand((), dtype=torch.float64, generator=generator, device=device)
-    )
 
 
 def noise_error(
@@ -105,7 +76,7 @@ def weighted_error(
     x: Tensor,
     schedule: NoiseSchedule,
     weighting: Weighting,
-    steps: int | None,
+    num_timesteps: int | None,
     t: Tensor,
     eps: Tensor,
     noise_error: Callable[..., Tensor] = noise_error,
@@ -118,7 +89,7 @@ def weighted_error(
         x: Data.
         schedule: Gives λ.
         weighting: Gives w.
-        steps: Number T of steps of a discrete chain; None means continuous time.
+        num_timesteps: Number T of steps of a discrete chain; None means continuous time.
         t: Times; in discrete time t stands for the end of the step that it falls into.
         eps: Noise.
         noise_error: The function of this name, or the same compiled.
@@ -133,26 +104,30 @@ def weighted_error(
         >>> weighted_error(denoiser, x, schedule, ELBOWeighting(), None, t, eps).eps_mse
         tensor([0.0979, 0.0206])
     """
-    shape_gradient = None
-    if steps is not None:
-        # Here the value does depend on the levels, so a learned shape follows the bound.
-        index = (t.double() * steps).floor().clamp(max=steps - 1)
-        logsnr = schedule.logsnr((index + 1) / steps)
-        width = steps * torch.expm1(schedule.logsnr(index / steps) - logsnr)
-    else:
-        if isinstance(schedule, LearnedSchedule):
-            # Filled in below; until the backward pass nobody reads it.
-            shape_gradient = torch.ones(len(x), dtype=torch.float64, device=x.device)
-            logsnr, log_prob = schedule.at(t, shape_gradient)
-        else:
-            logsnr, log_prob = schedule.at(t)
+    shape: tuple[Tensor, ...] = ()
+    if num_timesteps is None:
+        logsnr, log_prob, shape = schedule.at_with_shape(t)
         width = torch.exp(-log_prob)
+    else:
+        # Here the value itself depends on the levels, so a learned shape follows the bound.
+        index = (t.double() * num_timesteps).floor().clamp(max=num_timesteps - 1)
+        logsnr = schedule.logsnr((index + 1) / num_timesteps)
+        width = num_timesteps * torch.expm1(schedule.logsnr(index / num_timesteps) - logsnr)
     # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
     eps_mse = noise_error(denoiser, x, eps, logsnr, **cond)
     loss = 0.5 * broadcast_to_data(weighting(logsnr) * width, eps_mse) * eps_mse
-    if shape_gradient is not None:
-        shape_gradient.copy_(2 * loss.detach())
+    if shape:
+        _minimize_variance(shape, loss.detach())
     return LossTerms(loss, logsnr, eps_mse)
+
+
+def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:
+    """Scale the gradient that reaches a schedule's shape by 2 L, so that it is that of E[L²].
+
+    E[L] does not depend on the shape, hence ∇Var(L) = ∇E[L²] = E[2 L ∇L].
+    """
+    for part in shape:
+        part.register_hook(lambda gradient: gradient * (2 * loss).to(gradient.dtype))
 
 
 class DiffusionLoss(nn.Module):
@@ -162,15 +137,15 @@ class DiffusionLoss(nn.Module):
         schedule: Density p that λ is drawn from; None means `CosineSchedule()`. If its ends are
             learned a decoder is needed, and w = 1.
         weighting: Weight w on the error of ε; None means `ELBOWeighting()`.
-        steps: Number T of steps of a discrete chain, at least 1: then λ is one of its levels and
-            1/p is T·expm1(λ_s − λ). None means continuous time.
+        num_timesteps: Number T of steps of a discrete chain, at least 1: then λ is one of its
+            levels and 1/p is T·expm1(λ_s − λ). None means continuous time.
         decoder: Adds the two other terms of the bound, prior and reconstruction; None leaves them
             out.
 
     Raises:
         TypeError: If one of them is something else, such as a class without its brackets.
-        ValueError: If steps is below 1 or not those of the weighting, or the ends of the schedule
-            are learned by a loss that is not the whole bound.
+        ValueError: If num_timesteps is below 1 or not that of the weighting, or the ends of the
+            schedule are learned by a loss that is not the whole bound.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -188,13 +163,13 @@ class DiffusionLoss(nn.Module):
         self,
         schedule: NoiseSchedule | None = None,
         weighting: Weighting | None = None,
-        steps: int | None = None,
+        num_timesteps: int | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
         self.schedule = CosineSchedule() if schedule is None else schedule
         self.weighting = ELBOWeighting() if weighting is None else weighting
-        self.steps = steps
+        self.num_timesteps = num_timesteps
         self.decoder = decoder
         self._compiled: Callable[..., Tensor] | None = None
         parts = [(self.schedule, NoiseSchedule), (self.weighting, Weighting)]
@@ -204,14 +179,18 @@ class DiffusionLoss(nn.Module):
                     f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}; "
                     "was its pair of brackets forgotten?"
                 )
-        if steps is not None and (steps < 1 or steps != int(steps)):
-            raise ValueError(f"A chain has a whole number of steps, at least 1 step, got {steps}.")
+        if num_timesteps is not None and (
+            num_timesteps < 1 or num_timesteps != int(num_timesteps)
+        ):
+            raise ValueError(
+                f"A chain has a whole number of steps, at least 1 step, got {num_timesteps}."
+            )
         for each in self.weighting.modules():
-            chain = getattr(each, "steps", None)
-            if isinstance(each, Weighting) and chain is not None and chain != steps:
+            chain = getattr(each, "num_timesteps", None)
+            if isinstance(each, Weighting) and chain is not None and chain != num_timesteps:
                 raise ValueError(
                     f"{type(each).__name__} weighs a chain of {chain} steps, and the loss has "
-                    f"steps={steps}: give both the same."
+                    f"num_timesteps={num_timesteps}: give both the same."
                 )
         if self.schedule.learns_ends:
             name = type(self.schedule).__name__
@@ -262,13 +241,13 @@ class DiffusionLoss(nn.Module):
                 f"the batch, got {x.dtype} of shape {tuple(x.shape)}; images go to [−1, 1] first."
             )
         if t is None:
-            t = draw_times(x, generator)
+            t = sample_times(x, generator)
         if eps is None:
             eps = noise_like(x, generator)
         error = self._compiled if self.training and self._compiled is not None else noise_error
         t = t.to(x.device)
         terms = weighted_error(
-            denoiser, x, self.schedule, self.weighting, self.steps, t, eps, error, **cond
+            denoiser, x, self.schedule, self.weighting, self.num_timesteps, t, eps, error, **cond
         )
         if self.decoder is None:
             return terms
@@ -310,4 +289,4 @@ class DiffusionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that are not modules."""
-        return f"steps={self.steps}, decoder={self.decoder}"
+        return f"num_timesteps={self.num_timesteps}, decoder={self.decoder}"

@@ -114,10 +114,11 @@ class Objective:
         schedule: Density p that λ is drawn from; its range is the range of all curves.
         weighting: Weight w on the error of ε.
         prediction: What the network outputs.
-        steps: Number T of steps of a discrete chain, at least 1; None means continuous time.
+        num_timesteps: Number T of steps of a discrete chain, at least 1; None means continuous
+            time.
 
     Raises:
-        ValueError: If steps is below 1.
+        ValueError: If num_timesteps is below 1.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -137,14 +138,16 @@ class Objective:
         schedule: NoiseSchedule,
         weighting: Weighting,
         prediction: Prediction,
-        steps: int | None = None,
+        num_timesteps: int | None = None,
     ) -> None:
-        if steps is not None and steps < 1:
-            raise ValueError(f"Objective: a chain has at least 1 step, got steps={steps}.")
+        if num_timesteps is not None and num_timesteps < 1:
+            raise ValueError(
+                f"Objective: a chain has at least 1 step, got num_timesteps={num_timesteps}."
+            )
         self.schedule = copy.deepcopy(schedule).cpu()
         self.weighting = copy.deepcopy(weighting).cpu()
         self.prediction = prediction
-        self.steps = steps
+        self.num_timesteps = num_timesteps
 
     # Curves --------------------------------------------------------------------------------
 
@@ -182,10 +185,10 @@ class Objective:
 
     @torch.no_grad()
     def _ratio(self, logsnr: Tensor) -> Tensor:
-        if self.steps is None:
+        if self.num_timesteps is None:
             return self.weight_at(logsnr) * torch.exp(-self.schedule.log_prob(logsnr))
-        step = chain_step(self.schedule, self.steps, logsnr)
-        return self.weight_at(logsnr) * self.steps * torch.expm1(step)
+        step = chain_step(self.schedule, self.num_timesteps, logsnr)
+        return self.weight_at(logsnr) * self.num_timesteps * torch.expm1(step)
 
     def weight_on(self, prediction: Prediction) -> Tensor:
         """The weight on the error of another target: w·`eps_error_scale`.
@@ -358,7 +361,7 @@ class Objective:
             >>> round(cosine.std_over_mean(), 1), round(uniform.std_over_mean(), 2)
             (20.1, 1.03)
         """
-        if self.steps is None:
+        if self.num_timesteps is None:
             loss = self.weight * gaussian_error(self.logsnr, data_std)
             mean = torch.trapezoid(loss, self.logsnr)
             # Where p is 0 nothing is drawn; where w is, too, nothing is missed.
@@ -367,7 +370,7 @@ class Objective:
             second = torch.trapezoid(square, self.logsnr)
         else:
             with torch.no_grad():
-                levels = self.schedule.grid(self.steps)[:-1]
+                levels = self.schedule.grid(self.num_timesteps)[:-1]
             draw = self._ratio(levels) * gaussian_error(levels, data_std)
             mean, second = draw.mean(), draw.square().mean()
         return math.sqrt(max(0.0, float(second * (1 + 2 / dims) / mean**2) - 1))

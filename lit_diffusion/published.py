@@ -137,10 +137,17 @@ def nearest_published(objective: Objective, n: int = 3) -> list[tuple[str, Objec
 #: Name → objective, on the ranges of the overlays of the same names in `configs/objective/`.
 PUBLISHED: dict[str, Objective] = {
     "ddpm": Objective(
-        BetaSchedule(), DensityWeighting(BetaSchedule(), steps=999), EpsPrediction(), steps=999
+        BetaSchedule(),
+        DensityWeighting(BetaSchedule(), num_timesteps=999),
+        EpsPrediction(),
+        num_timesteps=999,
     ),
-    "ddpm-bound": Objective(BetaSchedule(), VariationalWeighting(), EpsPrediction(), steps=999),
-    "ddpm-mean": Objective(BetaSchedule(), PosteriorMeanWeighting(), EpsPrediction(), steps=999),
+    "ddpm-bound": Objective(
+        BetaSchedule(), VariationalWeighting(), EpsPrediction(), num_timesteps=999
+    ),
+    "ddpm-mean": Objective(
+        BetaSchedule(), PosteriorMeanWeighting(), EpsPrediction(), num_timesteps=999
+    ),
     "edm": Objective(NormalSchedule(), EDMWeighting(), EDMPrediction()),
     "edm-monotonic": Objective(NormalSchedule(), MonotoneWeighting(), EDMPrediction()),
     "flow-matching": Objective(FlowSchedule(), ExponentialWeighting(), FlowPrediction()),

@@ -266,7 +266,7 @@ def test_every_chain_has_its_levels_here(tmp_path, chain):
     levels = model.schedule.logsnr(torch.linspace(0, 1, 100, dtype=torch.float64))
     assert torch.allclose(levels, expected, rtol=0, atol=1e-4)
     assert torch.equal(model.network.timestep(levels), torch.arange(100).float())
-    assert (model.steps, model.walk().steps) == (99, 100)
+    assert (model.num_timesteps, model.walk().steps) == (99, 100)
     theirs = walk(scheduler, unet, NOISE, generator=torch.Generator().manual_seed(5))
     drawn = ours(model, NOISE, torch.Generator().manual_seed(5))
     assert torch.allclose(drawn, theirs, rtol=0, atol=1e-5)
@@ -346,7 +346,13 @@ def test_its_bound_is_that_of_its_chain(tmp_path):
         t = (torch.arange(99) + 0.5) / 99
         terms = [
             ld.weighted_error(
-                model.denoiser, x, model.schedule, model.weighting, model.steps, one[None], eps
+                model.denoiser,
+                x,
+                model.schedule,
+                model.weighting,
+                model.num_timesteps,
+                one[None],
+                eps,
             ).loss
             for one in t
         ]
@@ -355,7 +361,7 @@ def test_its_bound_is_that_of_its_chain(tmp_path):
             x,
             model.schedule,
             ld.DiscretizedGaussianDecoder(256),
-            steps=model.steps,
+            num_timesteps=model.num_timesteps,
         )
     assert float(torch.stack(terms).mean()) == pytest.approx(divergence, rel=1e-3)
     assert bool(bound.total.isfinite().all())

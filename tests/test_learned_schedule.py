@@ -117,13 +117,96 @@ def test_the_ends_and_the_network_follow_the_bound_itself(draws, schedule):
     assert (learns & shape == shape) == schedule.learns_shape
 
 
+class ExponentialSchedule(ld.NoiseSchedule):
+    """A plug-in with a learned shape: u = (e^(kt) − 1)/(e^k − 1) of the way down in λ."""
+
+    def __init__(self, logsnr_min=None, logsnr_max=None, rate=0.5):
+        low, high = -5.0 if logsnr_min is None else logsnr_min, logsnr_max or 13.3
+        super().__init__(low, high, support=(low, high))
+        self.rate = nn.Parameter(torch.tensor(rate, dtype=F64))
+
+    def _logsnr(self, t):
+        low, high = self.ends
+        return high - (high - low) * torch.expm1(self.rate * t) / torch.expm1(self.rate)
+
+    def _time(self, logsnr):
+        low, high = self.ends
+        share = (high - logsnr) / (high - low)
+        return torch.log1p(share * torch.expm1(self.rate)) / self.rate
+
+
+class BothSchedule(ExponentialSchedule):
+    """The same with learned ends, without saying what depends on the shape alone."""
+
+    def __init__(self):
+        ld.NoiseSchedule.__init__(self, -5.0, 13.3, learn_ends=True)
+        self.rate = nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+
+def test_a_plugin_learns_its_shape(draws):
+    """Through the base class alone: ∇Var = ∇E[L²], by autograd and by what the loss gives it."""
+    x, t, eps = draws
+    schedule, denoiser = ExponentialSchedule(), ld.GaussianDenoiser(0.5)
+    assert schedule.learns_shape
+    assert not isinstance(schedule, ld.LearnedSchedule)
+    logsnr, log_prob = schedule.at(t)
+    error = (denoiser(ld.diffuse(x, eps, logsnr), logsnr).eps - eps).square().flatten(1).mean(1)
+    (0.5 * error * ld.SigmoidWeighting()(logsnr) / log_prob.exp()).square().mean().backward()
+    exact, schedule.rate.grad = schedule.rate.grad, None
+    losses(schedule, denoiser, draws, weighting=ld.SigmoidWeighting()).mean().backward()
+    assert float(schedule.rate.grad) == pytest.approx(float(exact), rel=1e-9)
+    check_schedule(schedule)
+
+
+def test_a_plugin_reduces_the_variance():
+    generator = torch.Generator().manual_seed(0)
+    denoiser, schedule = ld.GaussianDenoiser(0.5), ExponentialSchedule(rate=-1.5)
+    loss, x = ld.DiffusionLoss(schedule), torch.full((256, 16), 0.5, dtype=F64)
+
+    def moments():
+        with torch.no_grad():
+            t = torch.rand(40_000, dtype=F64, generator=torch.Generator().manual_seed(7))
+            noise = torch.Generator().manual_seed(8)
+            found = loss(denoiser, x[:1].expand(40_000, -1), t=t, generator=noise).loss
+        return float(found.mean()), float(found.var())
+
+    before = moments()
+    optimizer = torch.optim.Adam(schedule.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        t = torch.rand(256, dtype=F64, generator=generator)
+        loss(denoiser, x, t=t, generator=generator).loss.mean().backward()
+        optimizer.step()
+    after = moments()
+    assert after[1] < 0.6 * before[1], (before, after)
+    error = math.sqrt((before[1] + after[1]) / 40_000)
+    assert abs(after[0] - before[0]) < 4 * error
+
+
+def test_a_plugin_that_learns_both_must_separate_them(draws):
+    schedule = BothSchedule()
+    with pytest.raises(NotImplementedError, match=r"BothSchedule.at_with_shape"):
+        losses(schedule, Wrong(), draws, decoder=ld.SoftmaxDecoder(17))
+    schedule.rate.requires_grad_(False)
+    losses(schedule, Wrong(), draws, decoder=ld.SoftmaxDecoder(17))
+
+
+def test_the_contract_finds_a_shape_that_follows_the_loss_itself():
+    class Deaf(ExponentialSchedule):
+        def at_with_shape(self, t):
+            return *self.at(t), ()
+
+    with pytest.raises(AssertionError, match=r"the shape follows ∇E\[L²\]"):
+        check_schedule(Deaf())
+
+
 def test_in_discrete_time_the_shape_follows_the_bound_too(draws):
     # There the value depends on the levels, so that is what is minimised.
     schedule, network = ld.LearnedSchedule(-5.0, 13.3), Wrong()
-    losses(schedule, network, draws, steps=10).mean().backward()
+    losses(schedule, network, draws, num_timesteps=10).mean().backward()
 
     def bound():
-        return losses(schedule, network, draws, steps=10).mean()
+        return losses(schedule, network, draws, num_timesteps=10).mean()
 
     for index in (300, 700):
         exact = numerical(schedule.bias, index, bound, 0.01)
@@ -209,7 +292,7 @@ def test_ends_that_would_collapse_are_refused(make):
         ld.DiffusionLoss(make())
     with pytest.raises(ValueError, match=r"learned by the bound, which is w = 1"):
         ld.DiffusionLoss(make(), ld.SigmoidWeighting(), decoder=ld.SoftmaxDecoder())
-    with pytest.raises(ValueError, match="is learned, shift and all"):
+    with pytest.raises(ValueError, match="is learned, which includes its shift"):
         ld.ShiftedSchedule(make(), shift=1.0)
     ld.DiffusionLoss(make(), decoder=ld.SoftmaxDecoder())
     ld.DiffusionLoss(make().requires_grad_(False))  # frozen, it is a schedule like any other
@@ -233,12 +316,12 @@ def test_wrong_arguments():
         ld.LearnedSchedule(5.0, -5.0)
 
 
-@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize("num_timesteps", [None, 10])
 @pytest.mark.parametrize("decoder", [ld.SoftmaxDecoder(17), ld.DiscretizedGaussianDecoder(17)])
-def test_a_training_step_does_not_look_at_the_device(decoder, steps):
+def test_a_training_step_does_not_look_at_the_device(decoder, num_timesteps):
     """On meta tensors there is nothing to look at: whoever asks for a value raises."""
     schedule = ld.LearnedSchedule(-5.0, 13.3, learn="both")
-    loss = ld.DiffusionLoss(schedule, decoder=decoder, steps=steps).to("meta")
+    loss = ld.DiffusionLoss(schedule, decoder=decoder, num_timesteps=num_timesteps).to("meta")
     x = torch.empty(4, 1, 2, 3, device="meta")
     loss(ld.GaussianDenoiser(), x).loss.mean().backward()
     assert schedule.bias.grad.shape == (1024,)

@@ -4,9 +4,11 @@ Formulas and published figures: Ho 2020 (arXiv:2006.11239), Kingma 2021 (2107.00
 (2305.03935).
 """
 
+import ast
 import math
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,10 +51,10 @@ class Expected(nn.Module):
         return ld.Denoised(z, broadcast_to_data(error, z).expand_as(z))
 
 
-def without_noise(c, schedule, steps=None, n=20_000):
+def without_noise(c, schedule, num_timesteps=None, n=20_000):
     x = torch.zeros(n, 1, dtype=F64)
     t = (torch.arange(n, dtype=F64) + 0.5) / n
-    loss = ld.DiffusionLoss(schedule, steps=steps).requires_grad_(False)
+    loss = ld.DiffusionLoss(schedule, num_timesteps=num_timesteps).requires_grad_(False)
     return float(loss(Expected(c), x, t=t, eps=torch.zeros_like(x)).loss.mean())
 
 
@@ -78,7 +80,7 @@ def test_with_its_noise_too(c):
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
 def test_chain_falls_to_the_continuous_value(c):
     schedule = ld.LinearSchedule(-15.0, 15.0)
-    chain = [without_noise(c, schedule, steps=2**k) for k in range(3, 14)]
+    chain = [without_noise(c, schedule, num_timesteps=2**k) for k in range(3, 14)]
     exact = exact_diffusion(c)
     assert all(a > b for a, b in pairwise(chain))
     assert chain[-1] > exact
@@ -164,33 +166,43 @@ def test_fresh_network(scale, bits):
 # The two forms --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_both_forms_have_the_same_mean(steps):
+def gallery_bounds():
+    """Both forms as the gallery shows them, without running the page."""
+    path = Path(__file__).parents[1] / "docs/gallery/plot_bound.py"
+    page = ast.parse(path.read_text(encoding="utf-8"))
+    kept = (ast.FunctionDef, ast.Import, ast.ImportFrom)
+    page.body = [node for node in page.body if isinstance(node, kept)]
+    names = {}
+    exec(compile(page, path, "exec"), names)
+    return names["denoising_bound"], names["consistency_bound"]
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 7, 50])
+def test_both_forms_have_the_same_mean(num_timesteps):
     c, x = 0.5, gaussian_data(0.5, n=40_000, dims=8)
     # A wrong denoiser, so that neither form is helped by optimality.
     denoiser, schedule = ld.GaussianDenoiser(std=0.8, mean=0.1), ld.LinearSchedule(-6.0, 6.0)
     totals = []
-    for bound in (ld.variational_bound, ld.consistency_bound):
-        generator = torch.Generator().manual_seed(steps)
-        terms = bound(denoiser, x, schedule, ld.GaussianDecoder(), steps, generator)
-        totals.append((float(terms.total.mean()), float(terms.total.std()) / len(x) ** 0.5))
+    for bound in gallery_bounds():
+        generator = torch.Generator().manual_seed(num_timesteps)
+        total = bound(denoiser, x, schedule, num_timesteps, generator)
+        totals.append((float(total.mean()), float(total.std()) / len(x) ** 0.5))
     (one, error_one), (other, error_other) = totals
     assert abs(one - other) < 4 * math.hypot(error_one, error_other), (totals, c)
 
 
-def test_only_the_consistency_form_scatters_more_and_more():
+def test_only_in_the_consistency_form_the_variance_grows_without_bound():
     x, schedule = gaussian_data(0.5, n=20_000, dims=16), ld.LinearSchedule(-15.0, 15.0)
 
-    def spread(bound, steps):
+    def std(bound, num_timesteps):
         generator = torch.Generator().manual_seed(0)
-        terms = bound(ld.GaussianDenoiser(0.5), x, schedule, None, steps, generator)
-        return float(terms.total.std())
+        total = bound(ld.GaussianDenoiser(0.5), x, schedule, num_timesteps, generator)
+        return float(total.std())
 
-    assert spread(ld.variational_bound, 1600) < spread(ld.variational_bound, 400)
+    denoising, consistency = gallery_bounds()
+    assert std(denoising, 1600) < std(denoising, 400)
     # √T ln T, the term at λ_max: 18, 30, 51, 85 at 200, 400, 800, 1600 steps.
-    assert spread(ld.consistency_bound, 1600) > 2.5 * spread(ld.consistency_bound, 400)
-    with pytest.raises(ValueError, match="no continuous limit"):
-        ld.consistency_bound(ld.GaussianDenoiser(0.5), x, schedule, steps=None)
+    assert std(consistency, 1600) > 2.5 * std(consistency, 400)
 
 
 def test_a_chain_of_one_step_is_written_out():
@@ -198,7 +210,7 @@ def test_a_chain_of_one_step_is_written_out():
     low, high = torch.tensor([-2.0, 3.0], dtype=F64)
     x, eps = gaussian_data(0.5, n=5, dims=3), gaussian_data(1.0, n=5, dims=3, seed=1)
     denoiser = ld.GaussianDenoiser(std=0.8)
-    loss = ld.DiffusionLoss(ld.LinearSchedule(-2.0, 3.0), steps=1)
+    loss = ld.DiffusionLoss(ld.LinearSchedule(-2.0, 3.0), num_timesteps=1)
     found = loss(denoiser, x, eps=eps).loss
     levels = low.expand(5), high.expand(5)
     z = diffuse(x, eps, levels[0])
@@ -217,7 +229,7 @@ def test_times_of_a_chain_are_stratified():
         return ld.GaussianDenoiser()(z, logsnr)
 
     schedule = ld.LinearSchedule(-5.0, 5.0)
-    ld.DiffusionLoss(schedule, steps=10)(spy, torch.zeros(20, 1))
+    ld.DiffusionLoss(schedule, num_timesteps=10)(spy, torch.zeros(20, 1))
     index = (schedule.time(seen[0]) * 10).round().long()
     assert index.bincount(minlength=11).tolist() == [0] + [2] * 10
 
@@ -277,7 +289,9 @@ def test_both_are_monotone_on_the_table(weighting):
 
 def test_simple_loss_on_the_table():
     schedule = ld.BetaSchedule()
-    loss = ld.DiffusionLoss(schedule, ld.DensityWeighting(schedule, steps=999), steps=999)
+    loss = ld.DiffusionLoss(
+        schedule, ld.DensityWeighting(schedule, num_timesteps=999), num_timesteps=999
+    )
     terms = loss(ld.GaussianDenoiser(), torch.randn(64, 1, 8, 8, dtype=F64))
     assert torch.allclose(2 * terms.loss, terms.eps_mse, rtol=1e-7)
     table = torch.logit(ABAR)
@@ -287,7 +301,7 @@ def test_simple_loss_on_the_table():
 
 def test_density_of_a_long_chain_is_the_density():
     schedule, logsnr = ld.CosineSchedule(-10.0, 10.0), torch.linspace(-9, 9, 19, dtype=F64)
-    chain = ld.DensityWeighting(schedule, steps=1_000_000)(logsnr)
+    chain = ld.DensityWeighting(schedule, num_timesteps=1_000_000)(logsnr)
     assert torch.allclose(chain, schedule.log_prob(logsnr).exp(), rtol=1e-3)
 
 
@@ -359,19 +373,20 @@ def test_digits_have_seventeen_levels():
 def test_steps_below_one():
     x, schedule = torch.zeros(2, 3), ld.LinearSchedule(-5.0, 13.3)
     for make in (
-        lambda: ld.DiffusionLoss(schedule, steps=0),
-        lambda: ld.variational_bound(ld.GaussianDenoiser(), x, schedule, steps=0),
-        lambda: ld.consistency_bound(ld.GaussianDenoiser(), x, schedule, steps=-1),
-        lambda: ld.VariationalWeighting(steps=0),
-        lambda: ld.PosteriorMeanWeighting(steps=0),
-        lambda: ld.DensityWeighting(steps=0),
+        lambda: ld.DiffusionLoss(schedule, num_timesteps=0),
+        lambda: ld.variational_bound(ld.GaussianDenoiser(), x, schedule, num_timesteps=0),
+        lambda: ld.variational_bound(ld.GaussianDenoiser(), x, schedule, num_timesteps=-1),
+        lambda: ld.VariationalWeighting(num_timesteps=0),
+        lambda: ld.PosteriorMeanWeighting(num_timesteps=0),
+        lambda: ld.DensityWeighting(num_timesteps=0),
     ):
         with pytest.raises(ValueError, match=r"at least 1"):
             make()
 
 
-@pytest.mark.parametrize("bound", [ld.variational_bound, ld.consistency_bound])
-def test_a_bound_that_is_not_finite_names_term_and_level(bound):
+def test_a_bound_that_is_not_finite_names_term_and_level():
+    bound = ld.variational_bound
+
     class Breaks(nn.Module):
         def forward(self, z, logsnr):
             bad = z / broadcast_to_data(torch.where(logsnr > 5, 0.0, 1.0), z) * 0
@@ -379,10 +394,10 @@ def test_a_bound_that_is_not_finite_names_term_and_level(bound):
 
     x, schedule = torch.zeros(64, 3), ld.LinearSchedule(-5.0, 13.3)
     with pytest.raises(ValueError, match=r"diffusion term of the bound is nan at λ = [5-9]"):
-        bound(Breaks(), x, schedule, steps=20, t=torch.full((64,), 0.3))
+        bound(Breaks(), x, schedule, num_timesteps=20, t=torch.full((64,), 0.3))
     x[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"prior term of the bound is inf at λ = -5 \(1 of 64"):
-        bound(ld.GaussianDenoiser(), x, schedule, steps=20)
+        bound(ld.GaussianDenoiser(), x, schedule, num_timesteps=20)
 
 
 def test_one_generator_for_each_example_needs_times():

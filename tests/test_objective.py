@@ -57,10 +57,10 @@ MONOTONE = {
 }
 
 
-def objective(weighting, schedule=None, prediction=None, steps=None):
+def objective(weighting, schedule=None, prediction=None, num_timesteps=None):
     schedule = ld.CosineSchedule() if schedule is None else schedule
     prediction = ld.EpsPrediction() if prediction is None else prediction
-    return Objective(schedule, weighting, prediction, steps)
+    return Objective(schedule, weighting, prediction, num_timesteps)
 
 
 # Curves --------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_a_chain_multiplies_by_its_steps():
     found = PUBLISHED["ddpm"]
     assert torch.allclose(found.ratio, torch.ones_like(found.ratio), rtol=1e-12)
     x, t = torch.zeros(5, 3), torch.linspace(0.1, 0.9, 5)
-    loss = ld.DiffusionLoss(found.schedule, found.weighting, steps=999)
+    loss = ld.DiffusionLoss(found.schedule, found.weighting, num_timesteps=999)
     terms = loss(ld.GaussianDenoiser(0.5), x, t=t)
     assert torch.allclose(terms.loss, 0.5 * terms.eps_mse)
 
@@ -115,8 +115,8 @@ def test_learned_schedules_are_understood(learn):
 
 
 def test_steps_below_one_are_refused():
-    with pytest.raises(ValueError, match="at least 1 step, got steps=0"):
-        objective(ld.ELBOWeighting(), steps=0)
+    with pytest.raises(ValueError, match="at least 1 step, got num_timesteps=0"):
+        objective(ld.ELBOWeighting(), num_timesteps=0)
 
 
 # Likelihood ----------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ def test_scatter_of_one_draw(schedule, weighting, expected):
     assert found.std_over_mean() == pytest.approx(expected, abs=0.006, rel=2e-3)
 
 
-@pytest.mark.parametrize("steps", [None, 50])
-def test_scatter_is_that_of_the_loss(steps):
-    found = objective(ld.SigmoidWeighting(), ld.LinearSchedule(-8, 8), steps=steps)
-    loss = ld.DiffusionLoss(found.schedule, found.weighting, steps=steps)
+@pytest.mark.parametrize("num_timesteps", [None, 50])
+def test_scatter_is_that_of_the_loss(num_timesteps):
+    found = objective(ld.SigmoidWeighting(), ld.LinearSchedule(-8, 8), num_timesteps=num_timesteps)
+    loss = ld.DiffusionLoss(found.schedule, found.weighting, num_timesteps=num_timesteps)
     generator = torch.Generator().manual_seed(0)
     x = 0.5 * torch.randn(100_000, 8, generator=generator)
     losses = loss(ld.GaussianDenoiser(0.5), x, generator=generator).loss
@@ -474,7 +474,7 @@ def test_a_checkpoint_is_asked_as_it_is_now(run, tmp_path):
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["--ckpt_path", "nowhere.ckpt"], "No checkpoint at nowhere.ckpt"),
         (["--ckpt_path", "last"], "there is no checkpoint below runs/*"),
-        (["--model.steps", "0"], "at least 1 step"),
+        (["--model.num_timesteps", "0"], "at least 1 step"),
         (["--model.schedule", "LearnedSchedule", "--model.schedule.learn", "both"], "decoder"),
     ],
 )

@@ -49,7 +49,7 @@ def test_its_arguments_are_those_it_was_made_with():
         "weighting": weighting,
         "prediction": ld.XPrediction(),
         "sampler": ld.DDIMSampler(steps=2, schedule=schedule),
-        "steps": 7,
+        "num_timesteps": 7,
         "decoder": None,
         "image_shape": (1, 4, 6),
         "conditions": None,

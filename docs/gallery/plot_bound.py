@@ -3,9 +3,9 @@ The bound and its two forms
 ===========================
 
 A chain of T steps has a bound on its likelihood, with one term for each step. The terms can be
-written in two ways, which have the same mean and very different scatter. And the last step, from
-the cleanest latent to the grey level itself, has a price of its own. Data are Gaussian here, so
-the perfect denoiser is known and the picture shows the bound alone.
+written in two ways, which have the same mean and very different variances. And the last step, from
+the cleanest latent to the grey level itself, has a cost of its own. The data are Gaussian here, so
+the optimal denoiser is known and the figures show the bound alone.
 """
 
 import math
@@ -19,8 +19,12 @@ from lit_diffusion import (
     GaussianDenoiser,
     LinearSchedule,
     SoftmaxDecoder,
-    consistency_bound,
+    alpha_sigma,
+    broadcast_to_data,
     level_values,
+    noise_like,
+    posterior,
+    sample_times,
     variational_bound,
 )
 
@@ -44,12 +48,12 @@ def nats_to_bits(value):
 # More steps, tighter bound
 # -------------------------
 #
-# For data N(0, c²) the best possible error of the noise is sigmoid(λ + 2 ln c), so the diffusion
+# For data N(0, c²) the smallest possible error of ε̂ is sigmoid(λ + 2 ln c), so the diffusion
 # term is known: a sum for each T, with the width expm1(λ_s − λ_t) of each step, and in the limit
 # ½ (softplus(λ_max + 2 ln c) − softplus(λ_min + 2 ln c)), whatever the schedule. Lines are the
-# sum, dots are averages of 20,000 single draws of ``variational_bound(steps=T)``. The sum
-# overestimates the integral at every T; how much depends on where the schedule puts the steps,
-# and for many steps it falls like 1/T.
+# sum, dots are averages of 20,000 single samples of ``variational_bound(num_timesteps=T)``. The
+# sum overestimates the integral at every T; by how much depends on where the schedule puts the
+# steps, and for many steps the difference falls like 1/T.
 
 
 def best_error(logsnr):
@@ -72,7 +76,7 @@ for name, (schedule, colour, marker) in schedules.items():
     axes[0].plot(lines, sums, color=colour, linewidth=1.6, label=name)
     axes[1].plot(lines, [value - limit for value in sums], color=colour, linewidth=1.6)
     for steps in (32, 128, 512, 2048):
-        terms = variational_bound(denoiser, x, schedule, steps=steps)
+        terms = variational_bound(denoiser, x, schedule, num_timesteps=steps)
         mean = nats_to_bits(float(terms.diffusion.mean()))
         axes[0].plot(steps, mean, marker, color=colour, markersize=5)
 axes[0].axhline(limit, color=GREY, linestyle="--", linewidth=1.2, label=f"T → ∞: {limit:.3f}")
@@ -94,25 +98,94 @@ for axis in axes:
 # ---------
 #
 # In the denoising form (:func:`~lit_diffusion.likelihood.variational_bound`) each term compares
-# the model's step with the true posterior of that step. In the consistency form
-# (:func:`~lit_diffusion.likelihood.consistency_bound`) the forward step and the model's step are
-# to agree on the latent between them. Left: the means over 20,000 draws, with two standard
-# errors, are the same. Right: a single draw of the denoising form tends to a constant scatter,
-# one of the consistency form scatters ever more. Dotted is what a single term of it does. At the
-# cleanest latent the forward step comes from the data and is wide, the model's is one step of T
-# and narrow; the logarithm of their widths, about ½ ln(T/18.3) nats with λ over 18.3, is met by
-# one draw in T and counted T times. That makes √T times as much of scatter; the other terms add
-# some more.
+# the model's step with the true posterior of that step, two Gaussians of the same variance. In the
+# consistency form, below, one term for each level i compares q(z_i | z_{i−1}), the step from the
+# cleaner neighbour, with the model's p(z_i | z_{i+1}), the step from the noisier one. (z_{i−1},
+# z_{i+1}) are sampled jointly from q, and z_i is integrated out in closed form. These two steps
+# are *different* Gaussians whatever the model does, so the terms do not vanish for a perfect model
+# but must cancel [#]_.
+#
+# (Written as KL(q(z_i | z_{i−1}) ‖ p(z_i | z_{i+1})), as one often sees it, the term would sample
+# z_i independently of z_{i+1}, and would not be the bound.)
+#
+# .. [#] Luo (2022), Understanding Diffusion Models: A Unified Perspective, arXiv:2208.11970,
+#    Eq. 37-45; Sohl-Dickstein et al. (2015), arXiv:1503.03585.
+
+
+def transition(cleaner, noisier):
+    """Scale and standard deviation of q(z_t | z_s): α_t/α_s and √(1 − α_t²/α_s²)."""
+    log_ratio = softplus(-cleaner) - softplus(-noisier)
+    return torch.exp(log_ratio / 2), torch.sqrt(-torch.expm1(log_ratio))
+
+
+def noised(x, alpha, sigma, generator):
+    """Sample N(α x, σ² I)."""
+    eps = noise_like(x, generator)
+    return broadcast_to_data(alpha, x) * x + broadcast_to_data(sigma, x) * eps
+
+
+def consistency_bound(denoiser, x, schedule, num_timesteps, generator=None):
+    """Prior and diffusion term in the consistency form, in nats per dimension: one level each."""
+    t = sample_times(x, generator)
+    i = (t * num_timesteps).floor().clamp(max=num_timesteps - 1)
+    level, noisier = schedule.logsnr(i / num_timesteps), schedule.logsnr((i + 1) / num_timesteps)
+    cleaner = schedule.logsnr((i - 1).clamp(min=0) / num_timesteps)
+    cleaner = torch.where(i == 0, math.inf, cleaner)  # the neighbour of z_0 is x itself
+
+    before = noised(x, *alpha_sigma(cleaner), generator)
+    after = noised(before, *transition(cleaner, noisier), generator)
+
+    # q(z_i | z_{i−1}, z_{i+1}) = N(mean, variance)
+    alpha, sigma = transition(cleaner, level)  # of q(z_i | z_{i−1})
+    alpha_on, sigma_on = transition(level, noisier)
+    variance = 1 / (1 / sigma**2 + alpha_on**2 / sigma_on**2)
+    forward = broadcast_to_data(alpha, x) * before
+    mean = broadcast_to_data(variance / sigma**2, x) * forward
+    mean = mean + broadcast_to_data(variance * alpha_on / sigma_on**2, x) * after
+
+    backward, _ = posterior(after, denoiser(after, noisier).x, noisier, level)
+    std = alpha_sigma(level)[1] * torch.sqrt(-torch.expm1(noisier - level))  # of p(z_i | z_{i+1})
+
+    def second_moment(other):
+        return (mean - other).square().flatten(1).mean(1) + variance
+
+    term = torch.log(std / sigma)
+    term = term + second_moment(backward) / (2 * std**2) - second_moment(forward) / (2 * sigma**2)
+
+    # The prior: KL(q(z_T | z_{T−1}) ‖ N(0, I))
+    last, noisiest = (schedule.logsnr(torch.full_like(i, 1 - k / num_timesteps)) for k in (1, 0))
+    square = noised(x, *alpha_sigma(last), generator).square().flatten(1).mean(1)
+    alpha, sigma = transition(last, noisiest)
+    prior = 0.5 * (alpha**2 * square + sigma**2 - 1) - torch.log(sigma)
+    return prior + num_timesteps * term
+
+
+def denoising_bound(denoiser, x, schedule, num_timesteps, generator=None):
+    """The same two terms in the denoising form."""
+    terms = variational_bound(
+        denoiser, x, schedule, num_timesteps=num_timesteps, generator=generator
+    )
+    return terms.total
+
+
+# %%
+# Left: the means over 20,000 samples, with two standard errors, are the same. Right: the standard
+# deviation of a single sample tends to a constant in the denoising form and grows without bound in
+# the consistency form. Dotted is the contribution of a single term. At the cleanest latent the
+# forward step comes from the data and is wide, the model's is one step of T and narrow; the
+# logarithm of the ratio of their widths, about ½ ln(T/18.3) nats with λ over a range of 18.3, is
+# sampled once in T times and counted T times. That alone gives a standard deviation that grows
+# with √T; the other terms add some more. This is why nobody trains on this form.
 
 schedule = schedules["LinearSchedule"][0]
 forms = {
-    "denoising": (variational_bound, BLUE, "o"),
+    "denoising": (denoising_bound, BLUE, "o"),
     "consistency": (consistency_bound, ORANGE, "s"),
 }
 counts = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for offset, (name, (form, colour, marker)) in zip((0.96, 1.04), forms.items(), strict=True):
-    totals = [nats_to_bits(form(denoiser, x, schedule, steps=steps).total) for steps in counts]
+    totals = [nats_to_bits(form(denoiser, x, schedule, steps)) for steps in counts]
     means = [float(total.mean()) for total in totals]
     stds = [float(total.std()) for total in totals]
     style = {"color": colour, "marker": marker, "markersize": 5}
@@ -120,7 +193,7 @@ for offset, (name, (form, colour, marker)) in zip((0.96, 1.04), forms.items(), s
     places = [offset * steps for steps in counts]
     axes[0].errorbar(places, means, two, linestyle="", capsize=2, label=name, **style)
     axes[1].plot(counts, stds, linewidth=1.6, label=f"{name} form", **style)
-prior = nats_to_bits(float(variational_bound(denoiser, x, schedule, steps=1).prior.mean()))
+prior = nats_to_bits(float(variational_bound(denoiser, x, schedule, num_timesteps=1).prior.mean()))
 exact = [sum_over_steps(schedule, steps) + prior for steps in lines]
 axes[0].plot(lines, exact, color=GREY, linewidth=1.2, zorder=0, label="exact")
 several = torch.logspace(2, 3.61, 50)
@@ -128,8 +201,8 @@ alone = nats_to_bits(several.sqrt() * torch.log(several / 18.3) / 2)
 axes[1].plot(
     several, alone, color=GREY, linestyle=":", linewidth=1.8, label="its term at λ_max alone"
 )
-axes[0].set(xlim=(25, 6000), ylim=(4, 14), ylabel="mean of the draws, bits per dimension")
-axes[1].set(yscale="log", ylabel="standard deviation of one draw")
+axes[0].set(xlim=(25, 6000), ylim=(4, 14), ylabel="mean of the samples, bits per dimension")
+axes[1].set(yscale="log", ylabel="standard deviation of one sample")
 for axis in axes:
     axis.set(xscale="log", xlabel="steps T of the chain")
     axis.legend(frameon=False, fontsize=9)
@@ -139,11 +212,11 @@ for axis in axes:
 # What the last step costs
 # ------------------------
 #
-# Given z at λ_max the decoder must still name the grey level. The lines are averages of its
-# ``reconstruction`` over all levels alike; the marked numbers are its own ``cost``. Once the
-# noise is narrower than half the distance of two levels, there is nothing left to name: the bytes
-# need a λ_max of about 13.3, seventeen grey levels only 8. A model that stops at 10 pays 1.8 bits
-# for each byte without knowing more about the image.
+# Given z at λ_max the decoder must still identify the grey level. The lines are averages of its
+# ``reconstruction`` over all levels with equal weight; the marked numbers are its own ``cost``.
+# Once the noise is narrower than half the distance between two levels, nothing is left to decode:
+# bytes need a λ_max of about 13.3, seventeen grey levels only 8. A model that stops at 10 pays 1.8
+# bits per byte without knowing more about the image.
 
 levels = torch.linspace(0, 15, 61)
 figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")

@@ -167,7 +167,9 @@ class Network(nn.Module):
         return self.layers(torch.cat([z, logsnr.to(z)[:, None] / 5], 1))
 
 
-short_cut = DiffusionLoss(schedule, PosteriorMeanWeighting(schedule, steps=T), steps=T)
+short_cut = DiffusionLoss(
+    schedule, PosteriorMeanWeighting(schedule, num_timesteps=T), num_timesteps=T
+)
 
 
 def posterior_mean_loss(denoiser, x):

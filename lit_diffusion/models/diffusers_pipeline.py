@@ -5,7 +5,7 @@ trained on together with a way to sample it. All of it has a name here::
 
     diffusers                                        lit_diffusion
     UNet2DModel(sample, timestep)                    DiffusersNetwork(z, logsnr)
-    betas                                            a schedule of the same levels, steps = N − 1
+    betas                                            a schedule of its N levels, num_timesteps
     prediction_type epsilon, sample, v_prediction    EpsPrediction, XPrediction, VPrediction
     DDPMScheduler, variance fixed_small or _large    AncestralSampler, variance 0 or 1
     DDIMScheduler, use_clipped_model_output          DDIMSampler
@@ -87,7 +87,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
         schedule=schedule,
         prediction=_prediction(scheduler),
         sampler=_sampler(scheduler, schedule),
-        steps=len(scheduler.betas) - 1,
+        num_timesteps=len(scheduler.betas) - 1,
         image_shape=image_shape,
         clip_denoised=_clip(scheduler),
     ).eval()

@@ -46,7 +46,7 @@ class Pretrained(DrawingModel):
         weighting: Weight w(λ) of training; None means `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
         sampler: Draws images; None means `DDIMSampler()`.
-        steps: Number of steps of a discrete chain; None means continuous time.
+        num_timesteps: Number of steps of a discrete chain; None means continuous time.
         decoder: Of the whole bound, if that was trained; None if not.
         image_shape: Channels, height and width.
         conditions: What else the network is told, by the names of its arguments; None means what
@@ -66,7 +66,7 @@ class Pretrained(DrawingModel):
         weighting: Weighting | None = None,
         prediction: Prediction | None = None,
         sampler: Sampler | None = None,
-        steps: int | None = None,
+        num_timesteps: int | None = None,
         decoder: Decoder | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
         conditions: Sequence[str] | None = None,
@@ -77,7 +77,7 @@ class Pretrained(DrawingModel):
         self.image_shape = (channels, height, width)
         network = UNet(image_shape=self.image_shape) if network is None else network
         self.denoiser = Denoiser(network, prediction)
-        self.loss = DiffusionLoss(schedule, weighting, steps, decoder)
+        self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = DDIMSampler() if sampler is None else sampler
         asked = getattr(network, "conditions", None) if conditions is None else conditions
         self.conditions = tuple(asked or ())
@@ -105,9 +105,9 @@ class Pretrained(DrawingModel):
         return self.loss.weighting
 
     @property
-    def steps(self) -> int | None:
+    def num_timesteps(self) -> int | None:
         """Number of steps of the chain; None means continuous time."""
-        return self.loss.steps
+        return self.loss.num_timesteps
 
     @property
     def decoder(self) -> Decoder | None:

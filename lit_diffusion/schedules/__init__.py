@@ -7,18 +7,18 @@ registry by subclassing `NoiseSchedule`.
 
 from lit_diffusion.registry import Registry
 from lit_diffusion.schedules.adaptive import AdaptiveSchedule
-from lit_diffusion.schedules.base import NoiseSchedule, stratified_times
+from lit_diffusion.schedules.base import NoiseSchedule
+from lit_diffusion.schedules.beta import BetaSchedule
 from lit_diffusion.schedules.learned import LearnedSchedule
+from lit_diffusion.schedules.shifted import ShiftedSchedule
 from lit_diffusion.schedules.table import TableSchedule, chain_levels
 from lit_diffusion.schedules.textbook import (
-    BetaSchedule,
     CosineSchedule,
     FlowSchedule,
     KarrasSchedule,
     LaplaceSchedule,
     LinearSchedule,
     NormalSchedule,
-    ShiftedSchedule,
 )
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "ShiftedSchedule",
     "TableSchedule",
     "chain_levels",
-    "stratified_times",
 ]
 
 SCHEDULES: Registry[NoiseSchedule] = Registry(NoiseSchedule)  # type: ignore[type-abstract]

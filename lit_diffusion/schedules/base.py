@@ -31,35 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.registry import plain_arguments
+from lit_diffusion.times import stratified_times
 
-__all__ = ["NoiseSchedule", "stratified_times"]
-
-
-def stratified_times(n: int, offset: Tensor, first: int = 0, total: int | None = None) -> Tensor:
-    """Times on a lattice with one random offset: t_i = (offset + (first + i)/total) mod 1.
-
-    Each time alone is uniform, together they cover [0, 1] evenly, which removes most of the
-    noise that the draw of λ adds to a batch's loss. `first` and `total` place this batch in a
-    larger one, so that ranks and accumulated micro-batches share one lattice.
-
-    Args:
-        n: How many times.
-        offset: One number in [0, 1).
-        first: Index of this batch's first example in the whole.
-        total: Size of the whole; None means n.
-
-    Shapes:
-        offset (); result (n,), float64, on the offset's device.
-
-    References:
-        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix I.1.
-
-    Example:
-        >>> stratified_times(4, torch.tensor(0.9))
-        tensor([0.9000, 0.1500, 0.4000, 0.6500], dtype=torch.float64)
-    """
-    index = torch.arange(first, first + n, device=offset.device, dtype=torch.float64)
-    return (offset + index / (n if total is None else total)) % 1.0
+__all__ = ["NoiseSchedule"]
 
 
 class NoiseSchedule(nn.Module, ABC):
@@ -92,9 +66,6 @@ class NoiseSchedule(nn.Module, ABC):
 
     centre: float | None = None
     """Where a symmetric density is symmetric about; None for the others."""
-
-    learns_shape: bool = False
-    """Whether what lies between the ends is learned."""
 
     logsnr_min: float | Tensor
     logsnr_max: float | Tensor
@@ -181,6 +152,12 @@ class NoiseSchedule(nn.Module, ABC):
         return isinstance(self.logsnr_min, nn.Parameter) and self.logsnr_min.requires_grad
 
     @property
+    def learns_shape(self) -> bool:
+        """Whether any other parameter is learned, and so what lies between the ends."""
+        ends = {"logsnr_min", "logsnr_max"}
+        return any(p.requires_grad for name, p in self.named_parameters() if name not in ends)
+
+    @property
     def ends(self) -> tuple[float, float]:
         """(logsnr_min, logsnr_max) as numbers, of today if they are learned."""
         if isinstance(self.logsnr_min, Tensor) and isinstance(self.logsnr_max, Tensor):
@@ -258,6 +235,42 @@ class NoiseSchedule(nn.Module, ABC):
             log_prob = -torch.log(-slope)
             logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)  # type: ignore[arg-type]
         return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
+
+    def at_with_shape(self, t: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """λ and log p(λ) as from `at`, and the tensors through which the shape is learned.
+
+        In continuous time E[L] does not depend on the shape of a schedule, only the variance of
+        its estimate does, so the shape is to follow ∇E[L²] = E[2 L ∇L] while all else follows
+        ∇E[L]. The loss therefore multiplies, in the backward pass, the gradient of each example
+        with respect to the tensors returned here by twice the loss of that example.
+
+        Without learned ends λ and log p themselves are these tensors, and a schedule with an
+        `nn.Parameter` in its formula learns its shape without further code. A schedule that learns
+        its ends as well must override this method: it returns intermediate results that depend on
+        the shape alone.
+
+        Args:
+            t: Time in [0, 1].
+
+        Shapes:
+            t (B,); λ and log p (B,), float64; each tensor of the shape (B,), none if the shape is
+            not learned or no gradient is recorded.
+
+        Raises:
+            NotImplementedError: If both the ends and the shape are learned and this is not
+                overridden.
+        """
+        logsnr, log_prob = self.at(t)
+        if not (self.learns_shape and logsnr.requires_grad):
+            return logsnr, log_prob, ()
+        if self.learns_ends:
+            name = type(self).__name__
+            raise NotImplementedError(
+                f"{name} learns its ends and its shape, which follow different gradients: "
+                f"override {name}.at_with_shape to return the tensors that depend on the shape "
+                "alone, or learn only one of them."
+            )
+        return logsnr, log_prob, (logsnr, log_prob)
 
     def logsnr(self, t: Tensor) -> Tensor:
         """λ at time t: the quantile function, decreasing from logsnr_max to logsnr_min.

@@ -1,17 +1,17 @@
-"""The learned schedule: where to look is found out, too.
+"""The learned schedule: its ends follow the bound, its shape the variance of the estimate.
 
 Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; u = share of the way from λ_max to λ_min.
 
-The bound in continuous time depends on the two ends of the schedule and on nothing between. So
+In continuous time the bound depends on the two ends of the schedule and on nothing in between. So
 there are two things to learn, by two different gradients:
 
     the ends     by the bound itself: λ_max trades reconstruction for diffusion, λ_min the prior
     the shape    by the *variance* of the estimate, which is all that it changes
 
 For the second, E[L] does not depend on the shape η, hence ∇Var(L) = ∇E[L²] = E[2 L ∇L]: the
-ordinary gradient, scaled for each example by twice its own loss. That is one multiplication on the
-way back (`at(t, shape_gradient)`), not a second backward pass, and it must reach the shape only:
-network and ends want the gradient of L itself.
+ordinary gradient, scaled for each example by twice its own loss. That is one multiplication in the
+backward pass, not a second pass, and it must reach the shape only: network and ends follow the
+gradient of L itself. `at_with_shape` returns the tensors at which the loss multiplies.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class LearnedSchedule(NoiseSchedule):
 
     Δg(t) = g(t) − g(0), g(t) = a t + mean_j h_j sigmoid(r_j a t + b_j) with positive a, h and r:
     1024 sigmoids, so that it can take any shape, and the ends hold exactly whatever the network
-    does. It finds the density under which the estimate of the loss scatters least, at little cost,
-    and stays a schedule throughout. At first it is nearly linear.
+    does. It learns the density that minimises the variance of the loss estimate, at little
+    cost, and remains a valid schedule throughout. It is nearly linear at initialisation.
 
     Args:
-        logsnr_min: Smallest λ, at first if the ends are learned; None means −20.
-        logsnr_max: Largest λ, at first if the ends are learned; None means 20.
+        logsnr_min: Smallest λ, its initial value if the ends are learned; None means −20.
+        logsnr_max: Largest λ, its initial value if the ends are learned; None means 20.
         learn: "shape" between fixed ends; "endpoints" (the loss then needs a decoder, without
             which they would collapse); or "both".
 
@@ -73,7 +73,7 @@ class LearnedSchedule(NoiseSchedule):
         super().__init__(logsnr_min, logsnr_max, learn_ends=learn != "shape")
         self.learn = learn
         # Sigmoids of all widths, from a quarter of the range to a 256th, everywhere in it; spread
-        # by the golden ratio, not drawn, so that every run starts alike.
+        # by the golden ratio, not sampled, so that every run starts from the same schedule.
         place = (torch.arange(_UNITS) + 0.5) / _UNITS
         rate = 4 * 64 ** ((torch.arange(_UNITS) * 0.6180339887) % 1)
         learns = learn != "endpoints"
@@ -81,11 +81,6 @@ class LearnedSchedule(NoiseSchedule):
         self.rate = nn.Parameter(_raw(rate), learns)
         self.bias = nn.Parameter(-rate * place, learns)
         self.height = nn.Parameter(_raw(torch.ones(_UNITS)), learns)
-
-    @property
-    def learns_shape(self) -> bool:  # type: ignore[override]
-        """Whether what lies between the ends is learned."""
-        return self.slope.requires_grad
 
     def _shape(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Share of the way u(t), and its slope du/dt."""
@@ -148,24 +143,31 @@ class LearnedSchedule(NoiseSchedule):
         log_prob = -torch.log((high - low) * torch.cat(parts))
         return torch.where(self._outside(logsnr), -torch.inf, log_prob)
 
-    def at(self, t: Tensor, shape_gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """λ and log p(λ) at time t, differentiable.
 
         Args:
             t: Time in [0, 1].
-            shape_gradient: What the gradient of each example is multiplied by before it reaches
-                the shape: twice its loss. It is read in the backward pass and may be filled in
-                until then, for the loss is known only after λ.
 
         Shapes:
-            t and shape_gradient (B,); both results (B,), float64.
+            t (B,); both results (B,), float64.
+        """
+        return self.at_with_shape(t)[:2]
+
+    def at_with_shape(self, t: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """λ and log p(λ) at time t, and what in them depends on the shape alone: u and du/dt.
+
+        Args:
+            t: Time in [0, 1].
+
+        Shapes:
+            t (B,); all results (B,), float64.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         share, rise = self._shape(t.detach().to(torch.float64))
-        if learns and shape_gradient is not None and share.requires_grad:
-            for part in (share, rise):
-                part.register_hook(lambda gradient: gradient * shape_gradient.to(gradient.dtype))
-        # From here on the ends come in, which the hooks do not touch.
+        # From here on the ends come in, which follow the gradient of the loss itself.
         slope = self.logsnr_max * rise - self.logsnr_min * rise
         logsnr, log_prob = self._between(share), -torch.log(slope)
-        return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
+        if not learns:
+            return logsnr.detach(), log_prob.detach(), ()
+        return logsnr, log_prob, (share, rise) if share.requires_grad else ()

@@ -60,8 +60,9 @@ def _improved_ddpm() -> tuple[float, ...]:
 class TableSchedule(NoiseSchedule):
     """A chain's own levels, at equal steps of t, with straight lines between them.
 
-    For a model that was trained on a chain without a formula: with `steps` = N − 1 the loss, the
-    bound and the samplers visit exactly its levels. (DDPM's own chain has one, `BetaSchedule`.)
+    For a model that was trained on a chain without a formula: with `num_timesteps` = N − 1 the
+    loss, the bound and the samplers visit exactly its levels. (DDPM's own chain has a formula,
+    `BetaSchedule`.)
 
     Args:
         levels: λ of each level, at least two of them, falling, the cleanest first; None means the

@@ -28,14 +28,12 @@ from torch import Tensor
 from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = [
-    "BetaSchedule",
     "CosineSchedule",
     "FlowSchedule",
     "KarrasSchedule",
     "LaplaceSchedule",
     "LinearSchedule",
     "NormalSchedule",
-    "ShiftedSchedule",
 ]
 
 
@@ -247,84 +245,6 @@ class LaplaceSchedule(NoiseSchedule):
         )
 
 
-class BetaSchedule(NoiseSchedule):
-    """DDPM's chain with linear betas, made continuous: α² = Π(1 − β_i), β_i linear in i.
-
-    At t = (i − 1)/(steps − 1) it passes the i-th level of the published table (to 1e-11), and
-    between two levels it is the smooth sum −log α² = Σ −log(1 − β), summed by Euler-Maclaurin.
-    `grid(steps - 1)` is therefore DDPM's own list of levels, from step `steps` to step 1.
-
-    Args:
-        beta_min: First beta, in (0, beta_max).
-        beta_max: Last beta, in (beta_min, 1).
-        steps: Length of the chain, at least 2.
-        logsnr_min: Smallest λ; None means that of the last step, −10.12 for DDPM's values.
-        logsnr_max: Largest λ; None means that of the first step, 9.21 for DDPM's values.
-
-    Raises:
-        ValueError: If the betas are not 0 < beta_min < beta_max < 1, or steps is below 2.
-
-    References:
-        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, section 4.
-
-    Example:
-        >>> BetaSchedule().logsnr(torch.tensor([0.0, 1.0]))
-        tensor([  9.2102, -10.1177], dtype=torch.float64)
-    """
-
-    def __init__(
-        self,
-        beta_min: float = 1e-4,
-        beta_max: float = 0.02,
-        steps: int = 1000,
-        logsnr_min: float | None = None,
-        logsnr_max: float | None = None,
-    ) -> None:
-        if not 0 < beta_min < beta_max < 1:
-            raise ValueError(
-                "BetaSchedule: expected 0 < beta_min < beta_max < 1, "
-                f"got beta_min={beta_min} and beta_max={beta_max}."
-            )
-        if steps < 2:
-            raise ValueError(f"BetaSchedule: steps must be at least 2, got {steps}.")
-        betas = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
-        decay = -torch.log1p(-betas).cumsum(0)  # −log α² along the table
-        ends = -torch.log(torch.expm1(decay[[-1, 0]]))
-        super().__init__(logsnr_min, logsnr_max, support=(float(ends[0]), float(ends[1])))
-        self.beta_min = beta_min
-        self.beta_max = beta_max
-        self.steps = steps
-
-    def _decay(self, t: Tensor) -> Tensor:
-        """−log α² after n = 1 + (steps − 1)t factors, as integral plus midpoint correction."""
-        step = (self.beta_max - self.beta_min) / (self.steps - 1)
-        first = self.beta_min - step / 2
-        last = first + step * (1 + (self.steps - 1) * t)
-
-        def integral(beta: Tensor) -> Tensor:
-            return beta + (1 - beta) * torch.log1p(-beta)
-
-        start = torch.full_like(t, first)
-        correction = step / 24 * (1 / (1 - last) - 1 / (1 - start))
-        return (integral(last) - integral(start)) / step - correction
-
-    def _logsnr(self, t: Tensor) -> Tensor:
-        return -torch.log(torch.expm1(self._decay(t)))
-
-    def _time(self, logsnr: Tensor) -> Tensor:
-        # −log α² is a parabola in t up to O(β³): start there, then Newton's method.
-        decay = torch.nn.functional.softplus(-logsnr)
-        step = (self.beta_max - self.beta_min) / (self.steps - 1)
-        first = self.beta_min - step / 2
-        last = torch.sqrt(first**2 + 2 * step * decay)
-        t = ((last - first) / step - 1) / (self.steps - 1)
-        for _ in range(6):
-            beta = first + step * (1 + (self.steps - 1) * t)
-            slope = (self.steps - 1) * -torch.log1p(-beta)
-            t = (t - (self._decay(t) - decay) / slope).clamp(0, 1)
-        return t
-
-
 class KarrasSchedule(NoiseSchedule):
     """EDM's sampling grid, linear in σ^(1/ρ) of the z/α frame: σ = e^(−λ/2).
 
@@ -378,59 +298,3 @@ class KarrasSchedule(NoiseSchedule):
     def _time(self, logsnr: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (torch.exp(-logsnr / (2 * self.rho)) - low) / (high - low)
-
-
-class ShiftedSchedule(NoiseSchedule):
-    """Another schedule moved along λ, then truncated: λ → λ + shift.
-
-    Larger images need more noise to lose the same detail: for image side d, relative to 64, the
-    shift is 2 ln(64/d), negative above 64.
-
-    Args:
-        base: The schedule to move; None means `CosineSchedule()`.
-        shift: What is added to λ.
-        logsnr_min: Smallest λ; None means the base's own (moved, if its formula ends there).
-        logsnr_max: Largest λ; None means the base's own (moved, if its formula ends there).
-
-    References:
-        Hoogeboom et al. (2023), Simple Diffusion, arXiv:2301.11093, Eq. 4;
-        Esser et al. (2024), arXiv:2403.03206, Eq. 23 (the same in flow time).
-
-    Example:
-        >>> ShiftedSchedule(shift=-2.0).logsnr(torch.tensor([0.5]))
-        tensor([-1.9998], dtype=torch.float64)
-    """
-
-    def __init__(
-        self,
-        base: NoiseSchedule | None = None,
-        shift: float = 0.0,
-        logsnr_min: float | None = None,
-        logsnr_max: float | None = None,
-    ) -> None:
-        base = CosineSchedule() if base is None else base
-        if any(p.requires_grad for p in base.parameters()):
-            raise ValueError(
-                f"ShiftedSchedule: {type(base).__name__} is learned, shift and all: give it the "
-                "shifted ends instead."
-            )
-        low, high = (end + shift for end in base.support)
-        if logsnr_min is None:
-            logsnr_min = low if math.isfinite(low) else base.ends[0]
-        if logsnr_max is None:
-            logsnr_max = high if math.isfinite(high) else base.ends[1]
-        super().__init__(logsnr_min, logsnr_max, support=(low, high))
-        self.base = base
-        self.shift = shift
-
-    def _logsnr(self, t: Tensor) -> Tensor:
-        return self.base._logsnr(t) + self.shift
-
-    def _time(self, logsnr: Tensor) -> Tensor:
-        return self.base._time(logsnr - self.shift)
-
-    def _tail_logsnr(self, s: Tensor) -> Tensor:
-        return self.base._tail_logsnr(s) + self.shift
-
-    def _tail_time(self, logsnr: Tensor) -> Tensor:
-        return self.base._tail_time(logsnr - self.shift)

@@ -10,21 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_diffusion.training.callbacks import (
-        EMA,
-        FID,
-        AdaptiveScheduleUpdate,
-        Averages,
-        Compile,
-        Guard,
-        LastCheckpoint,
-        Likelihood,
-        NoiseLevelLoss,
-        Overview,
-        RankWatch,
-        SampleGrid,
-        Throughput,
-    )
+    from lit_diffusion.training.callbacks import *
     from lit_diffusion.training.commands.compare import compare
     from lit_diffusion.training.commands.decode import decode
     from lit_diffusion.training.commands.ema import ema
@@ -42,25 +28,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.learning_rates import WarmupDecayLR
     from lit_diffusion.training.module import LitDiffusion
 
-__all__ = [
-    "EMA",
-    "FID",
-    "AdaptiveScheduleUpdate",
-    "Averages",
-    "ClassifierFeatures",
-    "Compile",
-    "Guard",
-    "ImageDataModule",
-    "InceptionFeatures",
-    "LastCheckpoint",
-    "Likelihood",
-    "LitDiffusion",
-    "NoiseLevelLoss",
-    "Overview",
-    "RankWatch",
-    "SampleGrid",
-    "Throughput",
-    "WarmupDecayLR",
+_COMMANDS = (
     "compare",
     "decode",
     "ema",
@@ -73,10 +41,11 @@ __all__ = [
     "replay",
     "report",
     "sample",
-]
+)
 
-#: Where a name is defined; commands are in modules of their own name, all others in `callbacks`.
+#: Where a name is defined; all others are callbacks.
 _MODULES = {
+    **{name: f"commands.{name}" for name in _COMMANDS},
     "ClassifierFeatures": "evaluation.features",
     "ImageDataModule": "data.module",
     "InceptionFeatures": "evaluation.features",
@@ -87,12 +56,17 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name."""
-    if name not in __all__:
-        raise AttributeError(f"module 'lit_diffusion.training' has no attribute {name!r}")
-    module = _MODULES.get(name, f"commands.{name}" if name.islower() else "callbacks")
-    return getattr(importlib.import_module(f"lit_diffusion.training.{module}"), name)
+    if name == "__all__":
+        return [public for public in __dir__() if not public.startswith("_")]
+    if name in _MODULES or name[0].isupper():  # else a submodule, or nothing
+        module = _MODULES.get(name, "callbacks")
+        found = importlib.import_module(f"lit_diffusion.training.{module}")
+        if name in _MODULES or name in found.__all__:
+            return getattr(found, name)
+    raise AttributeError(f"module 'lit_diffusion.training' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return sorted({*globals(), *__all__})
+    callbacks = importlib.import_module("lit_diffusion.training.callbacks")
+    return sorted({*_MODULES, *callbacks.__all__})

@@ -36,8 +36,6 @@ __all__ = [
 #: How those put it that have no class of errors for it: allocators, then cuBLAS, cuDNN, oneDNN.
 WORDS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")
 WORDS += ("unable to find an engine", (BROKEN := "could not create a primitive"))
-#: Arguments of callbacks that say how much is done at a time.
-PORTIONS = ("batch_size", "rows", "columns", "probe_examples")
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -160,19 +158,12 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _greedy(error: BaseException, callbacks: list[L.Callback]) -> L.Callback | None:
-    """The innermost callback on the way to an error that has a say in how much it does."""
-    # By the names of functions, for the frames have forgotten their variables by now; and before
-    # that a look at them would have made the frames keep them for good.
-    owners = {cls.__name__: one for one in callbacks for cls in type(one).__mro__}
-    names = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
-    found = [owners[name.partition(".")[0]] for name in names if name.partition(".")[0] in owners]
-    return next((one for one in reversed(found) if _portions(one)), None)
-
-
-def _portions(callback: L.Callback) -> list[str]:
-    known = inspect.signature(type(callback)).parameters
-    return [portion for portion in PORTIONS if portion in known]
+def _callback_of(error: BaseException, callbacks: list[L.Callback]) -> str | None:
+    """The callback in whose method an error came up, by the innermost such frame."""
+    kinds = {cls.__name__ for one in callbacks for cls in type(one).__mro__}
+    frames = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
+    owners = [name.split(".")[-2] for name in frames if "." in name]
+    return next((name for name in reversed(owners) if name in kinds), None)
 
 
 def _give_back(device: torch.device) -> None:
@@ -203,8 +194,8 @@ class BatchFit(L.Callback):
     show and the command line prints in its place.
     """
 
-    # It stands before RankWatch, so that the others are told of the failure when the search is
-    # over; until then they wait in the collective to which this rank did not come.
+    # Other ranks wait in the collective to which this one did not come, until the search is over
+    # and this process ends with the error.
 
     def __init__(self) -> None:
         self._batch: Any = None  # of the step that is being made
@@ -224,8 +215,8 @@ class BatchFit(L.Callback):
         batch, self._batch = self._batch, None
         if not lacks_memory(exception):
             return
+        callback = _callback_of(exception, trainer.callbacks)  # type: ignore[attr-defined]
         _let_go(exception)
-        greedy = _greedy(exception, trainer.callbacks)  # type: ignore[attr-defined]
         reason = str(exception).strip().partition("\n")[0]
         stage, device = trainer.state.stage, pl_module.device
         room = f"the memory of {device_name(device)}"
@@ -233,10 +224,7 @@ class BatchFit(L.Callback):
             memory = torch.cuda.get_device_properties(device).total_memory
             room = f"{memory / 2**30:.1f} GiB of {device_name(device)}"
         got = f"to fit into {room}, got out of memory"
-        if greedy is not None:
-            lower = " and ".join(_portions(greedy))
-            note = f"expected {type(greedy).__name__} {got}: set its {lower} lower."
-        elif trainer.training and isinstance(batch, dict) and "image" in batch:
+        if callback is None and trainer.training and isinstance(batch, dict) and "image" in batch:
             n = len(batch["image"])
             batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
             try:
@@ -247,10 +235,14 @@ class BatchFit(L.Callback):
             how = " (tried without compiling)" if found and _is_compiled(pl_module) else ""
             advice += how + _thrift(trainer, pl_module)
             note = f"expected a batch of {n} images {got}{advice}."
-        elif stage is None or trainer.training:
-            note = f"expected the run {got} outside of a step: {reason}"
         else:
-            note = f"expected the batches to {stage.value} {got}: set data.batch_size lower."
+            doing = (
+                "a part of training" if stage is None or trainer.training else f"`{stage.value}`"
+            )
+            lower = "data.batch_size"
+            if callback is not None:
+                doing, lower = callback, "its batch_size, rows, columns or probe_examples"
+            note = f"expected {doing} {got} ({reason}): set {lower} lower."
         exception.add_note(note)
 
     def _search(self, trainer: L.Trainer, model: Any, batch: dict[str, Any]) -> int | None:

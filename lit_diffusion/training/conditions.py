@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.likelihood import consistency_bound, variational_bound
+from lit_diffusion.likelihood import variational_bound
 from lit_diffusion.loss import DiffusionLoss, weighted_error
 from lit_diffusion.probability_flow import log_likelihood
 from lit_diffusion.samplers import Sampler
@@ -31,7 +31,6 @@ _ON_THE_WAY = (
     Denoiser.forward,
     DiffusionLoss.forward,
     Sampler.__call__,
-    consistency_bound,
     log_likelihood,
     variational_bound,
     weighted_error,

@@ -31,11 +31,11 @@ from lit_diffusion.models import DrawingModel
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
-from lit_diffusion.schedules import CosineSchedule, NoiseSchedule, stratified_times
+from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
+from lit_diffusion.times import fixed_times, stratified_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.conditions import check_network, from_batch
-from lit_diffusion.training.hooks import leave_out_empty_hooks
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.run.checkpoints import (
     WholeCheckpointIO,
@@ -65,8 +65,8 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             image_shape.
         schedule: Density p(λ) that training draws from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
-        steps: Number T of steps of a discrete chain, whose levels are then the only ones; None
-            means continuous time.
+        num_timesteps: Number T of steps of a discrete chain, whose levels are then the only ones;
+            None means continuous time.
         decoder: Makes the loss the whole bound, with prior and reconstruction; None leaves them
             out. A schedule that learns its ends needs it.
         prediction: What the network outputs; None means `VPrediction()`.
@@ -112,7 +112,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         weighting: Weighting | None = None,
         prediction: Prediction | None = None,
         sampler: Sampler | None = None,
-        steps: int | None = None,
+        num_timesteps: int | None = None,
         decoder: Decoder | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -148,7 +148,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
                 )
         check_data_std(weighting, prediction)
         self.denoiser = Denoiser(network, prediction)
-        self.loss = DiffusionLoss(schedule, weighting, steps, decoder)
+        self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         if schedule.learns_ends and sampler.schedule is not None:
             raise ValueError(
                 f"{type(schedule).__name__} learns its ends, and {type(sampler).__name__} walks a "
@@ -176,7 +176,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             weighting=weighting,
             prediction=prediction,
             sampler=sampler,
-            steps=steps,
+            num_timesteps=num_timesteps,
             decoder=decoder,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -210,12 +210,14 @@ class LitDiffusion(DrawingModel, L.LightningModule):
 
     # Training and validation ---------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The callback that every model brings along: `BatchFit`, unless the trainer has one."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(one, BatchFit) for one in callbacks) else [BatchFit()]
+
     def setup(self, stage: str) -> None:
         """Have checkpoints written whole or not at all, and settle what the device cannot do."""
         settle_precision(self.trainer)
-        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, BatchFit) for callback in callbacks):
-            callbacks.insert(0, BatchFit())
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -229,21 +231,17 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             )
         self.weights = RAW
 
-    def on_train_start(self) -> None:
-        """Spare each step the hooks that no callback has."""
-        leave_out_empty_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         x = batch["image"]
         trainer, n = self.trainer, len(x)
         micro = batch_idx % trainer.accumulate_grad_batches
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
-        # One lattice of times for the whole optimizer step: every rank and micro-batch has its
-        # own part of it, so the offset must not depend on them, and all other noise must.
+        # The times of an optimizer step are one stratified set over its ranks and micro-batches:
+        # the offset must not depend on either, and all other noise must.
         offset = torch.tensor(randomness.fraction(self.seed, "offset", step), dtype=torch.float64)
-        first, total = (micro * world + rank) * n, trainer.accumulate_grad_batches * world * n
-        t = stratified_times(n, offset.to(x.device, non_blocking=True), first, total)
+        part, parts = micro * world + rank, trainer.accumulate_grad_batches * world
+        t = stratified_times(n, offset.to(x.device, non_blocking=True), part, parts)
         randomness.reseed(x.device, self.seed, "step", step, micro, rank)
         cond = self.condition(batch)
         if cond and self.label_dropout > 0:
@@ -271,7 +269,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         terms: LossTerms = self.loss(
             self.denoiser,
             x,
-            t=randomness.strata(index, int(batch["total"])),
+            t=fixed_times(index, int(batch["total"])),
             generator=noise,
             **self.condition(batch),
         )

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 
 import torch
-from torch import Tensor
 
-__all__ = ["fraction", "generators", "mix", "reseed", "strata"]
+__all__ = ["fraction", "generators", "mix", "reseed"]
 
 _MASK = (1 << 64) - 1
 
@@ -98,26 +96,3 @@ def generators(seed: int, purpose: str, indices: list[int]) -> list[torch.Genera
         True
     """
     return [torch.Generator().manual_seed(mix(seed, purpose, i) >> 1) for i in indices]
-
-
-def strata(index: Tensor, total: int) -> Tensor:
-    """A time for each example of a whole set, exactly one in each of its `total` strata.
-
-    Neighbours are sent far apart (index · k mod total with k near total/φ), so that a set sorted
-    by class does not tie the class to the noise level.
-
-    Args:
-        index: Index of each example in the set, from 0.
-        total: Size of the set.
-
-    Shapes:
-        index (B,), integer; result (B,), float64, in (0, 1).
-
-    Example:
-        >>> strata(torch.arange(4), 4).sort().values
-        tensor([0.1250, 0.3750, 0.6250, 0.8750], dtype=torch.float64)
-    """
-    stride = max(1, round(total * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, total) != 1:
-        stride += 1
-    return ((index * stride) % total + 0.5).to(torch.float64) / total

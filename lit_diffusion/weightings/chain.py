@@ -30,14 +30,14 @@ from lit_diffusion.weightings.base import Weighting
 __all__ = ["PosteriorMeanWeighting", "VariationalWeighting", "chain_step"]
 
 
-def chain_step(schedule: NoiseSchedule, steps: int, logsnr: Tensor) -> Tensor:
+def chain_step(schedule: NoiseSchedule, num_timesteps: int, logsnr: Tensor) -> Tensor:
     """How far λ rises in the step that starts at λ: λ_s − λ_t, s = t − 1/T.
 
     Beyond the first and the last step of the chain the nearest step counts.
 
     Args:
         schedule: Whose levels; DDPM's own table is `BetaSchedule()` with 999 steps.
-        steps: Number T of steps, at least 1.
+        num_timesteps: Number T of steps, at least 1.
         logsnr: λ_t.
 
     Shapes:
@@ -47,8 +47,8 @@ def chain_step(schedule: NoiseSchedule, steps: int, logsnr: Tensor) -> Tensor:
         >>> chain_step(LinearSchedule(-10.0, 10.0), 100, torch.tensor([0.0, 10.0]))
         tensor([0.2000, 0.2000], dtype=torch.float64)
     """
-    t = schedule.time(logsnr.detach()).clamp(min=1 / steps)
-    return schedule.logsnr(t - 1 / steps) - schedule.logsnr(t)
+    t = schedule.time(logsnr.detach()).clamp(min=1 / num_timesteps)
+    return schedule.logsnr(t - 1 / num_timesteps) - schedule.logsnr(t)
 
 
 class VariationalWeighting(Weighting):
@@ -60,12 +60,12 @@ class VariationalWeighting(Weighting):
 
     Args:
         schedule: Whose levels; None means `BetaSchedule()`.
-        steps: Number of steps of the chain, at least 1; 999 lead from one to the next of DDPM's
-            thousand levels.
+        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels are 999
+            steps apart.
         variance: From 0, the posterior's, to 1, the forward step's.
 
     Raises:
-        ValueError: If steps is below 1 or variance outside [0, 1].
+        ValueError: If num_timesteps is below 1 or variance outside [0, 1].
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 12.
@@ -78,23 +78,23 @@ class VariationalWeighting(Weighting):
     def __init__(
         self,
         schedule: NoiseSchedule | None = None,
-        steps: int = 999,
+        num_timesteps: int = 999,
         variance: float = 1.0,
     ) -> None:
         super().__init__()
-        if steps < 1 or not 0 <= variance <= 1:
+        if num_timesteps < 1 or not 0 <= variance <= 1:
             raise ValueError(
-                "VariationalWeighting: steps must be at least 1 and variance in [0, 1], "
-                f"got {steps} and {variance}."
+                "VariationalWeighting: num_timesteps must be at least 1 and variance in [0, 1], "
+                f"got {num_timesteps} and {variance}."
             )
         self.schedule = BetaSchedule() if schedule is None else schedule
-        self.steps = steps
+        self.num_timesteps = num_timesteps
         self.variance = variance
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """(σ_s²/σ_t²)^variance, since β̃/β = σ_s²/σ_t²."""
         _, sigma = alpha_sigma(logsnr.double())
-        _, cleaner = alpha_sigma(logsnr + chain_step(self.schedule, self.steps, logsnr))
+        _, cleaner = alpha_sigma(logsnr + chain_step(self.schedule, self.num_timesteps, logsnr))
         return ((cleaner / sigma) ** (2 * self.variance)).to(logsnr.dtype)
 
 
@@ -106,11 +106,11 @@ class PosteriorMeanWeighting(Weighting):
 
     Args:
         schedule: Whose levels; None means `BetaSchedule()`.
-        steps: Number of steps of the chain, at least 1; 999 lead from one to the next of DDPM's
-            thousand levels.
+        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels are 999
+            steps apart.
 
     Raises:
-        ValueError: If steps is below 1.
+        ValueError: If num_timesteps is below 1.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 8 and
@@ -121,15 +121,17 @@ class PosteriorMeanWeighting(Weighting):
         tensor([1.4079e-02, 4.7563e-04, 3.0597e-05])
     """
 
-    def __init__(self, schedule: NoiseSchedule | None = None, steps: int = 999) -> None:
+    def __init__(self, schedule: NoiseSchedule | None = None, num_timesteps: int = 999) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"PosteriorMeanWeighting: steps must be at least 1, got {steps}.")
+        if num_timesteps < 1:
+            raise ValueError(
+                f"PosteriorMeanWeighting: num_timesteps must be at least 1, got {num_timesteps}."
+            )
         self.schedule = BetaSchedule() if schedule is None else schedule
-        self.steps = steps
+        self.num_timesteps = num_timesteps
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """β̃."""
-        step = chain_step(self.schedule, self.steps, logsnr)
+        step = chain_step(self.schedule, self.num_timesteps, logsnr)
         _, cleaner = alpha_sigma(logsnr + step)
         return (cleaner**2 * -torch.expm1(-step)).to(logsnr.dtype)

@@ -329,15 +329,16 @@ class DensityWeighting(Weighting):
 
     DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is drawn from the same schedule,
     w/p = 1 and the loss is literally the mean squared error; drawn from any other it is the
-    same objective still. With steps=T it is the density of the discrete chain,
-    1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with steps=T.
+    same objective still. With num_timesteps=T it is the density of the discrete chain,
+    1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with the same
+    num_timesteps.
 
     Args:
         schedule: Whose density; None means `CosineSchedule()`.
-        steps: Number T of steps of the chain; None means continuous time.
+        num_timesteps: Number T of steps of the chain; None means continuous time.
 
     Raises:
-        ValueError: If steps is below 1.
+        ValueError: If num_timesteps is below 1.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 14;
@@ -348,19 +349,23 @@ class DensityWeighting(Weighting):
         tensor([0.1031, 0.1592, 0.1031])
     """
 
-    def __init__(self, schedule: NoiseSchedule | None = None, steps: int | None = None) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule | None = None, num_timesteps: int | None = None
+    ) -> None:
         super().__init__()
-        if steps is not None and steps < 1:
-            raise ValueError(f"DensityWeighting: steps must be at least 1, got {steps}.")
+        if num_timesteps is not None and num_timesteps < 1:
+            raise ValueError(
+                f"DensityWeighting: num_timesteps must be at least 1, got {num_timesteps}."
+            )
         self.schedule = CosineSchedule() if schedule is None else schedule
-        self.steps = steps
+        self.num_timesteps = num_timesteps
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """p(λ)."""
-        if self.steps is None:
+        if self.num_timesteps is None:
             return self.schedule.log_prob(logsnr).exp().to(logsnr.dtype)
-        step = chain_step(self.schedule, self.steps, logsnr)
-        return (1 / (self.steps * torch.expm1(step))).to(logsnr.dtype)
+        step = chain_step(self.schedule, self.num_timesteps, logsnr)
+        return (1 / (self.num_timesteps * torch.expm1(step))).to(logsnr.dtype)
 
 
 class ShiftedWeighting(Weighting):

@@ -115,12 +115,12 @@ def test_whatever_the_weighting_and_the_training_schedule(tmp_path, weighting):
 def test_a_chain_has_its_own_bound(tmp_path):
     model = tiny_model()
     continuous = numbers(tmp_path, model, Likelihood(DIGITS, draws=20))["val/bpd"]
-    likelihood = Likelihood(DIGITS, steps=5, draws=20)
+    likelihood = Likelihood(DIGITS, num_timesteps=5, draws=20)
     chain = numbers(tmp_path, model, likelihood)["val/bpd"]
     assert chain > 2 * continuous
     assert ", 5 steps, " in likelihood.summary
-    own = tiny_model(steps=5)
-    assert Likelihood(DIGITS, draws=20).protocol(own)["steps"] == 5
+    own = tiny_model(num_timesteps=5)
+    assert Likelihood(DIGITS, draws=20).protocol(own)["num_timesteps"] == 5
     assert numbers(tmp_path, own, Likelihood(DIGITS, draws=20))["val/bpd"] == chain
 
 
@@ -313,7 +313,7 @@ def test_fit_validate_and_test_print_the_bound(cli):
         (["--trainer.callbacks+=Likelihood", "--trainer.callbacks.decoder=SoftmaxDecoder",
           "--trainer.callbacks.decoder.levels=5"], "do not match levels=5"),
         (["--trainer.callbacks+=Likelihood", "--trainer.callbacks+=Likelihood"], "listed 2 times"),
-        (["--model.steps=0"], "at least 1 step"),
+        (["--model.num_timesteps=0"], "at least 1 step"),
         (["--model.schedule.learn=true"], "Give a decoder"),
         (["--model.decoder=SoftmaxDecodr"], "SoftmaxDecoder"),
         (["--model.decoder=SoftmaxDecoder", "--model.decoder.levels=3"], "do not match levels=3"),

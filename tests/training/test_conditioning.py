@@ -542,7 +542,18 @@ def test_the_interval_of_a_grid_without_conditions_counts():
 
 
 def test_a_network_must_take_what_it_is_told():
-    for name in ("z", "x", "label", "image", "index", "dropped", "generator", "steps", "logsnr"):
+    for name in (
+        "z",
+        "x",
+        "label",
+        "image",
+        "index",
+        "dropped",
+        "generator",
+        "num_timesteps",
+        "steps",
+        "logsnr",
+    ):
         assert name in RESERVED
         with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
             spy_model(conditions=(name,))

@@ -20,8 +20,9 @@ from test_module import tiny_data, tiny_model, trainer
 
 import lit_diffusion as ld
 from lit_diffusion.training import LastCheckpoint, Overview
+from lit_diffusion.training.lightning_internals import wandb_process
 from lit_diffusion.training.run.checkpoints import load_checkpoint
-from lit_diffusion.training.run.dashboard import Dashboard, _service
+from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.folder import run_loggers
 from lit_diffusion.training.run.measurements import (
     Measurement,
@@ -222,7 +223,7 @@ FAILURES = {
     "log_image": lambda logger: logger.log_image("samples", ["nowhere.png"]),
     "log_table": lambda logger: logger.log_table("t", ["a"], [[1, 2]]),
     "config": lambda logger: logger.log_config(CIRCLE),
-    "killed": lambda logger: _service().kill(),
+    "killed": lambda logger: wandb_process().kill(),
 }
 
 
@@ -246,7 +247,7 @@ def test_a_process_that_stands_still_does_not_hold_up_the_run(tmp_path, monkeypa
     held = []
 
     def stop(logger):
-        held.append(_service())
+        held.append(wandb_process())
         os.kill(held[0].pid, signal.SIGSTOP)
         for _ in range(3000):  # more than a socket takes
             logger.log_metrics({"text": os.urandom(500).hex()})
@@ -259,20 +260,20 @@ def test_a_process_that_stands_still_does_not_hold_up_the_run(tmp_path, monkeypa
 
 def test_a_full_disk_is_told_at_the_end(tmp_path):
     def fill(logger):
-        resource.prlimit(_service().pid, resource.RLIMIT_FSIZE, (3000, 3000))
+        resource.prlimit(wandb_process().pid, resource.RLIMIT_FSIZE, (3000, 3000))
         for _ in range(100):
             logger.log_metrics({"text": os.urandom(500).hex()})
 
     told, _ = train(tmp_path / "tiny" / "1", fill)
     assert len(told) == 1
     assert "file too large" in told[0]
-    _service().kill()  # its limit is not for the other tests
+    wandb_process().kill()  # its limit is not for the other tests
     wandb_file.read_all(tmp_path / "tiny" / "1", ended=False)  # what there is can be read
 
 
 def test_a_run_that_was_killed_at_once_has_a_file(tmp_path):
     logger = Dashboard(tmp_path / "tiny" / "1")
-    _service().kill()
+    wandb_process().kill()
     with pytest.warns(UserWarning, match="left out"):
         logger.finish(0)
     (file,) = wandb_file.read_all(tmp_path / "tiny" / "1", ended=False)
@@ -344,7 +345,7 @@ def test_the_objective_of_a_schedule_without_closed_form_is_drawn(tmp_path, monk
 def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr("lit_diffusion.training.callbacks.overview.save_objective", refuse)
-    with pytest.warns(UserWarning, match="the objective could not be plotted: OSError: No space left"):
+    with pytest.warns(UserWarning, match="could not be plotted: OSError: No space left"):
         overview(tmp_path / "tiny" / "1")
 
 

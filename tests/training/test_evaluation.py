@@ -156,7 +156,7 @@ MISTAKES = [
     (["--guidance_interval=[-2,2]"], "which is none: give --guidance"),
     (["--config=nope.yaml"], "--config nope.yaml cannot be read"),
     (["--device=nope"], "--device nope is not available: Expected one of cpu, cuda"),
-    (["--likelihood.draws=0"], "steps and draws must be at least 1"),
+    (["--likelihood.draws=0"], "num_timesteps and draws must be at least 1"),
     (["--data.image_shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
     (["--nope=1"], "no argument is called --nope"),
 ]

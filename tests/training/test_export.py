@@ -60,8 +60,8 @@ def adaptive():
 
 def chain():
     """Steps, a weighting that holds a schedule of its own, and infinity among the arguments."""
-    weighting = ld.DensityWeighting(ld.BetaSchedule(), steps=999)
-    parts = {"schedule": ld.BetaSchedule(), "weighting": weighting, "steps": 999}
+    weighting = ld.DensityWeighting(ld.BetaSchedule(), num_timesteps=999)
+    parts = {"schedule": ld.BetaSchedule(), "weighting": weighting, "num_timesteps": 999}
     return parts | {"network": unet(), "sampler": ld.HeunSampler(3, s_churn=5.0)}, []
 
 

@@ -231,7 +231,7 @@ def test_a_module_that_returns_no_features_is_refused(wrong):
 
 
 def test_one_sample_is_too_few():
-    with pytest.raises(ValueError, match="at least two images on either side, got 1 samples"):
+    with pytest.raises(ValueError, match="two images on either side of a Fréchet distance, got 1"):
         judge(whole(ImageDataModule(), "test")[:1], Flat())
 
 

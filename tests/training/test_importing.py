@@ -99,7 +99,7 @@ def test_a_published_pipeline_is_tested_like_any_other(cli, tmp_path, pipeline):
     folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     measured = {one.name: one for one in read_measurements(folder)}
     assert measured["bpd"].value > 0
-    assert measured["bpd"].protocol["steps"] == 19
+    assert measured["bpd"].protocol["num_timesteps"] == 19
     assert measured["fid"].value > 0
     assert (
         "AncestralSampler(steps=20, schedule=BetaSchedule(" in measured["fid"].protocol["sampler"]

@@ -1,9 +1,8 @@
 """Keyed randomness: distinct where it must be, equal where it must be."""
 
-import pytest
 import torch
 
-from lit_diffusion.training.randomness import fraction, generators, mix, reseed, strata
+from lit_diffusion.training.randomness import fraction, generators, mix, reseed
 
 
 def test_keys_do_not_collide():
@@ -34,19 +33,6 @@ def test_reseeding_repeats_all_that_follows():
         draws.append((torch.randn(4), torch.nn.functional.dropout(torch.ones(64))))
     assert torch.equal(draws[0][0], draws[1][0])
     assert torch.equal(draws[0][1], draws[1][1])
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 4, 10, 297, 1000])
-def test_strata_hold_one_example_each(total):
-    t = strata(torch.arange(total), total).sort().values
-    assert torch.allclose(t, (torch.arange(total) + 0.5).double() / total)
-
-
-def test_strata_do_not_follow_the_order_of_the_data():
-    t = strata(torch.arange(1000), 1000)
-    assert abs(float(torch.corrcoef(torch.stack([t, torch.arange(1000).double()]))[0, 1])) < 0.1
-    by_class = t.reshape(10, 100)  # a set sorted by class: every class sees every noise level
-    assert float((by_class.mean(1) - 0.5).abs().max()) < 0.05
 
 
 def test_an_example_has_its_generator_whatever_its_batch():

@@ -7,13 +7,18 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections import Counter
 from itertools import islice
 
+import fsspec
 import pytest
 import torch
 from image_files import (
@@ -261,6 +266,71 @@ def test_the_main_process_still_reads_while_workers_do(folder):
             thread.join(timeout=20)
             assert len(found) == N
             stop_workers()
+
+
+def test_connections_are_closed_before_a_fork(folder):
+    with serving(folder) as server:
+        module("parquet", data_files=urls(server, folder), val_split=None)
+        (storage, _) = fsspec.core.url_to_fs(server.url)
+        gone = weakref.ref(storage)
+        del storage
+        assert gone() is not None  # cached by fsspec
+        network.close_connections()
+        assert gone() is None
+
+
+# --- workers that are not forked
+
+
+def sources(folder, tmp_path, server):
+    """One data set for each kind of source."""
+    lines = [{"image": image.tolist(), "label": k} for k, image in enumerate(pixels(N)[:, 0])]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for k, image in enumerate(pixels(N)):
+        file = tmp_path / "images" / "train" / str(k % 2) / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(image))
+    return {
+        "parquet": {"path": folder},
+        "http": {"path": "parquet", "data_files": urls(server, folder)},
+        "lines": {"path": "json", "data_files": {"train": str(tmp_path / "x.jsonl")}},
+        "files": {"path": tmp_path / "images"},
+        "memory": {"path": folder, "streaming": False},
+    }
+
+
+def test_every_source_can_be_sent_to_a_spawned_worker(folder, tmp_path):
+    with serving(folder) as server:
+        for name, arguments in sources(folder, tmp_path, server).items():
+            batches = module(val_split=None, **arguments).train_dataloader().batches
+            sent = pickle.loads(pickle.dumps(batches))
+            expected, found = (list(islice(some, 9)) for some in (batches, sent))
+            assert [one.position for one in found] == [one.position for one in expected], name
+            assert same([one.batch for one in found], [one.batch for one in expected]), name
+
+
+SPAWN = """
+import multiprocessing, sys
+from lit_diffusion.training import ImageDataModule
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    data = ImageDataModule(sys.argv[1], batch_size=8, num_workers=2, val_split=None)
+    data.setup("fit")
+    print([batch["label"].tolist() for batch in data.train_dataloader()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_spawned_workers_give_the_same_batches(folder, tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(SPAWN)
+    words = [sys.executable, str(script), str(folder), method]
+    out = subprocess.run(words, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    expected = list(module(folder, num_workers=2).train_dataloader())
+    assert json.loads(out.stdout) == [batch["label"].tolist() for batch in expected]
 
 
 def test_a_url_is_a_path(folder):

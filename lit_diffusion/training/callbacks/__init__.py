@@ -1,31 +1,25 @@
-"""Callbacks: what may be added to a run without touching the model."""
+"""Callbacks: what may be added to a run without touching the model.
 
-from lit_diffusion.training.callbacks.adaptive_schedule import AdaptiveScheduleUpdate
-from lit_diffusion.training.callbacks.averages import Averages
-from lit_diffusion.training.callbacks.compile import Compile
-from lit_diffusion.training.callbacks.ema import EMA
-from lit_diffusion.training.callbacks.fid import FID
-from lit_diffusion.training.callbacks.guard import Guard
-from lit_diffusion.training.callbacks.last_checkpoint import LastCheckpoint
-from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.callbacks.noise_level_loss import NoiseLevelLoss
-from lit_diffusion.training.callbacks.overview import Overview
-from lit_diffusion.training.callbacks.rank_watch import RankWatch
-from lit_diffusion.training.callbacks.sample_grid import SampleGrid
-from lit_diffusion.training.callbacks.throughput import Throughput
+Each file lists what is public in its own `__all__`: one line here makes it a name of the package.
+"""
 
-__all__ = [
-    "EMA",
-    "FID",
-    "AdaptiveScheduleUpdate",
-    "Averages",
-    "Compile",
-    "Guard",
-    "LastCheckpoint",
-    "Likelihood",
-    "NoiseLevelLoss",
-    "Overview",
-    "RankWatch",
-    "SampleGrid",
-    "Throughput",
-]
+import lightning as L
+
+from lit_diffusion.training.callbacks.adaptive_schedule import *
+from lit_diffusion.training.callbacks.averages import *
+from lit_diffusion.training.callbacks.compile import *
+from lit_diffusion.training.callbacks.ema import *
+from lit_diffusion.training.callbacks.fid import *
+from lit_diffusion.training.callbacks.guard import *
+from lit_diffusion.training.callbacks.last_checkpoint import *
+from lit_diffusion.training.callbacks.likelihood import *
+from lit_diffusion.training.callbacks.noise_level_loss import *
+from lit_diffusion.training.callbacks.overview import *
+from lit_diffusion.training.callbacks.sample_grid import *
+from lit_diffusion.training.callbacks.throughput import *
+
+__all__ = sorted(
+    name
+    for name, one in globals().items()
+    if isinstance(one, type) and issubclass(one, L.Callback)
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
+from lit_diffusion.times import fixed_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
 from lit_diffusion.training.run.weights import weights_in_use
@@ -31,14 +32,14 @@ class Likelihood(L.Callback):
     Args:
         decoder: The distribution of the data given the cleanest z; None means the model's own,
             else `SoftmaxDecoder()` over the 256 bytes.
-        steps: Number T of steps of the chain whose bound it is, at least 1; None means the model's
-            own, continuous time if it has none.
+        num_timesteps: Number T of steps of the chain whose bound it is, at least 1; None means
+            the model's own, continuous time if it has none.
         draws: Noise levels per example, at least 1; more reduce the standard error.
-        schedule: The density that λ is sampled from, over the model's range; None means uniform, or the model's own
+        schedule: Sampled for λ, over the model's range; None means uniform, or the model's own
             if that is learned or the time discrete.
 
     Raises:
-        ValueError: If steps or draws is below 1.
+        ValueError: If num_timesteps or draws is below 1.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630.
@@ -47,16 +48,17 @@ class Likelihood(L.Callback):
     def __init__(
         self,
         decoder: Decoder | None = None,
-        steps: int | None = None,
+        num_timesteps: int | None = None,
         draws: int = 1,
         schedule: NoiseSchedule | None = None,
     ) -> None:
-        if draws < 1 or (steps is not None and steps < 1):
+        if draws < 1 or (num_timesteps is not None and num_timesteps < 1):
             raise ValueError(
-                f"Likelihood: steps and draws must be at least 1, got {steps} and {draws}."
+                "Likelihood: num_timesteps and draws must be at least 1, "
+                f"got {num_timesteps} and {draws}."
             )
         self.decoder = decoder
-        self.steps = steps
+        self.num_timesteps = num_timesteps
         self.draws = draws
         self.schedule = schedule
         self.summary: str | None = None
@@ -70,18 +72,22 @@ class Likelihood(L.Callback):
         """
         loss = pl_module.loss
         decoder = self.decoder or loss.decoder or SoftmaxDecoder()
-        steps = loss.steps if self.steps is None else self.steps
+        num_timesteps = loss.num_timesteps if self.num_timesteps is None else self.num_timesteps
         schedule = self.schedule
         if schedule is None:
             learned = loss.schedule.learns_ends or loss.schedule.learns_shape
-            own = learned or steps is not None
+            own = learned or num_timesteps is not None
             schedule = loss.schedule if own else LinearSchedule(*loss.schedule.ends)
         elif schedule.ends != loss.schedule.ends:
             raise ValueError(
                 f"Likelihood: the model covers λ in {list(loss.schedule.ends)} and the schedule "
                 f"{list(schedule.ends)}: give it that range, or leave it out."
             )
-        return {"decoder": decoder, "steps": steps, "schedule": schedule.to(pl_module.device)}
+        return {
+            "decoder": decoder,
+            "num_timesteps": num_timesteps,
+            "schedule": schedule.to(pl_module.device),
+        }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second `Likelihood`, which would overwrite the numbers of the first."""
@@ -116,7 +122,7 @@ class Likelihood(L.Callback):
         found = []
         for draw in range(self.draws):
             noise = randomness.generators(pl_module.seed, f"bound {draw}", index.tolist())
-            t = (randomness.strata(index, total) + draw / (self.draws * total)) % 1
+            t = fixed_times(index, total, draw, self.draws)
             terms = variational_bound(
                 pl_module.denoiser,
                 x,
@@ -162,7 +168,7 @@ class Likelihood(L.Callback):
         protocol = {
             "examples": int(total[-1]),
             "draws": self.draws,
-            "steps": found["steps"],
+            "num_timesteps": found["num_timesteps"],
             "λ": [float(low), float(high)],
             "drawn from": repr(found["schedule"]),
             "decoder": repr(found["decoder"]),
@@ -215,7 +221,11 @@ class Likelihood(L.Callback):
             add_measurements(Path(folder), measured)
         bits, *terms = measured
         protocol = self.protocol(pl_module)
-        chain = "continuous time" if protocol["steps"] is None else f"{protocol['steps']} steps"
+        chain = (
+            "continuous time"
+            if protocol["num_timesteps"] is None
+            else f"{protocol['num_timesteps']} steps"
+        )
         low, high = pl_module.loss.schedule.ends  # type: ignore[union-attr, operator]
         parts = ", ".join(f"{one.name.removeprefix('bpd_')} {one.value:.4f}" for one in terms)
         density = not hasattr(protocol["decoder"], "levels")

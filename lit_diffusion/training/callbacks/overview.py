@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.objective import Objective
+from lit_diffusion.training.lightning_internals import logged_step
 from lit_diffusion.training.reporting.objective import save_objective
 from lit_diffusion.training.run.dashboard import Dashboard, show
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
@@ -42,7 +43,7 @@ class Overview(L.Callback):
         try:
             loss: Any = pl_module.loss
             prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]
-            found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+            found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
             save_objective(found, self._folder / "objective.png")
         except Exception as error:
             rank_zero_warn(f"the objective could not be plotted: {type(error).__name__}: {error}")
@@ -68,7 +69,7 @@ class Overview(L.Callback):
         self._measured = measured
         columns = list(Measurement._fields)
         rows = [[*one[:-1], json.dumps(one.protocol, ensure_ascii=False)] for one in measured]
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_step(trainer)
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
                 logger.log_table("measurements", columns, rows, step=step)

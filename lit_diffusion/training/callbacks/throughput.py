@@ -16,7 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["Throughput"]
 
 #: Dense peaks in 10¹² FLOP/s by NVIDIA's and AMD's data sheets, of 16-bit matrix products and of
-#: 32-bit ones (TF32 where the device has it).
+#: 32-bit ones (TF32 where the device has it). Lightning 2.6 has such a table, too, but not to rely
+#: on for the use of a peak: its H200, H100 NVL and A40 are figures with sparsity or of two cards
+#: (2.0e15 for an H200 that does 0.99e15), it takes an L40 for an L4 and a laptop's RTX 4090 for a
+#: desktop's, and it lacks B200, A30, L40S and AMD's devices.
 PEAKS = {
     r"\bB200\b": (2250, 1125),
     r"\bH[12]00 NVL\b": (835, 417),
@@ -45,7 +48,8 @@ class Throughput(L.Callback):
 
     At each log step, of the steps since the one before: `throughput/images_per_s`, over all ranks
     and accumulated micro-batches; `throughput/step_ms`, for one optimizer step;
-    `throughput/data_wait`, the share of the time in which this rank waited for the loader; and
+    `throughput/data_wait`, the share of the time in which this rank waited for the loader, where
+    the loader measures it (ours does: an attribute `wait_seconds`, which only grows); and
     `throughput/mfu`, the model's floating-point operations over what the devices could do at their
     peak, where that is known. Validation, checkpoints and the first step do not count. And of the
     whole training so far `throughput/peak_memory_gib`, the most memory in GiB that this rank's
@@ -72,15 +76,15 @@ class Throughput(L.Callback):
     # `Guard`, which stands before, and the logger have read numbers of the device.
     #
     # Lightning fetches a batch, moves it, and only then calls on_train_batch_start, so no hook is
-    # next to the fetching; but it tells its profiler of it, and there the clock is read. It stops
-    # when a validation or a checkpoint begins, and goes on when the next batch is fetched.
+    # next to the fetching: the loader itself says how long it was waited for. The clock stops when
+    # a validation or a checkpoint begins. It starts again at the end of the validation; there is
+    # no hook at the end of a checkpoint, so there at the next batch, whose fetching counts.
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and not peak_tflops > 0:
             raise ValueError(f"Throughput: peak_tflops must be above 0, got {peak_tflops}.")
         self.peak_tflops = peak_tflops
         self.flops_per_image: float | None = None
-        self._loop: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -88,18 +92,18 @@ class Throughput(L.Callback):
         self._peak: float | None = None  # FLOP/s of all devices
         self._first: tuple[int, float] | None = None  # the first step, and when it was done
         self._last_step = 0
+        self._waited = 0.0
         self._reset(None)
 
     def _reset(self, now: float | None) -> None:
         self._images = self._steps = 0
         self._busy = self._wait = 0.0
         self._since = now  # when the clock was started; None while it stands
-        self._fetching = 0.0
 
     # The clock -------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to the loop's fetching."""
+        """Begin to measure."""
         self._forget()
         self._last_step = trainer.global_step
         device, peak = pl_module.device, self.peak_tflops
@@ -108,20 +112,7 @@ class Throughput(L.Callback):
         if peak is None and device.type == "cuda":
             peak = _peak(torch.cuda.get_device_name(device), str(trainer.precision))
         self._peak = None if peak is None else peak * 1e12 * trainer.world_size
-        self._loop = trainer.fit_loop.epoch_loop
-        before, after = type(self._loop)._on_before_fetch, type(self._loop)._on_after_fetch
-
-        def before_fetch() -> None:
-            before(self._loop)
-            self._fetching = perf_counter()
-            if self._since is None:
-                self._since = self._fetching
-
-        def after_fetch() -> None:
-            self._wait += perf_counter() - self._fetching
-            after(self._loop)
-
-        self._loop._on_before_fetch, self._loop._on_after_fetch = before_fetch, after_fetch
+        self._waited = _wait_seconds(trainer)
 
     def _pause(self, *args: Any) -> None:
         """Stop the clock until the next batch is fetched."""
@@ -131,10 +122,20 @@ class Throughput(L.Callback):
 
     on_validation_start = on_save_checkpoint = _pause
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock again."""
+        if self._first is not None and self._since is None:
+            self._since = perf_counter()
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the operations, before the first step, if there is a peak to hold them against."""
+        """Start the clock if it stands; count the operations once, if a peak is known."""
+        waited = _wait_seconds(trainer)
+        fetched, self._waited = waited - self._waited, waited
+        self._wait += fetched
+        if self._since is None:
+            self._since = perf_counter() - fetched
         if self._peak is not None and self._first is None and self.flops_per_image is None:
             try:
                 with trainer.precision_plugin.forward_context():
@@ -168,6 +169,8 @@ class Throughput(L.Callback):
         elif step % trainer.log_every_n_steps == 0:
             seconds = self._busy + (0.0 if self._since is None else now - self._since)
             rates = self._rates(seconds, trainer.world_size)
+            if not hasattr(trainer.train_dataloader, "wait_seconds"):
+                del rates["data_wait"]
             if (memory := peak_memory(pl_module.device)) is not None:
                 rates["peak_memory_gib"] = memory
             for name, value in rates.items():
@@ -198,13 +201,10 @@ class Throughput(L.Callback):
         seconds = (perf_counter() - self._first[1]) / (step - self._first[0])
         return str(timedelta(seconds=round(seconds * (trainer.max_steps - step))))
 
-    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Leave the loop as it was."""
-        if self._loop is not None:
-            del self._loop._on_before_fetch, self._loop._on_after_fetch
-            self._loop = None
 
-    on_train_end = on_exception = _end
+def _wait_seconds(trainer: L.Trainer) -> float:
+    """How long this rank has waited for batches so far; 0 where its loader does not measure it."""
+    return float(getattr(trainer.train_dataloader, "wait_seconds", 0.0))
 
 
 def _peak(device: str, precision: str) -> float | None:

@@ -12,21 +12,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.callbacks import (
-    FID,
-    Guard,
-    LastCheckpoint,
-    Likelihood,
-    Overview,
-    RankWatch,
-    SampleGrid,
-    Throughput,
-)
+from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
+from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.data.module import ImageDataModule
@@ -51,18 +42,6 @@ __all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]
 
 class DiffusionParser(CommandParser, LightningArgumentParser):
     """The parser of LightningCLI, with errors of one line."""
-
-
-class _Bar(TQDMProgressBar):
-    """Lightning's progress bar, with the time left in the whole run."""
-
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # of a logger: the run folder's name cut short
-        for callback in trainer.callbacks:
-            if isinstance(callback, Throughput) and (left := callback.time_left(trainer)):
-                metrics["left"] = left
-        return metrics
 
 
 class DiffusionCLI(LightningCLI):
@@ -159,9 +138,9 @@ class DiffusionCLI(LightningCLI):
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
-        found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+        found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
         _note(f"Objective: {headline(found, loss.decoder)}")
-        for name in ("weighting", "schedule", "prediction", "steps", "decoder"):
+        for name in ("weighting", "schedule", "prediction", "num_timesteps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 _note(f"Note: the checkpoint was trained with another {name}: {before}")
@@ -177,21 +156,11 @@ class DiffusionCLI(LightningCLI):
         if trainer.logger in (None, True) and not trainer.fast_dev_run:
             self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
             kwargs["logger"] = self.loggers
-        if trainer.enable_checkpointing is not False and not any(
-            isinstance(callback, Checkpoint) for callback in callbacks
-        ):
-            callbacks.append(LastCheckpoint())
-        if trainer.enable_progress_bar is not False and not any(
-            isinstance(callback, ProgressBar) for callback in callbacks
-        ):
-            # Refreshed at every step the bar alone would cost most of a millisecond.
-            callbacks.append(_Bar(refresh_rate=20))
-        for usual in (Guard, Throughput, Overview):  # the clock after Guard's look at the device
-            if not any(isinstance(callback, usual) for callback in callbacks):
-                callbacks.append(usual())
-        if not any(isinstance(callback, RankWatch) for callback in callbacks):
-            callbacks.insert(0, RankWatch())
-        trainer.callbacks = callbacks
+        trainer.callbacks = with_defaults(
+            callbacks,
+            checkpoints=trainer.enable_checkpointing is not False,
+            progress_bar=trainer.enable_progress_bar is not False,
+        )
         try:
             made = super().instantiate_trainer(**kwargs)
             settle_precision(made)  # the model would do it, too, when its report has begun

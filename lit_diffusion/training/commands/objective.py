@@ -79,7 +79,7 @@ def objective(
         loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         prediction = prediction or VPrediction()
         check_data_std(loss.weighting, prediction)
-    found = Objective(loss.schedule, loss.weighting, prediction, loss.steps)
+    found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
     if out is not None:
         save_objective(found, out)
     return Described(found, loss.decoder, out)

@@ -7,6 +7,7 @@ cannot be reached would silently train on other data.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -74,13 +75,16 @@ def close_connections() -> None:
 
     fsspec caches its file systems, and drops the inherited ones in a forked child. The child
     would close their connections; but both processes watch these through one queue of the kernel,
-    and the parent would wait for its next answer for ever.
+    and the parent would then wait for ever for its next answer.
     """
+    if fsspec.asyn.iothread[0] is None:
+        return  # fsspec has used no network
     kinds = [fsspec.AbstractFileSystem]
     while kinds:
         kind = kinds.pop()
         kind.clear_instance_cache()
         kinds += kind.__subclasses__()
+    gc.collect()  # file systems refer to themselves, and the child must not be who collects them
 
 
 def begin_after_fork() -> None:

@@ -12,7 +12,7 @@ __all__ = ["MeasurementTable", "measurement_table"]
 # Settings of a single score; and settings that have a place in the row itself.
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
 _SHOWN = (
-    "sampler", "steps", "network calls", "samples", "guidance", "guidance interval", "seed",
+    "sampler", "steps", "num_timesteps", "network calls", "samples", "guidance", "guidance interval", "seed",
     "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
 )  # fmt: skip
 
@@ -78,7 +78,9 @@ def measurement_table(measured: list[Measurement]) -> MeasurementTable:
 def _how(protocol: dict[str, Any]) -> str:
     """What was measured, in a few words."""
     if "draws" in protocol:
-        chain = "" if protocol.get("steps") is None else f", {protocol['steps']} steps"
+        chain = (
+            "" if protocol.get("num_timesteps") is None else f", {protocol['num_timesteps']} steps"
+        )
         low, high = protocol["λ"]
         return (
             f"{protocol['examples']} examples, {protocol['draws']} draws{chain}, λ in "

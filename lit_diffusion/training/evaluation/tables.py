@@ -105,7 +105,7 @@ def read_record(path: Path) -> dict[str, Any]:
     needed = {"checkpoint", "weights", "reference", "scores"}
     if not isinstance(record, dict) or not needed <= record.keys():
         raise ValueError(f"expected {path} with {', '.join(sorted(needed))}: evaluate again")
-    version = record.get("version", 1)  # files without a version have the keys of version 1
+    version = record.get("version", 1)  # files without a version differ in one name
     if version > VERSION:
         raise ValueError(
             f"expected {path} in version {VERSION} at most, got {version}: update lit-diffusion"
@@ -185,7 +185,8 @@ def bound_sentence(record: dict[str, Any]) -> str:
         return ""
     bits, *terms = record["bound"]
     about = bits["protocol"]
-    time = "continuous time" if about["steps"] is None else f"{about['steps']} steps"
+    chain = about.get("num_timesteps", about.get("steps"))  # the name before version 1
+    time = "continuous time" if chain is None else f"{chain} steps"
     parts = ", ".join(f"{t['name'].removeprefix('bpd_')} {t['value']:.4f}" for t in terms)
     low, high = about["λ"]
     return (

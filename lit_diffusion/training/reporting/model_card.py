@@ -95,7 +95,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
 def _objective(model: Pretrained) -> list[str]:
     """The training objective in words."""
     loss = model.loss
-    found = Objective(loss.schedule, loss.weighting, model.prediction, loss.steps)
+    found = Objective(loss.schedule, loss.weighting, model.prediction, loss.num_timesteps)
     headline, meaning, *_, nearest = paragraphs(found, loss.decoder)
     shown = (headline.removeprefix("Objective: "), meaning, nearest)
     return [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown]

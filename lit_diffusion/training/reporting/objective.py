@@ -68,9 +68,9 @@ def objective_of(model: Mapping[str, Any]) -> tuple[Objective, Decoder | None]:
     schedule, weighting, prediction, decoder = (
         build(model.get(name)) for name in ("schedule", "weighting", "prediction", "decoder")
     )
-    loss = DiffusionLoss(schedule, weighting, model.get("steps"), decoder)
+    loss = DiffusionLoss(schedule, weighting, model.get("num_timesteps"), decoder)
     prediction = prediction or VPrediction()
-    return Objective(loss.schedule, loss.weighting, prediction, loss.steps), decoder
+    return Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps), decoder
 
 
 def headline(found: Objective, decoder: Decoder | None = None) -> str:
@@ -82,11 +82,11 @@ def headline(found: Objective, decoder: Decoder | None = None) -> str:
 
     Example:
         >>> from lit_diffusion import CosineSchedule, ELBOWeighting, VPrediction
-        >>> headline(Objective(CosineSchedule(), ELBOWeighting(), VPrediction(), steps=10))
+        >>> headline(Objective(CosineSchedule(), ELBOWeighting(), VPrediction(), num_timesteps=10))
         'ELBOWeighting(), drawn from CosineSchedule(logsnr_min=-20, logsnr_max=20) in 10 steps,
         VPrediction().'
     """
-    chain = "" if found.steps is None else f" in {found.steps} steps"
+    chain = "" if found.num_timesteps is None else f" in {found.num_timesteps} steps"
     bound = "" if decoder is None else f", plus prior and reconstruction, {decoder}"
     return (
         f"{_call(found.weighting)}, drawn from {_call(found.schedule)}{chain}, "
@@ -175,8 +175,8 @@ def _scatter(found: Objective) -> str:
 def _neighbours(found: Objective) -> str:
     (name, nearest), *others = nearest_published(found)
     if nearest.total < 1e-3:
-        chain = PUBLISHED[name].steps
-        but = "" if chain == found.steps else f", but for its steps, {chain or 'none'}"
+        chain = PUBLISHED[name].num_timesteps
+        but = "" if chain == found.num_timesteps else f", but for its steps, {chain or 'none'}"
         return f"It is a published objective: {name}{but}."
     rest = ", ".join(f"{other} {distance.total:.2f}" for other, distance in others)
     return (
@@ -214,7 +214,7 @@ def save_objective(found: Objective, path: Path) -> None:
             axis.axvspan(low, high, color="0.93", zorder=0)
     for axis in axes[2:]:
         axis.set_xlabel("λ, from noise to clean data")
-    chain = "" if found.steps is None else f", {found.steps} steps"
+    chain = "" if found.num_timesteps is None else f", {found.num_timesteps} steps"
     lines = [_call(found.weighting), f"{_call(found.schedule)}{chain}, {_call(found.prediction)}"]
     figure.suptitle("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=9)
     save_figure(figure, path)

@@ -26,6 +26,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_diffusion.training.lightning_internals import logged_step, wandb_process
+
 __all__ = ["Dashboard", "show"]
 
 #: Where W&B puts tables until they are sent: by default somewhere at home, for us the run folder.
@@ -42,7 +44,7 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
         name: Of the panel.
         path: The picture.
     """
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = logged_step(trainer)
     caption = f"after {trainer.global_step} steps"
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
@@ -208,7 +210,7 @@ class Dashboard(WandbLogger):
         if self._thread.is_alive():
             _ = self.alive
             with contextlib.suppress(Exception):
-                _service().kill()  # a call that hangs would never return, nor would the program
+                wandb_process().kill()  # a call that hangs would hold the program up for ever
             self._thread.join(self.PATIENCE)
         self._lost = self._lost or self._unwritten()
         _ = self.alive
@@ -268,13 +270,6 @@ def _sentence(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
 
 
-def _service() -> Any:
-    """The process that W&B has started for this one."""
-    from wandb.sdk import wandb_setup
-
-    return wandb_setup.singleton()._connection._proc._process
-
-
 def _teardown() -> None:
     """Have W&B forget its run, which the next one would go on with, and end its process."""
     import wandb
@@ -282,7 +277,7 @@ def _teardown() -> None:
 
     process = None
     with contextlib.suppress(Exception):
-        process = _service()
+        process = wandb_process()
     with contextlib.suppress(Exception):
         module.unset_globals()
         wandb.teardown()
