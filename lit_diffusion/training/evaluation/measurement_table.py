@@ -12,8 +12,8 @@ __all__ = ["MeasurementTable", "measurement_table"]
 # Settings of a single score; and settings that have a place in the row itself.
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
 _SHOWN = (
-    "sampler", "steps", "num_timesteps", "network calls", "samples", "guidance", "guidance interval", "seed",
-    "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
+    "sampler", "steps", "num_timesteps", "network calls", "samples", "guidance",
+    "guidance interval", "seed", "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
 )  # fmt: skip
 
 
