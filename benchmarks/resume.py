@@ -117,7 +117,7 @@ class Run:
 
     def saving(self) -> bool:
         """Whether it is writing a checkpoint, or was when it was killed."""
-        return any(self.folder.glob(f"digits/*/checkpoints/.*.{self.pid}.tmp"))
+        return any(self.folder.glob(f"digits/*/checkpoints/.*.{self.pid}.*.tmp"))
 
     def kill(self) -> None:
         """SIGKILL to all of its processes."""

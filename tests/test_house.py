@@ -88,15 +88,9 @@ LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.training.module.__init__",
 }
 PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_data_fetcher"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_logger_connector"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_should_accumulate"),
-    ("lit_diffusion.training.callbacks.last_checkpoint", "_should_check_val_fx"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._parse_ckpt_path"),
     ("lit_diffusion.training.commands.fit", "DiffusionCLI._run_subcommand"),
     ("lit_diffusion.training.data.table", "_fingerprint"),
-    ("lit_diffusion.training.run.folder", "_Rows._check_log_dir_exists"),
-    ("lit_diffusion.training.run.folder", "_Rows._rewrite_with_new_header"),
 }
 
 

@@ -48,12 +48,20 @@ def test_a_run_goes_on_from_any_of_its_checkpoints(
     from test_module import tiny_data, tiny_model, trainer
 
     from lit_diffusion.training import EMA, LastCheckpoint, NoiseLevelLoss
-    from lit_diffusion.training.run.folder import RunLogger
+    from lit_diffusion.training.run.metrics_csv import RunLogger
 
-    def save(self, trainer, required=False, whole=LastCheckpoint._save):
+    def keep(name, method):
         """Keeps every checkpoint that a kill could leave behind."""
-        whole(self, trainer, required)
-        (folder / f"{len(list(folder.iterdir())):03d}.ckpt").write_bytes(self._path.read_bytes())
+
+        def kept(self, *args, **kwargs):
+            before = self._path.stat().st_ino if self._path.exists() else None
+            result = method(self, *args, **kwargs)
+            if self._path.exists() and self._path.stat().st_ino != before:
+                number = len(list(folder.iterdir()))
+                (folder / f"{number:03d}.ckpt").write_bytes(self._path.read_bytes())
+            return result
+
+        patch.setattr(LastCheckpoint, name, kept)
 
     def fit(run, ckpt_path=None):
         logger = RunLogger(
@@ -69,7 +77,8 @@ def test_a_run_goes_on_from_any_of_its_checkpoints(
     folder, whole = tmp_path / "kept", tmp_path / "runs" / "whole"
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(LastCheckpoint, "_save", save)
+        keep("_save", LastCheckpoint._save)
+        keep("_publish", LastCheckpoint._publish)
         fit(whole)
     kept = sorted(folder.glob("*.ckpt"))
     assert len(kept) >= 4
@@ -205,7 +214,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     done = warm.run([sys.executable, "-c", FULL, path], env=ENVIRONMENT)
     assert "cannot be written" in done.stdout, done.stderr[-2000:]
-    assert "the one before it is intact" in done.stdout
+    assert "the previous one is intact" in done.stdout
     assert "Make room" in done.stdout
     assert "\n" not in done.stdout.strip()
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(10))

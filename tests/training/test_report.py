@@ -23,7 +23,6 @@ from test_cli import CONFIGS, FAST, fit, run_folder
 from lit_diffusion.training import cli as command_line
 from lit_diffusion.training.commands import fit as fit_command
 from lit_diffusion.training.reporting import parts
-from lit_diffusion.training.reporting import write as reporting
 from lit_diffusion.training.reporting.chart import POINTS, Line, chart
 from lit_diffusion.training.reporting.parts import LARGE
 from lit_diffusion.training.reporting.write import write_report
@@ -487,11 +486,11 @@ def test_mistakes_are_one_line(cli, trained, tmp_path, words, said):
 def test_it_is_written_whole_or_not_at_all(run, monkeypatch):
     before = (run / "report.html").read_text()
 
-    def half(path, text):
-        path.with_name(f"{path.name}.tmp").write_text(text[:100])
+    def half(path, contents):
+        Path.write_text(path, contents.decode()[:100])
         raise OSError("no room")
 
-    monkeypatch.setattr(reporting, "write_whole", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="no room"):
         write_report(run)
     assert (run / "report.html").read_text() == before

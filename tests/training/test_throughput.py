@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_diffusion.training import EMA, Guard, LastCheckpoint, Throughput
 from lit_diffusion.training.callbacks import throughput
-from lit_diffusion.training.run.folder import RunLogger
+from lit_diffusion.training.run.metrics_csv import RunLogger
 
 
 @pytest.fixture

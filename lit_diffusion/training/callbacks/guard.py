@@ -16,8 +16,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Guard", "account", "gather", "plain"]
 
@@ -236,7 +237,7 @@ class Guard(L.Callback):
         """The config that is in force: the run folder may have several by now."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
-                path.write_text(callback.parser.dump(callback.config, skip_none=False))
+                write_whole(path, callback.parser.dump(callback.config, skip_none=False))
                 return path.name
         return None
 

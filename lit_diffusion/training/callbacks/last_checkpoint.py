@@ -1,4 +1,4 @@
-"""The checkpoint to go on from."""
+"""The checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_diffusion.training.run.whole_file import sync
+
 __all__ = ["LastCheckpoint"]
 
-#: What a job is told to make room by: kill and torchrun send the first, SLURM's --signal any.
+#: What ends a job before its time: kill and torchrun send the first, SLURM's --signal either.
 SIGNALS = ("SIGTERM", "SIGUSR1")
+PENDING = "last.ckpt.pending"  # a name that no search for *.ckpt finds
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes checkpoints/last.ckpt in the run folder: every n steps, at validation, at the end.
+    """Saves checkpoints/last.ckpt in the run folder: every n steps, at validation, at the end.
 
-    One file, replaced each time as a whole. Add Lightning's `ModelCheckpoint` to keep more of
-    them. If one cannot be written, because the disk is full, the run goes on with a warning and
-    tries again at the next occasion; only the last one must succeed.
+    It is one file, replaced as a whole each time; add Lightning's `ModelCheckpoint` to keep more.
+    If it cannot be written, for instance because the disk is full, the run continues with a
+    warning and tries again at the next opportunity; only the last one must succeed.
 
     Args:
-        every_n_steps: Optimizer steps between two writings, at least 1.
-        save_on_signal: At SIGTERM or SIGUSR1 write a checkpoint after the step (in validation:
-            after it), on all ranks alike whichever was told, and leave with code 128 + signal. A
-            second signal ends the process at once.
+        every_n_steps: Optimizer steps between two checkpoints, at least 1.
+        save_on_signal: On SIGTERM or SIGUSR1 to any rank, save a checkpoint after the step (during
+            validation: after it) and exit with code 128 + signal. A second signal ends the
+            process at once.
 
     Raises:
         ValueError: If every_n_steps is below 1.
     """
 
-    # A checkpoint is taken where training resumes without a seam: after an optimizer step, but
-    # not between it and its validation, which would be passed over; not between two
-    # micro-batches, since gradients are not saved; not between two epochs, which Lightning may
-    # then count wrongly; and not between the last step and the end of training, where other
-    # callbacks write, and which a run resumed there would not come to. It is then taken later.
+    # A run resumed from a checkpoint must be the run that was never interrupted. So it is saved
+    # after an optimizer step, but not between the step and its validation, which would be skipped;
+    # not between two micro-batches, since gradients are not saved; not between two epochs, which
+    # Lightning may then count wrongly; and not between the last step and the end of training,
+    # where other callbacks write. It is then saved later.
+    #
+    # Lightning logs the row of a step after this callback's last hook of the step. A checkpoint
+    # that appeared before its row would lose it if the run is killed in between, so it waits
+    # under another name until the next step starts.
 
     def __init__(self, every_n_steps: int = 1000, save_on_signal: bool = True) -> None:
         if every_n_steps < 1:
@@ -49,23 +56,26 @@ class LastCheckpoint(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self.save_on_signal = save_on_signal
-        self._path: Path | None = None
+        self._path = Path()
         self._saved_step = -1
         self._last_step = 0
-        self._late = False  # whether one was due at a seam
+        self._late = False  # whether one is due, but could not be saved yet
+        self._pending = False  # whether last.ckpt.pending waits for its row to be logged
+        self._between_steps = True  # whether the last batch completed an optimizer step
+        self._leaving = 0  # the signal to end by
         self._signal = 0
         self._process = 0
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the file."""
+        """Agree on the path of the file."""
         folder = trainer.log_dir  # a collective: every rank asks
         if folder is None:
             folder = trainer.default_root_dir
         self._path = Path(folder) / "checkpoints" / "last.ckpt"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that was resumed has this step already."""
+        """Note the step of a resumed run, and listen for signals."""
         self._saved_step = self._last_step = trainer.global_step
         if trainer.fast_dev_run:
             return
@@ -74,7 +84,8 @@ class LastCheckpoint(Checkpoint):
                 "LastCheckpoint: with epochs of one batch there are checkpoints at validations "
                 "and at the end only; set data.steps_per_epoch to 2 or more."
             )
-        self._signal, self._process = 0, os.getpid()
+        self._signal, self._leaving, self._process = 0, 0, os.getpid()
+        self._pending, self._late, self._between_steps = False, False, True
         if self.save_on_signal and threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name, None) for name in SIGNALS):
                 if number is not None:
@@ -83,59 +94,97 @@ class LastCheckpoint(Checkpoint):
     # When -------------------------------------------------------------------------------------
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Save every n optimizer steps, and leave if a rank was told to."""
+        """Save every n optimizer steps, and if a rank was told to end."""
         step = trainer.global_step
-        if step == self._last_step:  # a micro-batch of an accumulated step
+        self._between_steps = step != self._last_step
+        if not self._between_steps:  # a micro-batch of an accumulated step
             return
         self._last_step = step
-        leave = self._told(trainer)
-        if (step % self.every_n_steps == 0 or self._late or leave) and step != self._saved_step:
-            if _at_a_seam(trainer):
-                self._late = True
-                return
-            # The step's row is logged after this hook. Killed in between, it would be lost.
-            trainer._logger_connector.update_train_step_metrics()
-            self._save(trainer)
-        if leave:
-            self._leave(trainer, leave)
+        self._leaving = self._told(trainer)
+        due = step % self.every_n_steps == 0 or self._late or self._leaving
+        if due and step != self._saved_step:
+            if _validates_or_ends(trainer, batch_idx):
+                self._late, self._leaving = True, 0
+            else:
+                self._pending = self._save(trainer, self._path.with_name(PENDING))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Publish what was saved after the step before, and end if a rank was told to."""
+        self._publish(trainer)
+        if self._leaving:
+            self._leave(trainer, self._leaving)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drop a checkpoint from before the validation, which a resumed run would skip."""
+        self._drop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what was validated, as soon as its step is whole."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if trainer.fit_loop._should_accumulate():
+        if not self._between_steps:
             self._late = True
             return
         leave = self._told(trainer)
-        self._save(trainer)
+        self._save(trainer, self._path)
         if leave:
             self._leave(trainer, leave)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, unless it is saved."""
+        self._drop(trainer)
         if trainer.global_step != self._saved_step:
-            self._save(trainer, required=True)
+            self._save(trainer, self._path, required=True)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what was saved before the error."""
+        self._publish(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give signals back to whoever had them."""
+        """Restore the signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: L.Trainer, required: bool = False) -> None:
+    def _save(self, trainer: L.Trainer, path: Path, required: bool = False) -> bool:
+        """Write a checkpoint; whether that succeeded."""
         if trainer.fast_dev_run:
-            return
+            return False
         try:
-            trainer.save_checkpoint(self._path, weights_only=False)  # with the optimizer
+            trainer.save_checkpoint(path, weights_only=False)  # with the optimizer
         except OSError as error:
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            rank_zero_warn(f"{error} Training goes on.")
-        else:
-            self._saved_step, self._late = trainer.global_step, False
+            rank_zero_warn(f"{error} Training continues.")
+            return False
+        self._saved_step, self._late = trainer.global_step, False
+        return True
+
+    def _publish(self, trainer: L.Trainer) -> None:
+        """Give the pending checkpoint its name, now that the row of its step is logged."""
+        if self._pending and trainer.is_global_zero:
+            self._path.with_name(PENDING).replace(self._path)
+            sync(self._path.parent)
+        self._pending = False
+
+    def _drop(self, trainer: L.Trainer) -> None:
+        """Remove a pending checkpoint, since a better one will follow."""
+        if self._pending:
+            self._pending, self._saved_step = False, -1
+            if trainer.is_global_zero:
+                self._path.with_name(PENDING).unlink()
 
     # Signals ----------------------------------------------------------------------------------
 
@@ -146,16 +195,16 @@ class LastCheckpoint(Checkpoint):
         self._signal = number
 
     def _told(self, trainer: L.Trainer) -> int:
-        """The signal that some rank has got, 0 for none: a collective."""
+        """The signal that some rank has received, 0 for none: a collective."""
         if trainer.world_size == 1 or not self.save_on_signal:
             return self._signal
         told = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
         return (self._signal or signal.SIGTERM) if told else 0
 
     def _leave(self, trainer: L.Trainer, number: int) -> None:
-        """End the process. What the trainer does at a failure, it does here: nothing is left."""
+        """End the process; the trainer cleans up as it does after an error."""
         if not trainer.is_global_zero:
-            # A launcher that sees a rank fail would kill rank 0 before it has put things away.
+            # A launcher that sees a rank fail would kill rank 0 before it has cleaned up.
             raise SystemExit(0)
         step = trainer.global_step
         saved = f"step {step} is saved, go on with --ckpt_path last"
@@ -166,16 +215,17 @@ class LastCheckpoint(Checkpoint):
         raise SystemExit(128 + number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run lives."""
-        return {"run": "" if self._path is None else str(self._path.parents[1])}
+        """The run folder."""
+        return {"run": str(self._path.parents[1]) if self._path.name else ""}
 
 
-def _at_a_seam(trainer: L.Trainer) -> bool:
-    """Whether a run that is resumed after this batch would not be the same run."""
-    if trainer.global_step == trainer.max_steps:
+def _validates_or_ends(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation, the end of an epoch or the end of training may follow this batch."""
+    if trainer.global_step == trainer.max_steps or trainer.is_last_batch:
         return True
-    loop = trainer.fit_loop
-    if loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and sum(trainer.num_val_batches):
-        return True
-    # From an epoch's last batch Lightning goes on in the right epoch in few cases only.
-    return loop.epoch_loop.batch_progress.is_last_batch
+    interval = trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(interval, int):
+        return False
+    of_epoch = trainer.check_val_every_n_epoch is not None
+    batches = (batch_idx if of_epoch else trainer.fit_loop.total_batch_idx) + 1
+    return batches % interval == 0

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
-from lit_diffusion.training.run.checkpoints import write_whole
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.noise_levels import (
@@ -21,6 +20,7 @@ from lit_diffusion.training.run.noise_levels import (
     read_table,
     table_text,
 )
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["NoiseLevelLoss"]
 

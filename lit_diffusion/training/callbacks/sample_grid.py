@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lit_diffusion.training import randomness
 from lit_diffusion.training.run.dashboard import show
+from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["SampleGrid", "save_grid"]
 
@@ -50,10 +51,8 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
         picture = make_grid(pixels, nrow=columns, padding=max(2, scale // 2), pad_value=255)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(unfinished, format="PNG")
     return picture
 
 

@@ -42,10 +42,11 @@ from lit_diffusion.training.evaluation.reference import Reference, class_shares,
 from lit_diffusion.training.evaluation.tables import VERSION, SamplerScores, markdown, plot_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, write_whole
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
 from lit_diffusion.training.run.weights import weights_name
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -28,9 +28,10 @@ from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from lit_diffusion.training.commands.choices import find_checkpoint
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
-from lit_diffusion.training.run.checkpoints import load_checkpoint, sync
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
+from lit_diffusion.training.run.whole_file import sync
 
 __all__ = ["export"]
 

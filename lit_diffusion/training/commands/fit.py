@@ -29,12 +29,12 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
-    RunLogger,
     SaveConfig,
     last_checkpoint,
     new_run_folder,
     run_loggers,
 )
+from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]

@@ -19,6 +19,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.evaluation.generation import to_bytes
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
 
@@ -170,11 +171,8 @@ def _folder(label: int, model: LitDiffusion) -> str:
 
 def _save(numbers: Tensor, out: Path) -> None:
     """Write the numbers, (n, C, H, W) float32, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
+    with replacing(out) as unfinished, unfinished.open("wb") as file:
         np.save(file, numbers.float().numpy())
-    unfinished.replace(out)
 
 
 def write_images(images: Tensor, out: Path, folders: list[str], first: int = 0) -> None:

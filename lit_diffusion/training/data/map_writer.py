@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from lit_diffusion.training.data.bad_examples import Bad
 from lit_diffusion.training.data.split import Split, chunks, sift
-from lit_diffusion.training.run.checkpoints import sync
+from lit_diffusion.training.run.whole_file import sync
 
 CHUNK_BYTES, CHUNK_EXAMPLES = 1 << 24, 1024  # decoded before they are written: the smaller
 PATIENCE = 10.0  # seconds of silence before a line reports what is going on

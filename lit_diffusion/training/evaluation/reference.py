@@ -19,6 +19,7 @@ from lit_diffusion.training import ranks
 from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
+from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["Reference", "class_shares", "open_reference"]
 
@@ -184,11 +185,9 @@ def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
     tensors |= {} if reference.shares is None else {"shares": reference.shares}
     tensors |= {} if reference.features is None else {"features": reference.features}
     about = {"identity": json.dumps(identity), "protocol": json.dumps(reference.protocol)}
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata=about)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, metadata=about)
     except OSError as error:
         import warnings
 

@@ -16,8 +16,8 @@ from lit_diffusion.training.reporting.page import number, page
 from lit_diffusion.training.reporting.parts import Card, Cards, Facts, Paragraph, Part, protocol
 from lit_diffusion.training.reporting.run import Run
 from lit_diffusion.training.reporting.sections import NAMES, SECTIONS, when
-from lit_diffusion.training.run.checkpoints import write_whole
 from lit_diffusion.training.run.measurements import Measurement
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["FILE", "write_report"]
 
@@ -41,11 +41,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     stamp = Paragraph(folder.resolve().name, "soft")
     head = [stamp, *_try(_facts, run), *_try(_cards, run)]
     whole = page(name, head, {title: _try(make, run) for title, make in SECTIONS.items()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_whole(out, whole)
-    finally:
-        out.with_name(f"{out.name}.tmp").unlink(missing_ok=True)
+    write_whole(out, whole)
     return out
 
 

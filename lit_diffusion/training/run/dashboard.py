@@ -117,7 +117,6 @@ class Dashboard(WandbLogger):
         self._folder = folder
         self._lost = ""  # why W&B is left out
         self._told = False
-        self._last: tuple[Any, ...] = ()
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._deadline: float | None = None  # of the call that is being made
         self._exit_code: int | None = 1  # what W&B is told if it is left out
@@ -231,15 +230,13 @@ class Dashboard(WandbLogger):
         return _Nothing() if self._lost else super().experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Show numbers, once: a checkpoint has its step logged before the trainer does.
+        """Show numbers.
 
         Args:
             metrics: Names and numbers.
-            step: Where they stand.
+            step: Where they belong.
         """
-        if (row := (step, dict(metrics))) != self._last:
-            self._last = row
-            self._later(functools.partial(super().log_metrics, row[1], step))
+        self._later(functools.partial(super().log_metrics, dict(metrics), step))
 
     def log_hyperparams(self, params: Any) -> None:
         """Show the model's description in the config.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lit_diffusion
-from lit_diffusion.training.run.checkpoints import write_whole
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["FILE", "begin_session", "device_name", "end_session", "outcome", "read_sessions"]
 

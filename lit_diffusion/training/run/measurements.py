@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_diffusion.training.run.checkpoints import write_whole
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = [
     "FILE",

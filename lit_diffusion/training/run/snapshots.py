@@ -9,9 +9,7 @@ dense as it needs, and their number grows by 24 for each ten times longer run.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, RunningAverage, Snapshot, overlaps
-from lit_diffusion.training.run.checkpoints import sync
+from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = [
     "Scatter",
@@ -113,19 +111,10 @@ def write_snapshot(
     # One entry, since the order of several is not the same in every file.
     header = {"snapshot": json.dumps({"step": step, "averages": described})}
     path = folder_of(run) / f"step-{step:07d}.safetensors"
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # safetensors would let nobody else read it
-        save_file(tensors, unfinished, header)
-        unfinished.chmod(mode)
-        sync(unfinished)
-        os.replace(unfinished, path)
-        sync(path.parent)
+        with replacing(path, durable=True) as unfinished:
+            save_file(tensors, unfinished, header)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise OSError(f"The snapshot {path} cannot be written: {error}.") from error
     return path
 

@@ -1,0 +1,133 @@
+"""metrics.csv: a row for each step at which something was logged, a column for each name."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_diffusion.training.run.whole_file import write_whole
+
+__all__ = ["RunLogger"]
+
+Row = dict[str, Any]
+
+
+class RunLogger(Logger):
+    """Logs to metrics.csv in the run folder; a resumed run continues it at the checkpoint's step.
+
+    Each row is on the disk as soon as it is logged, so that a kill loses at most the row that is
+    being written. Unlike Lightning's CSVLogger it keeps the rows of the session before.
+
+    Args:
+        folder: The run folder.
+        resume_step: Step of the checkpoint that is resumed from; rows from this step on, which
+            the run logs again, are removed. None removes all rows.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> logger = RunLogger(folder)
+        >>> logger.log_metrics({"train/loss": 0.5}, step=0)
+        >>> logger.log_metrics({"train/loss": 0.25}, step=1)
+        >>> print((folder / "metrics.csv").read_text())
+        step,train/loss
+        0,0.5
+        1,0.25
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        self._resume_step = resume_step
+        self._columns: list[str] | None = None  # None until the file has been opened
+
+    # Lightning joins save_dir, name and version to the folder of the run and its checkpoints,
+    # except for its own loggers, so the first must be all of it.
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder, which is also `trainer.log_dir`."""
+        return str(self._folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self._folder)
+
+    @property
+    def name(self) -> str:
+        """Empty: the name of the run is part of `save_dir`."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty, for the same reason."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append a row.
+
+        Args:
+            metrics: Names and numbers.
+            step: Where they belong; None means 0.
+        """
+        row: Row = {"step": step or 0}
+        for name, value in metrics.items():
+            row[name] = value.item() if isinstance(value, Tensor) else value
+        known = self._begin()
+        if new := row.keys() - set(known):
+            self._columns = known = sorted({*known, *new})
+            self._rewrite(self._read() if self._path.is_file() else [], known)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, known).writerow(row)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Remove the rows that a resumed run logs again; Lightning calls this at the start."""
+        self._begin()
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "metrics.csv"
+
+    def _begin(self) -> list[str]:
+        """The columns of the file; the first time, keep only the rows before the resumed step."""
+        if self._columns is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            rows = self._earlier_rows()
+            self._columns = sorted(set().union(*rows))
+            if rows:
+                self._rewrite(rows, self._columns)
+            else:
+                self._path.unlink(missing_ok=True)
+        return self._columns
+
+    def _earlier_rows(self) -> list[Row]:
+        if self._resume_step is None or not self._path.is_file():
+            return []
+        # A row that a kill cut short is one that will be logged again.
+        whole = [row for row in self._read() if None not in row.values() and row["step"].isdigit()]
+        rows = [{k: v for k, v in row.items() if v != ""} for row in whole]
+        return [row for row in rows if int(row["step"]) < self._resume_step]
+
+    def _read(self) -> list[Row]:
+        with self._path.open(newline="") as lines:
+            return list(csv.DictReader(lines))
+
+    def _rewrite(self, rows: list[Row], columns: list[str]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self._path, text.getvalue())
