@@ -1,10 +1,10 @@
-"""How fast the data come, and how much memory they take.
+"""Throughput and memory of the data loading.
 
     python benchmarks/data.py [--path FOLDER] [--examples 8000] [--rounds 5]
 
 Streaming: JPEG images of 64 × 64 in parquet files, read, shuffled, decoded and put in batches by
-`ImageDataModule`, against a bare loop that does nothing but read the same files with pyarrow and
-decode with torchvision. The two take turns in one run, so that a noisy machine disturbs them
+`ImageDataModule`, compared with a bare loop that only reads the same files with pyarrow
+and decodes with torchvision. The two alternate in one run, so that a noisy machine disturbs them
 alike; reported are medians over rounds. Memory is that of all processes together (their
 proportional sets), from the first thousand examples to 200,000.
 

@@ -60,12 +60,12 @@ def main() -> None:
         generation = Generation(given.num_samples, sampler, batch_size=given.batch_size)
 
         def generate(generation: Generation = generation) -> None:
-            for _ in generation.draw(model):
+            for _ in generation.sample(model):
                 pass
 
         def judge(generation: Generation = generation) -> None:
             scores = Scores(features, reference)
-            for drawn in generation.draw(model):
+            for drawn in generation.sample(model):
                 scores.add(drawn)
             scores.compute()
 

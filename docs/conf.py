@@ -1,8 +1,12 @@
 """How the documentation is built: `make docs`, with every warning an error and no network."""
 
 import re
+import sys
+from pathlib import Path
 
 import lit_diffusion
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mathml.py
 
 project = "lit_diffusion"
 author = "the lit_diffusion developers"
@@ -11,10 +15,10 @@ version = release = lit_diffusion.__version__
 language = "en"
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -26,8 +30,10 @@ myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "lit_diffusion"
 html_static_path = ["_static"]
+html_css_files = ["math.css"]
 html_show_copyright = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

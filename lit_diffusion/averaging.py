@@ -20,7 +20,7 @@ another one, θ̄*. With Σ c_i = 1, summation by parts gives
 so D says how much of each step of the weights is wrongly in or out. If the steps are uncorrelated
 and of equal variance, the expected squared error is that variance times ∫ D². This is what
 `reconstruct` minimises. Karras et al. (2023) have least squares on the densities dS/dn instead,
-right for weights that scatter about a constant; weights that wander are met better this way.
+right for weights that fluctuate about a constant; this one suits weights that drift.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class Reconstruction(NamedTuple):
     """A mixture that stands for an average, and how far off it is.
 
     Both errors are relative to the distance of the average from the last weights, for weights
-    that walk in uncorrelated steps of equal variance.
+    that move in uncorrelated steps of equal variance.
 
     Args:
         weights: c_i of each snapshot; their sum is 1.

@@ -17,7 +17,7 @@ A rescaling known to both sides changes neither what a denoiser can know nor any
 there is no second process class.
 
 For a cleaner level s and a noisier level t (λ_s > λ_t), with c = 1 − e^(λ_t − λ_s), Bayes' rule
-gives the posterior that ancestral sampling walks along::
+gives the posterior that ancestral sampling follows::
 
     q(z_s | z_t, x) = N( α_s ( (1 − c) z_t / α_t + c x ),  σ_s² c )
 """
@@ -180,7 +180,7 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise of the shape of z.
 
     With one generator per example each example's noise depends on its own seed only, so a batch
-    cut differently, or spread over more devices, draws the same images.
+    cut differently, or spread over more devices, gives the same images.
 
     Args:
         z: Gives shape, dtype and device.

@@ -1,4 +1,4 @@
-"""The bound: how many bits the model needs for the data.
+"""The variational bound on −log p(x): how many bits the model needs for the data.
 
 Letters: x data (B, *); z_λ noisy data; λ_max the cleanest level (t = 0), λ_min the noisiest
 (t = 1).
@@ -6,10 +6,10 @@ Letters: x data (B, *); z_λ noisy data; λ_max the cleanest level (t = 0), λ_m
 A diffusion model is a chain of latent variables, so its likelihood has a variational bound of
 three terms, all in nats per dimension here (divide by ln 2 for bits)::
 
-    prior            KL(q(z_λmin | x) ‖ N(0, I))           what the noisiest latent still knows
-    diffusion        ½ ∫ E‖ε̂ − ε‖² dλ                       what the steps between get wrong
+    prior            KL(q(z_λmin | x) ‖ N(0, I))           what the noisiest latent has of x
+    diffusion        ½ ∫ E‖ε̂ − ε‖² dλ                       the error of the steps in between
                      T/2 E_t[ expm1(λ_s − λ_t) ‖ε̂ − ε‖² ]   … of a chain of T steps
-    reconstruction   −E log p(x | z_λmax)                   naming the data, see `decoders`
+    reconstruction   −E log p(x | z_λmax)                   decoding the data, see `decoders`
 
 The integral depends on the schedule only through its ends. The sum, for a good denoiser, is an
 upper one and falls to the integral as T grows.
@@ -72,22 +72,22 @@ def variational_bound(
     t: Tensor | None = None,
     **cond: Any,
 ) -> BoundTerms:
-    """The bound in its denoising form, each example by one draw of λ and ε.
+    """The bound in its denoising form, one sample of λ and ε for each example.
 
     Every term compares the model's step q(z_s | z_t, x = x̂) with the true posterior of that step,
     a difference of two Gaussians of the same variance, so it is small where the model is good, and
-    in the limit of many steps one draw of λ stays a fair sample of the whole.
+    in the limit of many steps a single sample of λ keeps a finite variance.
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond).
         x: Data.
-        schedule: Its ends are those of the process; between them it says where λ is drawn, and
+        schedule: Its ends are those of the process; between them it is where λ is sampled, and
             with `num_timesteps` which levels the chain has.
         decoder: The distribution of the data given the cleanest z; None leaves reconstruction out.
         num_timesteps: Number T of steps, at least 1; None means continuous time. DDPM's own bound
             is `BetaSchedule()` with 999.
         generator: Source of all noise: None, one, or one per example (then give t).
-        t: Times, where they are not to be drawn; λ and the steps are stratified over the batch.
+        t: Times; None samples them, stratified over the batch.
         **cond: Handed to the denoiser (label=…).
 
     Shapes:
@@ -158,12 +158,12 @@ def _reconstruction(
     return decoder.reconstruction(denoiser, x, logsnr, noise_like(x, generator), **cond)
 
 
-def _finite(terms: BoundTerms, noisiest: Tensor, drawn: Tensor, cleanest: Tensor) -> BoundTerms:
+def _finite(terms: BoundTerms, noisiest: Tensor, sampled: Tensor, cleanest: Tensor) -> BoundTerms:
     """The terms, in float64, or an error that names the first that is not finite and its λ."""
     terms = BoundTerms(*(term.double() for term in terms))
     if not bool(terms.total.isfinite().all()):
         for name, term, logsnr in zip(
-            terms._fields, terms, (noisiest, drawn, cleanest), strict=True
+            terms._fields, terms, (noisiest, sampled, cleanest), strict=True
         ):
             bad = (~term.isfinite()).nonzero().flatten().tolist()
             if bad:

@@ -48,10 +48,10 @@ class LossTerms(NamedTuple):
 def noise_error(
     denoiser: Callable[..., Denoised], x: Tensor, eps: Tensor, logsnr: Tensor, **cond: Any
 ) -> Tensor:
-    """How far the denoiser's noise is from the true one: mean (ε̂ − ε)², at z = α x + σ ε.
+    """Mean squared error of the predicted noise, mean (ε̂ − ε)², at z = α x + σ ε.
 
     All of a loss that is as large as the images, from the noise added to the error taken, and
-    nothing that is drawn: so it can be compiled as one piece.
+    nothing random: so it can be compiled as one piece.
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond).
@@ -131,10 +131,10 @@ def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:
 
 
 class DiffusionLoss(nn.Module):
-    """The weighted loss ½ w(λ)/p(λ) · mean (ε̂ − ε)², with λ drawn from the schedule.
+    """The weighted loss ½ w(λ)/p(λ) · mean (ε̂ − ε)², with λ sampled from the schedule.
 
     Args:
-        schedule: Density p that λ is drawn from; None means `CosineSchedule()`. If its ends are
+        schedule: Density p that λ is sampled from; None means `CosineSchedule()`. If its ends are
             learned a decoder is needed, and w = 1.
         weighting: Weight w on the error of ε; None means `ELBOWeighting()`.
         num_timesteps: Number T of steps of a discrete chain, at least 1: then λ is one of its
@@ -217,15 +217,15 @@ class DiffusionLoss(nn.Module):
         generator: Generators = None,
         **cond: Any,
     ) -> LossTerms:
-        """Estimate the loss of each example by one draw of λ and ε.
+        """Estimate the loss of each example from one sample of λ and ε.
 
         Args:
             denoiser: Called as denoiser(z, logsnr, **cond).
             x: Data.
-            t: Times at which the schedule gives λ; None draws a stratified lattice.
-            eps: Noise; None draws it.
-            generator: Source of all that is drawn here: None, one, or one per example (which
-                cannot share a lattice, so t must be given).
+            t: Times at which the schedule gives λ; None samples them, stratified over the batch.
+            eps: Noise; None samples it.
+            generator: Source of all randomness: None, one, or one per example (which cannot
+                share stratified times, so t must be given).
             **cond: Handed to the denoiser (label=…).
 
         Shapes:
@@ -233,7 +233,7 @@ class DiffusionLoss(nn.Module):
 
         Raises:
             ValueError: If x has no dimension beside the batch, is not floating point, or is not
-                what the decoder decodes (looked at on the CPU only).
+                what the decoder decodes (checked on the CPU only).
         """
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(
@@ -275,7 +275,7 @@ class DiffusionLoss(nn.Module):
         """Compile in place what is as large as the images, `noise_error` with the network in it.
 
         For training; λ and its weights, a few numbers in float64, stay as they are. In evaluation
-        the network is asked as it is, compiled in place or not.
+        the network is called as it is, compiled in place or not.
 
         Args:
             *args: Of `torch.compile`.

@@ -1,18 +1,18 @@
-"""What an objective does: its curves over λ, the likelihood that it is, and how it scatters.
+"""Analyse an objective: its curves over λ, whether it is an ELBO, and its variance.
 
-Letters: logsnr = λ, w the weight, p the density that λ is drawn from, h(λ) the mean squared error
+Letters: logsnr = λ, w the weight, p the density λ is sampled from, h(λ) the mean squared error
 per dimension of the best denoiser there is for Gaussian data of variance c²,
 
     h(λ) = α²c²/(α²c² + σ²) = sigmoid(λ + 2 ln c)
 
-It stands for the share of the noise that cannot be seen at λ, so w h says where the loss is. By
+It stands for the share of the noise that cannot be seen at λ, so w h shows where the loss is. By
 parts, with B(λ) = ½∫h up to λ, the bound on data seen at λ,
 
     ½∫ w h dλ = w(λ_max) B(λ_max) − w(λ_min) B(λ_min) + ∫ (−dw/dλ) B(λ) dλ
 
 Where w never rises all coefficients but the constant one are positive: a mixture of bounds over
 noise levels, that is, the bound of data with noise added (Kingma & Gao 2023, theorem 1). All of
-this is read off the curves; no class is ever asked for its name.
+this is read off the curves; no class is looked up by name.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class Objective:
     """A schedule, a weighting and a prediction, and what follows from them.
 
     Ask it before a GPU is asked: which errors it counts, whether it is a likelihood and of what,
-    how much its estimate scatters (`published` says whose it is). It works on copies of its parts
+    the variance of its estimate (`published` names the paper). It works on copies of its parts
     on the CPU, learned ones as they are now.
 
     Args:
-        schedule: Density p that λ is drawn from; its range is the range of all curves.
+        schedule: Density p that λ is sampled from; its range is the range of all curves.
         weighting: Weight w on the error of ε.
         prediction: What the network outputs.
         num_timesteps: Number T of steps of a discrete chain, at least 1; None means continuous
@@ -175,12 +175,12 @@ class Objective:
 
     @cached_property
     def density(self) -> Tensor:
-        """p(λ), where λ is drawn; of a chain, the density of its levels."""
+        """p(λ), where λ is sampled; of a chain, the density of its levels."""
         return self.schedule.log_prob(self.logsnr).exp()
 
     @cached_property
     def ratio(self) -> Tensor:
-        """w/p, what a drawn error is multiplied by; in a chain w·T·expm1(λ_s − λ)."""
+        """w/p, the factor of a sampled error; in a chain w·T·expm1(λ_s − λ)."""
         return self._ratio(self.logsnr)
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ class Objective:
         """The noise of a monotone objective, by the name of its density if it has one.
 
         Named are Logistic(mean, scale), Normal(mean, std) and Exponential(scale) from λ_min up,
-        if the distribution functions are within 0.01 of each other; else mean and std are told.
+        if the distribution functions are within 0.01 of each other; else mean and std are given.
 
         Example:
             >>> objective = Objective(CosineSchedule(), ExponentialWeighting(), VPrediction())
@@ -345,7 +345,7 @@ class Objective:
     # The estimate --------------------------------------------------------------------------
 
     def std_over_mean(self, data_std: float = 0.5, dims: int = 192) -> float:
-        """Standard deviation over mean of the loss of one draw: Gaussian data, best denoiser.
+        """Standard deviation over mean of the loss of one sample: Gaussian data, best denoiser.
 
         The mean is ∫ w h dλ and the second moment (1 + 2/D) ∫ w²h²/p dλ, as D Gaussian errors are
         averaged; of a chain they are means over its levels. No schedule gets below √(2/D). This
@@ -364,7 +364,7 @@ class Objective:
         if self.num_timesteps is None:
             loss = self.weight * gaussian_error(self.logsnr, data_std)
             mean = torch.trapezoid(loss, self.logsnr)
-            # Where p is 0 nothing is drawn; where w is, too, nothing is missed.
+            # Where p is 0 nothing is sampled; where w is, too, nothing is missed.
             square = torch.where(loss > 0, loss * self.ratio, 0.0)
             square = square * gaussian_error(self.logsnr, data_std)
             second = torch.trapezoid(square, self.logsnr)

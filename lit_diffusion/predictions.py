@@ -1,4 +1,4 @@
-"""Predictions: what the network is asked to output.
+"""Predictions: what the network outputs.
 
 Letters: x data, z noisy data, eps = ε noise, logsnr = λ, out the network's output; data are
 (B, *), λ and coefficients (B,).

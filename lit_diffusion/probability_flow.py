@@ -12,7 +12,7 @@ On the way the density changes by what the flow compresses::
 
     log p(z_λmax) = log N(z_λmin; 0, I) + ∫_{λmax → λmin} div f dλ
 
-which is the log-likelihood of *this* model, the one a deterministic sampler draws from; the bound
+which is the log-likelihood of *this* model, the one a deterministic sampler samples; the bound
 belongs to the ancestral one. It is a density, so discrete data must first be spread over their
 bins, see `Dequantiser`.
 """

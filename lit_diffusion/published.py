@@ -1,6 +1,6 @@
 """Whose objective it is: the published ones, and the distance to them.
 
-Letters: logsnr = λ, w the weight, p the density that λ is drawn from, h the error of the best
+Letters: logsnr = λ, w the weight, p the density that λ is sampled from, h the error of the best
 denoiser for Gaussian data (`gaussian_error`).
 
 Two objectives are compared by their curves, whatever their classes are called: a wrapper or a

@@ -1,6 +1,6 @@
 """Noise schedules: a family of densities p(λ), one for each way of choosing noise levels.
 
-`base` says what a schedule is, `textbook` has the published formulas, `learned` and `adaptive`
+`base` defines a schedule, `textbook` has the published formulas, `learned` and `adaptive`
 those that change during training, `table` a list of noise levels. A class of your own joins the
 registry by subclassing `NoiseSchedule`.
 """

@@ -1,12 +1,12 @@
-"""The adaptive schedule: draw noise levels where the loss is.
+"""The adaptive schedule: sample noise levels in proportion to their loss.
 
 Letters: logsnr = λ; h = w(λ)·mean (ε̂ − ε)², what an example contributes before it is divided by
-the density p(λ) that it was drawn from.
+the density p(λ) that it was sampled from.
 
-The objective ½∫ E[h] dλ does not depend on p, the scatter of its estimate h/p does. If p ∝ E[h]
-every noise level contributes the same on average, and a batch of any levels tells as much as
+The objective ½∫ E[h] dλ does not depend on p, the variance of its estimate h/p does. If p ∝ E[h]
+every noise level contributes the same on average, and every batch is as informative as
 another. E[h] is not known, but it is observed at every step, so the schedule keeps a histogram of
-it and draws from that: a density that is constant on each bin, hence a λ(t) of straight pieces.
+it and samples from that: a density that is constant on each bin, hence a λ(t) of straight pieces.
 
 The weighting does not enter anywhere else, so what is trained for stays what it was, even if the
 schedule is exchanged for this one in the middle of a run.
@@ -40,10 +40,10 @@ class AdaptiveSchedule(NoiseSchedule):
         logsnr_max: Largest λ; None means 20.
         bins: Number of bins of equal width, at least 1.
         decay: What a bin keeps of its average at each new example, in [0, 1).
-        floor: Share of uniform draws, in [0, 1), so that no noise level starves.
+        floor: Share of uniform samples, in [0, 1), so that no noise level is forgotten.
         warmup: Updates to wait for before the density follows them, 0 or more.
         initial: Density until then; None means uniform.
-        rms: Follow √E[h²], under which a single draw scatters least, in the place of E[h].
+        rms: Follow √E[h²], which minimises the variance of a single sample, instead of E[h].
 
     Raises:
         ValueError: If a number is out of its range, or a state has another number of bins.
@@ -118,7 +118,7 @@ class AdaptiveSchedule(NoiseSchedule):
     # The histogram ---------------------------------------------------------------------------
 
     def update(self, logsnr: Tensor, values: Tensor) -> None:
-        """Take note of a batch.
+        """Update the histogram with a batch.
 
         Args:
             logsnr: λ of each example.
@@ -128,7 +128,7 @@ class AdaptiveSchedule(NoiseSchedule):
             logsnr and values (B,).
 
         Raises:
-            ValueError: If a λ is outside the range (looked at on the CPU only), or shapes differ.
+            ValueError: If a λ is outside the range (checked on the CPU only), or shapes differ.
         """
         self.absorb(self.tally(logsnr, values))
 
@@ -145,7 +145,7 @@ class AdaptiveSchedule(NoiseSchedule):
             not finite.
 
         Raises:
-            ValueError: If a λ is outside the range (looked at on the CPU only), or shapes differ.
+            ValueError: If a λ is outside the range (checked on the CPU only), or shapes differ.
         """
         if logsnr.shape != values.shape or logsnr.ndim != 1:
             raise ValueError(
@@ -167,7 +167,7 @@ class AdaptiveSchedule(NoiseSchedule):
 
     @torch.no_grad()
     def absorb(self, sums: Tensor) -> None:
-        """Let the histogram follow: each bin by the mean of its examples, as far as they count.
+        """Update each bin with the mean of its examples, weighted by their number.
 
         Args:
             sums: Of `tally`, added up over batches and ranks.

@@ -1,16 +1,16 @@
-"""What a noise schedule is: a density over the noise level.
+"""The noise schedule: a probability density over the noise level.
 
 Letters: logsnr = λ; t ∈ [0, 1] runs from clean data (t = 0) to noise (t = 1).
 
 Every diffusion objective is ½∫ w(λ) E‖ε̂ − ε‖² dλ. A noise schedule decides only where that
-integral is sampled: it is a probability density p(λ) on [logsnr_min, logsnr_max]. The same thing
-said three ways::
+integral is sampled: it is a probability density p(λ) on [logsnr_min, logsnr_max]. Three
+equivalent descriptions::
 
-    λ = logsnr(t)     decreasing; the quantile function: draw t uniformly, and λ has density p
+    λ = logsnr(t)     decreasing; the quantile function: for uniform t, λ has density p
     t = time(λ)       its inverse; the survival function of p
     p(λ) = |dt/dλ|    so that t-integrals and λ-integrals agree
 
-Training draws from it; a sampler walks along it. The family is in `schedules`.
+Training samples from it; a sampler follows it. The family is in `schedules`.
 
 A textbook formula often reaches λ = ±∞. It is truncated by running t over the part that falls
 into the range, never by clipping λ, which would pile probability up at both ends::
@@ -41,7 +41,7 @@ class NoiseSchedule(nn.Module, ABC):
 
     A leaf gives `_logsnr`, the untruncated textbook formula, and, if there is a closed form, its
     inverse `_time`. If its density is symmetric it names the `centre`, and the noisy tail becomes
-    as accurate as the clean one. Truncation, density, draws and grids follow.
+    as accurate as the clean one. Truncation, density, samples and grids follow.
 
     Args:
         logsnr_min: Smallest λ (most noise); None means the formula's own end, else −20.
@@ -209,7 +209,7 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.where(t >= 1, self.logsnr_min, logsnr)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """λ and log p(λ) at time t: what training draws.
+        """λ and log p(λ) at time t: what training uses.
 
         Both come from t, without an inversion. They carry gradients to the schedule's own
         parameters if it has any that learn, and are detached otherwise.
@@ -333,7 +333,7 @@ class NoiseSchedule(nn.Module, ABC):
         return (logsnr < low - slack) | (logsnr > high + slack)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n noise levels, stratified over the density.
+        """Sample n noise levels, stratified over the density.
 
         Args:
             n: How many.
@@ -351,7 +351,7 @@ class NoiseSchedule(nn.Module, ABC):
         return self.logsnr(stratified_times(n, offset))
 
     def grid(self, steps: int) -> Tensor:
-        """Levels to walk along, from noise to data, at equal steps of t.
+        """A grid of levels for a sampler, from noise to data, at equal steps of t.
 
         Args:
             steps: Number of intervals, at least 1.

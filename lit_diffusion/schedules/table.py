@@ -3,7 +3,7 @@
 Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; β the variance that a step of a chain
 adds, ᾱ = Π(1 − β) what is left of the data's.
 
-A chain of N levels is defined by N numbers, most often told as betas, and there is not always a
+A chain of N levels is defined by N numbers, most often given as betas, and there is not always a
 smooth formula that passes all of them. This schedule is the table itself. Time t = i/(N − 1) is
 level i, and between two levels λ goes straight from the one to the other, so that p(λ) is a
 histogram with one bin from each level to the next, all of the same mass.

@@ -1,4 +1,4 @@
-"""The family of noise schedules: which published p(λ) is which.
+"""The published noise schedules that have a closed form.
 
 Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; see `noise_schedule` for what all of
 them share. As densities over λ the well-known names are::
@@ -15,7 +15,7 @@ them share. As densities over λ the well-known names are::
     a published table    TableSchedule      improved DDPM's chain, and any other
     any of them, moved   ShiftedSchedule    larger images
 
-To add one: subclass `NoiseSchedule`, give `_logsnr`; `testing.check_schedule` proves it.
+To add one: subclass `NoiseSchedule`, give `_logsnr`, and test it with `testing.check_schedule`.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class KarrasSchedule(NoiseSchedule):
     """EDM's sampling grid, linear in σ^(1/ρ) of the z/α frame: σ = e^(−λ/2).
 
     Steps grow shorter towards clean data, where the sampler's error would show. Meant for
-    walking; as a training density it is p(λ) ∝ e^(−λ/2ρ).
+    sampling; as a training density it is p(λ) ∝ e^(−λ/2ρ).
 
     Args:
         sigma_min: Smallest noise level σ, above 0.

@@ -248,7 +248,7 @@ def _of_objective(
         return {"ckpt_path": config.ckpt_path, "name": name, "out": config.out}
     model = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
     parts = {part: build(model[part]) for part in of_config}
-    return {**parts, "num_timesteps": model["steps"], "out": config.out}
+    return {**parts, "num_timesteps": model["num_timesteps"], "out": config.out}
 
 
 # What is read and shown around a command ------------------------------------------------------

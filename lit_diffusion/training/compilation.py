@@ -55,7 +55,7 @@ def compile_in_place(
     return True
 
 
-def cache_folder() -> Path:
+def compile_cache_folder() -> Path:
     """Where compiled kernels are kept if TORCHINDUCTOR_CACHE_DIR does not say it."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_diffusion/compiled"
@@ -71,7 +71,7 @@ def why_not(device: torch.device) -> str | None:
     Args:
         device: Where the model is.
     """
-    os.environ.setdefault(FOLDER, str(cache_folder()))
+    os.environ.setdefault(FOLDER, str(compile_cache_folder()))
 
     @torch.compile
     def probe(x: torch.Tensor) -> torch.Tensor:

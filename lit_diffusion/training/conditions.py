@@ -1,4 +1,4 @@
-"""Further conditions: what a network is told of an example beside z, λ and a label.
+"""Further conditions: inputs of the network beside z, λ and a label.
 
     batch["attributes"]  →  network(z, logsnr, label=…, attributes=…, dropped=…)
 

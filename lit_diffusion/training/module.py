@@ -1,7 +1,7 @@
 """The model in training: one LightningModule for every objective.
 
     batch {"image": (B, C, H, W) in [−1, 1], "label": (B,), further conditions (B, *)}
-      → training_step      hides conditions for guidance, draws λ and ε, calls the loss
+      → training_step      drops conditions for guidance, samples t and ε, calls the loss
          → DiffusionLoss   z = diffuse(x, ε, λ); (x̂, ε̂) = denoiser(z, λ, label); ½ w/p · err
       ← {"loss", "logsnr", "eps_mse"}, each detached but the loss, for the callbacks
 
@@ -63,7 +63,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape.
-        schedule: Density p(λ) that training draws from; None means `CosineSchedule()`.
+        schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
         num_timesteps: Number T of steps of a discrete chain, whose levels are then the only ones;
             None means continuous time.
@@ -71,7 +71,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
             out. A schedule that learns its ends needs it.
         prediction: What the network outputs; None means `VPrediction()`.
         sampler: Draws images; None means `DDIMSampler()`. If it names no schedule of its own it
-            walks its default one over the trained range of λ.
+            uses its default one over the trained range of λ.
         optimizer: Makes the optimizer from the parameters.
         schedule_lr: Learning rate of a learned schedule, which has no weight decay; None means
             the optimizer's.
@@ -82,7 +82,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         label_dropout: Probability of hiding an example's label in training, and all its further
             conditions with it, in [0, 1], so that the model also learns to do without and samples
             can be guided.
-        conditions: What else the network is told, tensors of a batch by their names, which are
+        conditions: Further inputs of the network, tensors of a batch by their names, which are
             also the network's arguments; None means what the network asks for by an attribute
             `conditions`.
         clip_denoised: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
@@ -298,7 +298,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
         self.log(f"{name}/eps_mse", (total[1] / total[2]).float(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Draw one image for each example, of its class and its other conditions."""
+        """Sample one image for each example, given its class and its other conditions."""
         noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
         cond = dict(self.condition(batch))
         label = cond.pop("label", None)
@@ -315,7 +315,7 @@ class LitDiffusion(DrawingModel, L.LightningModule):
 
         Raises:
             ValueError: If a condition is not in the batch, or a label is no class of the network
-                (looked at on the CPU only).
+                (checked on the CPU only).
         """
         cond = from_batch(self.conditions, batch)
         if self.num_classes is None or "label" not in batch:

@@ -64,7 +64,7 @@ def reseed(device: torch.device, *keys: int | str) -> None:
     """Seed the global generators of the CPU and of `device`, at the cost of a microsecond.
 
     Args:
-        device: Where the step's noise, label drops and dropout are drawn.
+        device: Where the step's noise, label drops and dropout are sampled.
         *keys: As for `mix`.
 
     Example:
@@ -86,7 +86,7 @@ def generators(seed: int, purpose: str, indices: list[int]) -> list[torch.Genera
 
     Args:
         seed: The run's seed.
-        purpose: A word that keeps these draws apart from others.
+        purpose: A word that separates these random numbers from others.
         indices: Global index of each example.
 
     Example:

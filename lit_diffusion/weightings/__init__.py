@@ -1,6 +1,6 @@
 """Weightings: a family of functions w(λ), one for each published objective.
 
-`base` says what a weighting is, `continuous` has those in continuous time, `chain` those of a
+`base` defines a weighting, `continuous` has those in continuous time, `chain` those of a
 discrete chain. A class of your own joins the registry by subclassing `Weighting`.
 """
 

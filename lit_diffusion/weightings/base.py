@@ -5,7 +5,7 @@ of the noise in
 
     L_w(x) = ½ ∫ w(λ) E‖ε̂ − ε‖² dλ
 
-so w says *what* is optimised, whatever the network predicts and whatever schedule draws λ.
+so w says *what* is optimised, whatever the network predicts and whatever the schedule.
 
 If w never rises with λ the loss is the ELBO of data with Gaussian noise added (Kingma & Gao
 2023, theorem 1); w = 1 is the ELBO of the data themselves. The family is in `weightings`.

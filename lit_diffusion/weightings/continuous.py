@@ -325,10 +325,10 @@ class MonotoneWeighting(Weighting):
 
 
 class DensityWeighting(Weighting):
-    """The density of a schedule as weight: w(λ) = p(λ), the plain ε-loss drawn from p.
+    """The density of a schedule as weight: w(λ) = p(λ), the plain ε-loss sampled from p.
 
-    DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is drawn from the same schedule,
-    w/p = 1 and the loss is literally the mean squared error; drawn from any other it is the
+    DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is sampled from the same schedule,
+    w/p = 1 and the loss is literally the mean squared error; under any other it is the
     same objective still. With num_timesteps=T it is the density of the discrete chain,
     1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with the same
     num_timesteps.

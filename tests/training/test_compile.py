@@ -12,7 +12,7 @@ from torch._inductor import config as inductor
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import Compile
-from lit_diffusion.training.compilation import cache_folder, compile_in_place, why_not
+from lit_diffusion.training.compilation import compile_cache_folder, compile_in_place, why_not
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -164,9 +164,9 @@ def test_why_not_is_silent_where_it_can(fresh):
 
 def test_kernels_are_kept_where_the_user_keeps_such_things(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "lit_diffusion" / "compiled"
+    assert compile_cache_folder() == tmp_path / "lit_diffusion" / "compiled"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder().parts[-3:] == (".cache", "lit_diffusion", "compiled")
+    assert compile_cache_folder().parts[-3:] == (".cache", "lit_diffusion", "compiled")
 
 
 def test_weights_of_either_order_in_memory_go_on_as_if_nothing_had_changed(tmp_path):

@@ -345,7 +345,7 @@ def test_the_objective_of_a_schedule_without_closed_form_is_drawn(tmp_path, monk
 def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr("lit_diffusion.training.callbacks.overview.save_objective", refuse)
-    with pytest.warns(UserWarning, match="The objective is not drawn: OSError: No space left"):
+    with pytest.warns(UserWarning, match="could not be plotted: OSError: No space left"):
         overview(tmp_path / "tiny" / "1")
 
 

@@ -14,7 +14,7 @@ import torch
 import warm
 from torch import nn
 
-from lit_diffusion import AncestralSampler, DDIMSampler, HeunSampler
+from lit_diffusion import SAMPLERS, AncestralSampler, DDIMSampler, HeunSampler
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import EMA, FID, ImageDataModule, LitDiffusion
 from lit_diffusion.training.evaluation import reference, scores
@@ -26,9 +26,8 @@ from lit_diffusion.training.evaluation.features import (
     fingerprint,
 )
 from lit_diffusion.training.evaluation.generation import (
-    Drawn,
     Generation,
-    count_calls,
+    SampleBatch,
     labels,
     to_bytes,
 )
@@ -87,9 +86,9 @@ def open_digits(net, split="test", rows=False, **arguments):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_any_number_of_ranks_draws_the_same_images(num_classes, world):
     generation = Generation(11, batch_size=4, seed=7)
-    one = list(generation.draw(model(num_classes=num_classes)))
+    one = list(generation.sample(model(num_classes=num_classes)))
     dealt = [
-        [*generation.draw(model(num_classes=num_classes), None, rank, world)]
+        [*generation.sample(model(num_classes=num_classes), None, rank, world)]
         for rank in range(world)
     ]
     several = {int(d.index[0]): d for part in dealt for d in part}
@@ -100,9 +99,9 @@ def test_any_number_of_ranks_draws_the_same_images(num_classes, world):
 
 
 def test_more_samples_begin_with_the_fewer():
-    few = torch.cat([d.images for d in Generation(6, batch_size=3).draw(model())])
-    more = torch.cat([d.images for d in Generation(9, batch_size=3).draw(model())])
-    other = torch.cat([d.images for d in Generation(6, batch_size=3, seed=1).draw(model())])
+    few = torch.cat([d.images for d in Generation(6, batch_size=3).sample(model())])
+    more = torch.cat([d.images for d in Generation(9, batch_size=3).sample(model())])
+    other = torch.cat([d.images for d in Generation(6, batch_size=3, seed=1).sample(model())])
     assert torch.equal(more[:6], few)
     assert not torch.equal(other, few)
 
@@ -125,17 +124,24 @@ def test_labels_come_in_the_given_shares_for_any_number(seed):
     assert alone == labels(torch.arange(100), 6, shares, seed)[57]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_network_calls_are_those_that_are_made(guidance):
-    for sampler in (DDIMSampler(steps=4), HeunSampler(steps=4), AncestralSampler(steps=5)):
-        subject = model()
-        generation = Generation(3, sampler, guidance)
-        promised = count_calls(subject, generation)
-        calls = []
-        subject.denoiser.network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        list(generation.draw(subject))
-        assert len(calls) == promised
-        assert promised == generation.protocol(subject)["network calls"]
+CHURNED = HeunSampler(steps=4, s_churn=10.0)
+
+
+@pytest.mark.parametrize("guidance", [(1.0, None), (3.0, None), (3.0, (-1.0, 1.0))])
+@pytest.mark.parametrize("sampler", [*(SAMPLERS[name](steps=4) for name in SAMPLERS), CHURNED])
+def test_network_calls_are_those_that_are_made(sampler, guidance):
+    """The number in the protocol is computed; here the calls are counted."""
+    subject = model()
+    generation = Generation(3, sampler, *guidance)
+    calls = []
+    subject.denoiser.network.register_forward_hook(lambda *_: calls.append(1))
+    list(generation.sample(subject))
+    assert len(calls) == generation.protocol(subject)["network calls"]
+
+
+def test_network_calls_of_a_model_without_classes_are_not_doubled():
+    subject = model(num_classes=None)
+    assert Generation(3, DDIMSampler(steps=4), 3.0).protocol(subject)["network calls"] == 4
 
 
 # Scores -----------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ def test_network_calls_are_those_that_are_made(guidance):
 def judge(images, net, others=(), batch=7):
     found = Scores(net, open_digits(net, rows=bool(others)), others)
     for index in torch.arange(len(images)).split(batch):
-        found.add(Drawn(index, images[index]))
+        found.add(SampleBatch(index, images[index]))
     return found.compute()
 
 
@@ -210,7 +216,7 @@ def test_any_module_will_do_without_logits_too():
     images = whole(ImageDataModule(), "train")[:100]
     found = judge(images, Flat(), (scores.kernel_distance,))
     assert found["fid"].value > 0
-    with pytest.raises(ValueError, match="needs a feature network that also returns logits"):
+    with pytest.raises(ValueError, match="expected logits for the Inception Score, got none"):
         judge(images, Flat(), (scores.inception_score,))
 
 
@@ -225,7 +231,7 @@ def test_a_module_that_returns_no_features_is_refused(wrong):
 
 
 def test_one_sample_is_too_few():
-    with pytest.raises(ValueError, match="at least two images on either side, got 1 samples"):
+    with pytest.raises(ValueError, match="two images on either side of a Fréchet distance, got 1"):
         judge(whole(ImageDataModule(), "test")[:1], Flat())
 
 
@@ -301,14 +307,14 @@ def test_a_kept_file_that_is_another_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is the reference of something else \(features\)"):
         open_digits(Flat())
     kept.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is no reference"):
+    with pytest.raises(ValueError, match="is not a reference"):
         open_digits(Flat())
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
     data = ImageDataModule(cache_dir=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="The reference is not kept in"):
+    with pytest.warns(UserWarning, match="the reference could not be cached in"):
         found = open_reference(data, "test", Flat(), torch.device("cpu"))
     assert found.count == 297
 
@@ -383,13 +389,13 @@ def test_without_a_network_the_download_says_what_to_do(monkeypatch, tmp_path):
 
 def test_the_shipped_classifier_is_small_and_right():
     net = ClassifierFeatures()
-    path = Path(reference.__file__).parents[1] / "data" / "digits8x8" / "features.safetensors"
+    path = Path(reference.__file__).parents[2] / "data" / "digits8x8" / "features.safetensors"
     assert path.stat().st_size <= 300 * 1024
     data = ImageDataModule()
     batches = list(data.examples("test", 512))
     right = net(batches[0]["image"]).logits.argmax(1) == batches[0]["label"]
     assert right.float().mean() > 0.98
-    with pytest.raises(ValueError, match=r"looks at images \(1, 8, 8\), got \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"expects images \(1, 8, 8\), got \(3, 8, 8\)"):
         net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="SHA-256 begins with 0000"):
         ClassifierFeatures(sha256="0000")
@@ -469,7 +475,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     subject = LitDiffusion.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
     data = ImageDataModule(str(folder))
     shares = torch.ones(10) + (torch.arange(10) < 6)  # 16 training images, labels i % 10
-    drawn = Generation(N, seed=5, batch_size=16).draw(subject, shares)
+    drawn = Generation(N, seed=5, batch_size=16).sample(subject, shares)
     theirs = torch_fidelity.calculate_metrics(
         input1=Stored(torch.cat([d.images for d in drawn])),
         input2=Stored(whole(data, "test")),
@@ -601,7 +607,7 @@ def test_samples_are_those_of_the_average_whatever_the_order(tmp_path):
         # After the fit the module holds the average: what is drawn now was measured then.
         shares = open_digits(Flat(), "train").shares
         again = Scores(Flat(), open_digits(Flat()))
-        for drawn in Generation(9, batch_size=4).draw(subject, shares):
+        for drawn in Generation(9, batch_size=4).sample(subject, shares):
             again.add(drawn)
         assert one.value == pytest.approx(again.compute()["fid"].value, rel=1e-9)
     assert found[0].value == found[1].value
@@ -655,7 +661,7 @@ def test_a_model_with_other_conditions_is_refused_before_it_is_trained(tmp_path)
     net = UNet(
         image_shape=(1, 8, 8), channels=[8, 8], blocks=1, attention=[], conditions={"ink": 1}
     )
-    with pytest.raises(ValueError, match="a model that is told ink are not measured"):
+    with pytest.raises(ValueError, match="classes at most, got one with ink"):
         run.fit(LitDiffusion(net), ImageDataModule(steps_per_epoch=1, val_examples=8))
     assert run.global_step == 0
 

@@ -595,13 +595,13 @@ def test_the_table_can_be_read_by_anyone(tmp_path):
 
 def test_a_resumed_picture_goes_back_to_the_beginning(tmp_path):
     """The file keeps fewer digits of the edges than a run has; they are the same bins."""
-    from lit_diffusion.training.run.noise_levels import draw, read_table, table_text
+    from lit_diffusion.training.run.noise_levels import plot_noise_levels, read_table, table_text
 
     edges = torch.linspace(-10, 13.3, 8, dtype=torch.float64) + 1e-7 / 3
     sums = torch.ones(5, 14, dtype=torch.float64)
     unknown = torch.full((7,), torch.nan, dtype=torch.float64)
     records = [NoiseLevels.of_sums(step, "val", edges, sums, unknown) for step in (10, 20, 30)]
     (tmp_path / "x.csv").write_text(table_text(records[:2], header=True))
-    figure = draw([*read_table(tmp_path / "x.csv"), records[2]])
+    figure = plot_noise_levels([*read_table(tmp_path / "x.csv"), records[2]])
     (mesh,) = figure.axes[3].collections
     assert mesh.get_array().shape == (3, 7)

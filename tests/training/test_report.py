@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 from html.parser import HTMLParser
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,14 +22,33 @@ from test_cli import CONFIGS, FAST, fit, run_folder
 
 from lit_diffusion.training import cli as command_line
 from lit_diffusion.training.commands import fit as fit_command
+from lit_diffusion.training.reporting import parts
 from lit_diffusion.training.reporting.chart import POINTS, Line, chart
-from lit_diffusion.training.reporting.page import LARGE
+from lit_diffusion.training.reporting.parts import LARGE
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.environment import begin_session, end_session, read_sessions
 from lit_diffusion.training.run.measurements import Measurement, add_measurements
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
 NASTY = "<script>document.title = 1</script>"
+EVALUATION = {
+    "version": 1,
+    "checkpoint": {"file": f"digits/{NASTY}/last.ckpt", "sha256": "ab", "step": 4},
+    "weights": "EMA",
+    "reference": {
+        "examples": 1500, "data": "digits8x8", "split": "train", "hash": "1234",
+        "features": "Classifier", "features hash": "5678", "resize": "none",
+    },
+    "floor": 2.0,
+    "scores": [
+        {
+            "sampler": "DDIMSampler", "steps": 5, "network calls": 10, "seeds": [0],
+            "scores": {"fid": {"mean": 31.75, "error": None, "values": [31.75], "protocol": {}}},
+            "protocol": {"samples": 9},
+        }
+    ],
+    "bound": [],
+}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -116,10 +136,7 @@ def fill(run):
     (run / "non_finite").mkdir()
     (run / "non_finite" / "step-0000007.json").write_text('{"step": 7, "not_finite": "loss"}')
     (run / "evaluation").mkdir()
-    table = (
-        "# Eval\n\n| sampler | fid |\n| --- | --- |\n| DDIM | 31.75 |\n\n![x](evaluation.png)\n"
-    )
-    (run / "evaluation" / "evaluation.md").write_text(table)
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(EVALUATION))
     noise(run / "evaluation" / "evaluation.png", 400)
     noise(run / "objective.png", 1200)
     lines = (run / "metrics.csv").read_text().splitlines()
@@ -311,6 +328,32 @@ def test_a_run_in_progress_can_be_reported(run):
     assert "wall time at least 1 h 2 min" in page.text
     assert "could not be made" not in page.text
     assert re.search(r"\bsteps 4\b", page.text)
+
+
+def test_the_evaluation_is_read_from_its_json(run):
+    fill(run)
+    (run / "evaluation" / "evaluation.md").write_text("# Not read back\n")
+    page = Page(write_report(run))
+    assert "9 samples for each of 1 seed(s), weights: EMA, against the 1500 examples" in page.text
+    assert "DDIMSampler 5 10 31.75" in page.text
+    assert "the samples are at 15.88 times that distance" in page.text
+    assert "Not read back" not in page.text
+    later = EVALUATION | {"version": 2}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(later))
+    assert "in version 1 at most, got 2: update" in Page(write_report(run)).text
+
+
+def test_templates_and_style_are_part_of_the_package():
+    """They are found as package data, which is how an installed wheel has them."""
+    folder = resources.files("lit_diffusion.training.reporting") / "templates"
+    names = {file.name for file in folder.iterdir()}
+    kinds = {kind.__name__.lower() for kind in parts.Part.__subclasses__()}
+    assert {"page.html", "style.css", *(f"{kind}.html" for kind in kinds)} <= names
+    for name in names:
+        file = folder.joinpath(name)
+        assert "|safe" not in file.read_text(encoding="utf-8").replace(" ", "").replace(
+            "part.source|safe", ""
+        ).replace("figure|safe", ""), name
 
 
 # The machine that trained ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The adaptive schedule along the run."""
+"""Update an adaptive noise schedule from the training losses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         self._folder: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the schedule, and this rank's sums of a checkpoint."""
+        """Check the schedule, and restore this rank's sums from a checkpoint."""
         schedule: Any = pl_module.loss.schedule  # type: ignore[union-attr]
         if not isinstance(schedule, AdaptiveSchedule):
             raise ValueError(
@@ -77,7 +77,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         self._folder = Path(folder) if kept and folder is not None else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which a resumed run knows only by now."""
+        """Record the step, which a resumed run knows only now."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add a micro-batch; every n optimizer steps let the schedule follow."""
+        """Add a micro-batch; update the schedule every n optimizer steps."""
         loss: Any = pl_module.loss
         logsnr, values = outputs["logsnr"], outputs["eps_mse"]
         if self.weighted:
@@ -105,7 +105,7 @@ class AdaptiveScheduleUpdate(L.Callback):
             self._sums.zero_()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the density."""
+        """Plot the density."""
         if self._folder is not None and not trainer.sanity_checking:
             schedule: Any = pl_module.loss.schedule  # type: ignore[union-attr]
             path = self._folder / "schedule.png"
@@ -113,17 +113,17 @@ class AdaptiveScheduleUpdate(L.Callback):
             show(trainer, "schedule", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what was left out."""
+        """Report the losses that were skipped."""
         rejected = int(pl_module.loss.schedule.rejected)  # type: ignore[union-attr, arg-type]
         if rejected and trainer.is_global_zero:
             L.pytorch.utilities.rank_zero_warn(
-                f"AdaptiveSchedule: {rejected} losses were not finite and did not count."
+                f"AdaptiveSchedule: {rejected} non-finite losses were ignored."
             )
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the sums of every rank."""
+        """Store the sums of every rank."""
         if self._sums is not None:
             ranks = trainer.strategy.all_gather(self._sums)
             checkpoint["adaptive_schedule_sums"] = ranks.reshape(-1, *self._sums.shape).cpu()
@@ -131,15 +131,15 @@ class AdaptiveScheduleUpdate(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the sums until the model is on its device."""
+        """Hold the sums until the model is on its device."""
         self._loaded = checkpoint.get("adaptive_schedule_sums")
 
 
 def draw_density(schedule: AdaptiveSchedule, step: int) -> Any:
-    """The picture of an adaptive schedule: its density, and that from which it started.
+    """Plot the density of an adaptive schedule, now and at the start.
 
     Args:
-        schedule: As it is now.
+        schedule: The schedule.
         step: Optimizer steps so far.
     """
     from matplotlib.figure import Figure
@@ -153,6 +153,6 @@ def draw_density(schedule: AdaptiveSchedule, step: int) -> Any:
     axes.stairs(now.numpy(), borders.numpy(), fill=True, color="#17407f", alpha=0.35, label="now")
     start = start / schedule.width
     axes.stairs(start.numpy(), borders.numpy(), color="black", linewidth=1, label="at the start")
-    axes.set(title=f"Density of λ at step {step}", xlabel="λ", ylabel="share per unit of λ")
+    axes.set(title=f"Density of λ at step {step}", xlabel="λ", ylabel="fraction per unit of λ")
     axes.legend()
     return figure

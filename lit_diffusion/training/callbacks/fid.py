@@ -1,4 +1,4 @@
-"""The Fréchet distance along the run, on every rank, with its protocol."""
+"""Compute the Fréchet distance and related scores during validation and test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["FID"]
 
 
 class FID(L.Callback):
-    """Draws samples at validations and in test, and measures their distance from the data.
+    """Generates samples at validation and test, and computes their distance from the data.
 
     Logged are …/fid and, by argument, …/kid, …/inception_score, …/precision, …/recall, …/density
     and …/coverage. All ranks draw and look at their part, and the samples are the same however
@@ -36,14 +36,14 @@ class FID(L.Callback):
     data set and feature network, and kept in the cache.
 
     Args:
-        num_samples: How many images are drawn, at least 2.
+        num_samples: Number of samples, at least 2.
         features: The network whose features are compared: None means `InceptionFeatures()`, else
             any that takes bytes (B, C, H, W) and returns (B, F), or a pair with logits.
         split: Split of the data to compare with.
         kid: Also the kernel distance.
         inception_score: Also the Inception Score.
         precision_recall: Also precision and recall, density and coverage.
-        sampler: How to draw; None means the model's own.
+        sampler: The sampler; None for the model's own.
         guidance: Strength of classifier-free guidance, 1 for none.
         guidance_interval: Guide only for λ within; None means everywhere.
         seed: Sample i is a function of (weights, seed, i).
@@ -51,7 +51,7 @@ class FID(L.Callback):
         every_n_validations: Measure at every n-th validation and at the last step only.
         baseline_split: A split of real images whose own distance is measured once, as what perfect
             samples would score; logged as …/fid_floor. None for none.
-        reference_hash: What the hash of the reference must begin with; None for any.
+        reference_hash: A prefix of the expected hash of the reference; None accepts any.
 
     Raises:
         ValueError: If a number is too small, or the reference's hash is another.
@@ -107,12 +107,12 @@ class FID(L.Callback):
         self._validations = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the feature network now, so that a file that is missing shows before training."""
+        """Load the feature network now, so that a missing file is reported before training."""
         if stage != "predict" and self.features is None:
             self.features = InceptionFeatures()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the reference now: it is needed anyway, and a mistake shows early."""
+        """Open the reference now, so that a mistake is reported before training."""
         self._open(trainer, pl_module)
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -134,7 +134,7 @@ class FID(L.Callback):
             self._floor = scores.frechet_distance(floor, self._reference)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure, in a hook where the average weights are in place."""
+        """Compute the scores, in a hook where the averaged weights are in use."""
         if trainer.sanity_checking:
             return
         self._validations += 1
@@ -154,8 +154,8 @@ class FID(L.Callback):
         assert self._reference is not None
         found = scores.Scores(self.features, self._reference, self.others)
         rank, world = place()
-        for drawn in self.generation.draw(pl_module, self._shares, rank, world):
-            found.add(drawn)
+        for batch in self.generation.sample(pl_module, self._shares, rank, world):
+            found.add(batch)
         measured = found.compute()
         values = {name: score.value for name, score in measured.items()}
         values |= {} if self._floor is None else {"fid_floor": self._floor}
@@ -163,16 +163,16 @@ class FID(L.Callback):
             # Every rank has the number; sync_dist only says that it may be monitored anywhere.
             value = torch.tensor(number, device=pl_module.device)
             pl_module.log(f"{stage}/{name}", value, sync_dist=True, prog_bar=name == "fid")
-        self._tell(trainer, pl_module, stage, measured)
+        self._report(trainer, pl_module, stage, measured)
 
-    def _tell(
+    def _report(
         self,
         trainer: L.Trainer,
         pl_module: Any,
         stage: str,
         measured: dict[str, scores.Score],
     ) -> None:
-        """Write metrics.json, and the line that the command prints at its end."""
+        """Write metrics.json, and the summary that the command prints."""
         folder = trainer.log_dir  # a collective: every rank asks
         protocol = self.protocol(trainer, pl_module)
         step = trainer.global_step
@@ -205,7 +205,7 @@ class FID(L.Callback):
         )
 
     def protocol(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        """What the numbers depend on beside the weights.
+        """The settings that the scores depend on, besides the weights.
 
         Args:
             trainer: Has the callbacks.
@@ -220,9 +220,9 @@ class FID(L.Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it was asked."""
+        """The number of validations so far."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]

@@ -1,4 +1,4 @@
-"""Bits per dimension along the run."""
+"""Compute the variational bound, in bits per dimension, during validation and test."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Likelihood(L.Callback):
             else `SoftmaxDecoder()` over the 256 bytes.
         num_timesteps: Number T of steps of the chain whose bound it is, at least 1; None means
             the model's own, continuous time if it has none.
-        draws: Noise levels for each example, at least 1; more make the number more certain.
-        schedule: Where λ is drawn, over the model's range; None means uniform, or the model's own
+        draws: Noise levels per example, at least 1; more reduce the standard error.
+        schedule: Sampled for λ, over the model's range; None means uniform, or the model's own
             if that is learned or the time discrete.
 
     Raises:
@@ -65,7 +65,7 @@ class Likelihood(L.Callback):
         self._sums = torch.zeros(0)
 
     def protocol(self, pl_module: Any) -> dict[str, Any]:
-        """What the number means: decoder, steps, and where λ is drawn.
+        """The settings of the bound: decoder, steps, and the schedule that λ is sampled from.
 
         Args:
             pl_module: The LitDiffusion whose bound it is.
@@ -90,7 +90,7 @@ class Likelihood(L.Callback):
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second one, which would write over the numbers of the first."""
+        """Refuse a second `Likelihood`, which would overwrite the numbers of the first."""
         count = sum(isinstance(callback, Likelihood) for callback in trainer.callbacks)
         if count > 1:
             raise ValueError(
@@ -98,7 +98,7 @@ class Likelihood(L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse data that are not what the decoder decodes now, not after the first hour."""
+        """Check at once that the decoder fits the data, not after the first hour."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         protocol = self.protocol(pl_module)
         for batch in [] if data is None else data.val_dataloader():
@@ -181,8 +181,8 @@ class Likelihood(L.Callback):
         values = {"bpd": (terms.total, float(error))}
         values |= {f"bpd_{name}": (term, None) for name, term in terms._asdict().items()}
         return [
-            Measurement(name, float(value), scatter, step, stage, protocol)
-            for name, (value, scatter) in values.items()
+            Measurement(name, float(value), error, step, stage, protocol)
+            for name, (value, error) in values.items()
         ]
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -197,7 +197,7 @@ class Likelihood(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch, in a hook where the average weights are in place."""
+        """Add a batch, in a hook where the averaged weights are in use."""
         if not trainer.sanity_checking:
             self._sums += self.sums(pl_module, batch)
 

@@ -1,4 +1,4 @@
-"""What happens at each noise level along a run."""
+"""Record errors and losses by noise level during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
-from lit_diffusion.training.run.noise_levels import NoiseLevels, draw, read_table, table_text
+from lit_diffusion.training.run.noise_levels import (
+    NoiseLevels,
+    plot_noise_levels,
+    read_table,
+    table_text,
+)
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["NoiseLevelLoss"]
@@ -24,8 +29,8 @@ class NoiseLevelLoss(L.Callback):
     """Records the ε-error at each noise level, E[mean (ε̂ − ε)² | λ], in bins of λ.
 
     A mean loss hides where it comes from; over λ one sees which noise levels are learned, which
-    are drawn too rarely, and where training and validation part. The ε-error does not depend on
-    prediction, schedule and weighting, so `lit-diffusion compare` lays runs over each other.
+    are sampled too rarely, and where training and validation diverge. The ε-error does not depend
+    on prediction, schedule and weighting, so `lit-diffusion compare` can plot runs together.
 
     In the run folder noise_levels.csv gets the means and variances of ε-error and loss and the
     density of λ, of training since the last validation and of the validation, which uses fixed
@@ -79,7 +84,7 @@ class NoiseLevelLoss(L.Callback):
     # Along the run ---------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay the bins, or go on with those of the checkpoint."""
+        """Set up the bins, or restore those of the checkpoint."""
         start, self._loaded = self._loaded or {}, None
         if start.get("bins", self.bins) != self.bins:
             raise ValueError(
@@ -98,16 +103,16 @@ class NoiseLevelLoss(L.Callback):
         self._records = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which a resumed run knows only by now."""
+        """Record the step, which a resumed run knows only now."""
         self._last_step = trainer.global_step
 
     def _add(self, rows: Tensor, outputs: dict[str, Tensor]) -> None:
-        """Sort examples into their bins, without waiting for the device."""
+        """Add examples to their bins, without synchronising with the device."""
         low, high = self._ends
         error, loss = outputs["eps_mse"].double(), outputs["losses"].double()
         where = (outputs["logsnr"].double() - low) * (self.bins / (high - low))
         bad = ~torch.isfinite(error + loss + where)
-        # As a whole number even NaN can be brought back into the range.
+        # Cast to an integer, even NaN can be clamped into the range.
         column = where.long().clamp_(0, self.bins - 1) + bad * self.bins
         values = [torch.ones_like(error), error, error.square(), loss, loss.square()]
         rows.index_add_(1, column, torch.stack(values))
@@ -195,7 +200,7 @@ class NoiseLevelLoss(L.Callback):
             self._add(self._sums[5:10], outputs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write both stages, and start the sums afresh."""
+        """Write both stages, and reset the sums."""
         if not self._watches(trainer):
             return
         total = self._total().cpu()
@@ -218,7 +223,7 @@ class NoiseLevelLoss(L.Callback):
         return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")  # type: ignore[union-attr]
 
     def _write(self, trainer: L.Trainer, total: Tensor) -> bool:
-        """Put what is new into the file, and draw all of it; return whether that was done."""
+        """Append the new records to the file and plot all of them; return whether it was done."""
         edges = torch.linspace(*self._ends, self.bins + 1, dtype=torch.float64)
         norms = total[10, : self.bins] / total[10, self.bins :]
         unknown = torch.full_like(norms, torch.nan)
@@ -247,7 +252,7 @@ class NoiseLevelLoss(L.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, text + table_text(new))
         picture = path.with_suffix(".png")
-        save_figure(draw(self._records), picture)
+        save_figure(plot_noise_levels(self._records), picture)
         show(trainer, "noise_levels", picture)
         return True
 
@@ -261,12 +266,12 @@ class NoiseLevelLoss(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the sums until their device is known."""
+        """Hold the sums until their device is known."""
         self._loaded = state_dict
 
 
 def _report(record: NoiseLevels) -> None:
-    """Say where losses were not finite."""
+    """Warn about the noise levels of non-finite losses."""
     bad = record.not_finite.nonzero()[:, 0]
     if len(bad):
         low, high = float(record.edges[bad[0]]), float(record.edges[bad[-1] + 1])

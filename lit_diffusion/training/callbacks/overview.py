@@ -1,4 +1,4 @@
-"""What a run shows of itself beside its numbers."""
+"""Log the objective's curves and the measurements table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Overview"]
 
 
 class Overview(L.Callback):
-    """Draws the objective at the start, hands what was measured to W&B, and remembers its run.
+    """Plots the objective at the start, logs the measurements to W&B, and stores the W&B run id.
 
-    objective.png in the run folder is what `lit-diffusion objective` would draw, of the schedule,
-    weighting and prediction that are trained. The records of metrics.json become a table, each
-    with its protocol, after a validation that added to them and at the end. The id of the W&B run
-    goes into every checkpoint, so that whoever goes on from it, goes on with that run.
+    objective.png in the run folder is the plot of `lit-diffusion objective` for the schedule,
+    weighting and prediction that are trained. The records of metrics.json are logged as a table,
+    each with its protocol, after a validation that added to them and at the end. The id of the W&B
+    run is stored in every checkpoint, so that a resumed run continues the same W&B run.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Overview(L.Callback):
         self._folder: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the objective; a run is not ended by a picture."""
+        """Plot the objective; a failing plot must not stop a run."""
         folder = trainer.log_dir  # a collective: every rank asks
         if not trainer.is_global_zero or not trainer.loggers or folder is None:
             return
@@ -46,17 +46,17 @@ class Overview(L.Callback):
             found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
             save_objective(found, self._folder / "objective.png")
         except Exception as error:
-            rank_zero_warn(f"The objective is not drawn: {type(error).__name__}: {error}")
+            rank_zero_warn(f"the objective could not be plotted: {type(error).__name__}: {error}")
         else:
             show(trainer, "objective", self._folder / "objective.png")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hand over what the callbacks have measured, after the last of them."""
-        self._hand_over(trainer)
+        """Log what the callbacks have measured, after the last of them."""
+        self._log_measurements(trainer)
 
     on_train_end = on_validation_end
 
-    def _hand_over(self, trainer: L.Trainer) -> None:
+    def _log_measurements(self, trainer: L.Trainer) -> None:
         if self._folder is None or trainer.sanity_checking:
             return
         try:
@@ -77,7 +77,7 @@ class Overview(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write down which W&B run this is, or was before W&B was switched off."""
+        """Store the id of the W&B run, even if W&B was switched off since."""
         for logger in trainer.loggers:
             if isinstance(logger, Dashboard):
                 self._id = logger.version
@@ -87,5 +87,5 @@ class Overview(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember it."""
+        """Restore the id of the W&B run."""
         self._id = checkpoint.get("wandb_id")

@@ -1,4 +1,4 @@
-"""Pictures along the run."""
+"""Save a grid of samples at each validation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
 
 
 def _points(points: Tensor) -> Tensor:
-    """Draw points (n, 1) as a histogram, (n, 2) as a scatter: (3, height, 512 + 2·MARGIN), uint8.
+    """Plot points (n, 1) as a histogram, (n, 2) as a scatter: (3, height, 512 + 2·MARGIN), uint8.
 
     Both count the 256 byte levels of [−1, 1], two pixels each. In a scatter the first number
     runs to the right and the second up, as on paper.
@@ -90,12 +90,12 @@ def _points(points: Tensor) -> Tensor:
 
 
 class SampleGrid(L.Callback):
-    """Draws a grid of samples at each validation: samples/step-….png in the run folder.
+    """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
     With classes, each column is one class. With further conditions, each image has the whole
     condition of a validation example, the first ones in their order; where rank 0 has fewer than
     rows · columns of them, there are as many images. The starting noise is the same every time, so
-    the pictures show how the model changes and nothing else. Drawn from the average weights if
+    the pictures show how the model changes and nothing else. Sampled from the average weights if
     there is an `EMA`. A walk of more than 100 levels shows a progress bar, if the trainer has one.
 
     Data of one or two numbers make one picture instead: a histogram, or a scatter of points.
@@ -171,7 +171,7 @@ class SampleGrid(L.Callback):
         )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last validation's examples."""
+        """Discard the conditions of the last validation."""
         self._seen = []
 
     def on_validation_batch_end(
@@ -192,7 +192,7 @@ class SampleGrid(L.Callback):
             self._seen.append({name: value[:room] for name, value in cond.items()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, in a hook where the average weights are in place."""
+        """Generate the grid, in a hook where the averaged weights are in use."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
@@ -220,7 +220,7 @@ class SampleGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write what `predict` drew, a grid for each batch and rank."""
+        """Save the samples of `predict`, a grid for each batch and rank."""
         folder = trainer.log_dir
         if folder is not None:
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
@@ -228,9 +228,9 @@ class SampleGrid(L.Callback):
             save_grid(outputs, self.last_path, self.columns)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it was asked."""
+        """The number of validations so far."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]

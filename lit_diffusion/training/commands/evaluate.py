@@ -39,7 +39,7 @@ from lit_diffusion.training.evaluation import scores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
 from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
-from lit_diffusion.training.evaluation.tables import Row, draw, markdown
+from lit_diffusion.training.evaluation.tables import VERSION, SamplerScores, markdown, plot_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.checkpoints import load_checkpoint
@@ -61,7 +61,7 @@ SCORES = (
 class Evaluation(NamedTuple):
     """Scores of the samples and bits per dimension of the data, and the folder that holds them."""
 
-    rows: list[Row]
+    rows: list[SamplerScores]
     bound: list[Measurement]
     baseline: float | None  # Fréchet distance of real images of the baseline split
     tables: str
@@ -267,7 +267,7 @@ def _generations(settings: _Settings, model: LitDiffusion) -> Iterator[Generatio
 
 def _scores(
     subject: _Model, data: ImageDataModule, settings: _Settings
-) -> tuple[Reference, float | None, list[Row]]:
+) -> tuple[Reference, float | None, list[SamplerScores]]:
     """The reference, the distance of the baseline from it, and a row for each way of sampling."""
     device = subject.model.device
     network = (settings.features or InceptionFeatures()).to(device).eval()
@@ -297,16 +297,16 @@ def _row(
     others: Any,
     generation: Generation,
     seeds: list[int],
-) -> Row:
+) -> SamplerScores:
     """The scores of one way of sampling, for each seed."""
     sampler = subject.model.walk(generation.sampler)
     found = []
     for seed in seeds:
         judge = scores.Scores(network, reference, others)
         what = f"{type(sampler).__name__} {sampler.steps}, seed {seed}"
-        drawn = dataclasses.replace(generation, seed=seed).draw(subject.model, shares)
+        batches = dataclasses.replace(generation, seed=seed).sample(subject.model, shares)
         with tqdm(total=generation.num_samples, desc=what, leave=False, disable=None) as bar:
-            for batch in drawn:
+            for batch in batches:
                 judge.add(batch)
                 bar.update(len(batch.index))
         found.append(judge.compute())
@@ -317,7 +317,7 @@ def _row(
         "versions": versions(),
     }
     del protocol["seed"]  # one of several, which the row has
-    return Row(
+    return SamplerScores(
         sampler=type(sampler).__name__,
         steps=sampler.steps,
         calls=protocol["network calls"],
@@ -349,7 +349,7 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
     return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
 
 
-def _measurements(rows: list[Row], subject: _Model) -> Iterator[Measurement]:
+def _measurements(rows: list[SamplerScores], subject: _Model) -> Iterator[Measurement]:
     for row in rows:
         for name, one in row.scores.items():
             mean, scatter = row.mean(name)
@@ -368,13 +368,14 @@ def _write(
     subject: _Model,
     reference: Reference,
     baseline: float | None,
-    rows: list[Row],
+    rows: list[SamplerScores],
     bound: list[Measurement],
 ) -> str:
     """Write evaluation.json, .md and, if there is a curve to plot, .png; return the tables."""
     with subject.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
+        "version": VERSION,
         "checkpoint": {
             # <name>/<time>/checkpoints/<file> of a run, and no folder of this machine
             "file": "/".join(subject.checkpoint.parts[-4 if subject.run else -1 :]),
@@ -388,11 +389,11 @@ def _write(
         "scores": [row.plain() for row in rows],
         "bound": [one._asdict() for one in bound],
     }
-    text = markdown(rows, bound, baseline, record)
+    text = markdown(record)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if len({row.calls for row in rows}) > 1:
-        save_figure(draw(rows, baseline), out / "evaluation.png")
+        save_figure(plot_scores(rows, baseline), out / "evaluation.png")
         text += "\n![Fréchet distance against network calls](evaluation.png)\n"
     else:
         (out / "evaluation.png").unlink(missing_ok=True)  # of an earlier sweep

@@ -16,7 +16,7 @@ from lit_diffusion.registry import arguments
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
-from lit_diffusion.training.run.weights import PUBLISHED, weights_alone
+from lit_diffusion.training.run.weights import AS_PUBLISHED, weights_alone
 
 __all__ = ["import_diffusers"]
 
@@ -35,6 +35,6 @@ def import_diffusers(folder: str | Path, *, out: str | Path) -> Path:
     if out.suffix != ".ckpt" or out.exists():
         raise UsageError(f"--out must be a new .ckpt file, got {out}.")
     model = LitDiffusion(**arguments(from_diffusers(folder)))
-    checkpoint = weights_alone(model.state_dict(), PUBLISHED, 0, model.hparams)
+    checkpoint = weights_alone(model.state_dict(), AS_PUBLISHED, 0, model.hparams)
     WholeCheckpointIO().save_checkpoint(checkpoint, out)
     return out

@@ -1,10 +1,10 @@
-"""Feature networks: what two sets of images are compared by.
+"""Feature networks: embed images so that two sets of them can be compared.
 
-    uint8 images (B, C, H, W) → features (B, F), and logits (B, K) if the network names classes
+    uint8 images (B, C, H, W) → features (B, F), and logits (B, K) of a classifier
 
-Any nn.Module that does so will do, and may return the features alone. The network is part of the
-number: a Fréchet distance under one says nothing about one under another. Each is therefore known
-by a fingerprint of its weights, and by what it does to the size of an image.
+Any nn.Module with this signature works, and may return the features alone. Distances under
+different networks cannot be compared; a protocol therefore names the network by a fingerprint of
+its weights, together with how it resizes images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Features(NamedTuple):
-    """What a feature network says of images: features, and logits if it names classes.
+    """The output of a feature network: features, and logits if it is a classifier.
 
     Shapes:
         features (B, F); logits (B, K) or None.
@@ -38,21 +38,21 @@ class Features(NamedTuple):
 
 
 class InceptionFeatures(nn.Module):
-    """The Inception network of 2015, by which the published FID, KID and IS are measured.
+    """The 2015 Inception network, the standard for published FID, KID and IS.
 
-    The 2048 features before its last layer, and that layer's logits without bias, computed by
-    torch-fidelity from the original weights. Images of any size are made 299 × 299 as TensorFlow 1
-    did it, without antialiasing: with it the numbers are others, and comparable with none in a
-    paper. Grey images are repeated in three channels.
+    It returns the 2048 features before the last layer and that layer's logits without bias,
+    computed by torch-fidelity from the original weights. Images are resized to 299 × 299 as in
+    TensorFlow 1, without antialiasing: with it, the numbers could not be compared with published
+    ones. Grey images are repeated in three channels.
 
     Args:
-        weights: A local copy of the weights; None downloads torch-fidelity's to PyTorch's cache,
-            or finds them there.
-        sha256: What the file's SHA-256 must begin with; None means that of the original weights.
+        weights: A local copy of the weights; None uses PyTorch's cache and downloads them if they
+            are missing.
+        sha256: A prefix of the file's SHA-256; None means that of the original weights.
 
     Raises:
         FileNotFoundError: If there is no such file, or it cannot be downloaded.
-        ValueError: If the file is another one, or holds something else.
+        ValueError: If the SHA-256 or the contents differ from those expected.
 
     References:
         Heusel et al. (2017), GANs Trained by a Two Time-Scale Update Rule Converge to a Local
@@ -70,10 +70,10 @@ class InceptionFeatures(nn.Module):
         self.sha256 = sha256
         path = _download() if weights is None else Path(weights).expanduser()
         _check_file(path, sha256 or INCEPTION[-12:-4])
-        # torch-fidelity would execute what is in the file: what passes here has nothing to.
+        # torch-fidelity unpickles the file: check first that it holds tensors only.
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-            with torch.random.fork_rng([]):  # to be measured must not change a run
+            with torch.random.fork_rng([]):  # evaluation must not change the random state of a run
                 self.network = FeatureExtractorInceptionV3(
                     "inception-v3-compat",
                     ["2048", "logits_unbiased"],
@@ -87,21 +87,21 @@ class InceptionFeatures(nn.Module):
             ) from error
 
     def forward(self, images: Tensor) -> Features:
-        """Look at images.
+        """Compute features and logits of images.
 
         Args:
-            images: Grey or colour.
+            images: Grey or colour images.
 
         Shapes:
             images (B, 1 or 3, H, W), uint8; features (B, 2048), logits (B, 1008).
 
         Raises:
-            ValueError: If they have another number of channels.
+            ValueError: If the number of channels is neither 1 nor 3.
         """
         if images.shape[1] not in (1, 3):
             raise ValueError(
-                f"Inception looks at images of 1 or 3 channels, got {images.shape[1]}: give "
-                "features=… a network of your own."
+                f"Inception expects images of 1 or 3 channels, got {images.shape[1]}: set "
+                "features to another network."
             )
         return Features(*self.network(images.expand(-1, 3, -1, -1)))
 
@@ -132,26 +132,26 @@ def _check_file(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected.lower()):
         raise ValueError(
-            f"expected weights whose SHA-256 begins with {expected} in {path}, got {found}: they "
-            "are others; if they are meant, set features.sha256 to theirs"
+            f"expected weights whose SHA-256 begins with {expected} in {path}, got {found}: to "
+            "use them nevertheless, set features.sha256 to their hash"
         )
 
 
 class ClassifierFeatures(nn.Module):
-    """A small classifier of one data set: the last features before its classes.
+    """The last hidden features of a small classifier of one data set.
 
-    Inception was made for photographs of things and is slow; for handwritten digits a classifier
-    of digits sees more, and takes a second. Distances under it are comparable with each other
-    only. The one for the demo's digits is shipped; ``benchmarks/train_features.py`` trains one
-    for any labelled data set.
+    Inception was trained on photographs and is slow; for handwritten digits a digit classifier is
+    more sensitive and takes a second. Its distances are comparable with each other only. The one
+    for the demo's digits is shipped; ``benchmarks/train_features.py`` trains one for any labelled
+    data set.
 
     Args:
-        weights: Name of a shipped data set, or a safetensors file that the script wrote.
-        sha256: What the file's SHA-256 must begin with; None for no check.
+        weights: The name of a shipped data set, or a safetensors file written by the script.
+        sha256: A prefix of the file's SHA-256; None for no check.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is another file, or holds something else.
+        ValueError: If the SHA-256 or the contents differ from those expected.
 
     Example:
         >>> network = ClassifierFeatures("digits8x8")
@@ -175,7 +175,7 @@ class ClassifierFeatures(nn.Module):
                 made = json.loads((file.metadata() or {})["made"])
                 state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
             self.image_shape = tuple(made["image_shape"])
-            with torch.random.fork_rng([]):  # to be measured must not change a run
+            with torch.random.fork_rng([]):  # evaluation must not change the random state of a run
                 self.network = Classifier(self.image_shape, made["num_classes"])
             self.network.load_state_dict(state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -187,10 +187,10 @@ class ClassifierFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Features:
-        """Look at images.
+        """Compute features and logits of images.
 
         Args:
-            images: Of the size that the classifier was trained on.
+            images: Images of the size that the classifier was trained on.
 
         Shapes:
             images (B, C, H, W), uint8; features (B, 32), logits (B, K).
@@ -200,8 +200,8 @@ class ClassifierFeatures(nn.Module):
         """
         if images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"The classifier {self.weights} looks at images {self.image_shape}, got "
-                f"{tuple(images.shape[1:])}: give features=… another network."
+                f"the classifier {self.weights} expects images {self.image_shape}, got "
+                f"{tuple(images.shape[1:])}: set features to another network."
             )
         return self.network(images.float().div(127.5).sub(1))
 
@@ -229,7 +229,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, x: Tensor) -> Features:
-        """Look at x.
+        """Compute features and logits of x.
 
         Args:
             x: Images in [−1, 1].
@@ -243,22 +243,22 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def extract(network: nn.Module, images: Tensor) -> Features:
-    """Features and logits in float64, computed in float32 whatever precision a run has.
+    """Features and logits as float64, computed in float32 whatever the precision of the run.
 
     Args:
-        network: A feature network, in the mode it is to be used in.
-        images: Bytes.
+        network: A feature network, in eval mode.
+        images: Images as bytes.
 
     Shapes:
         images (B, C, H, W), uint8; features (B, F), logits (B, K) or None.
 
     Raises:
-        ValueError: If the images are no bytes.
-        TypeError: If the network returns something else than features.
+        ValueError: If the images are not bytes.
+        TypeError: If the network does not return features.
     """
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"expected images as bytes, uint8, to measure, got {images.dtype}: decode latents "
+            f"expected images as bytes, uint8, got {images.dtype}: decode latents "
             "into images first, and leave FID out of their training."
         )
     with torch.autocast(images.device.type, enabled=False):
@@ -274,7 +274,7 @@ def extract(network: nn.Module, images: Tensor) -> Features:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """The first 16 digits of a SHA-256 over the network's class and all its numbers.
+    """The first 16 digits of a SHA-256 over the class and the state of a network.
 
     Args:
         network: A feature network.

@@ -1,9 +1,9 @@
-"""Generation: samples in any number, image by image the same on one device or many.
+"""Generation: any number of samples, each image the same on one device or many.
 
-Image i is a function of (weights, seed, i, how it is drawn) alone. The images are cut into batches
-of a fixed size, by their numbers, and whole batches are dealt to the ranks: so even what depends
-on the size of a batch in its last bits is the same whatever the number of ranks. Who wants all
-ranks busy chooses a batch size well below num_samples / ranks.
+Image i is a function of (weights, seed, i, sampling settings) alone. The indices are cut into
+batches of a fixed size, and whole batches are assigned to the ranks, so even results that depend
+on the batch size in their last bits are the same for any number of ranks. To keep all ranks busy,
+choose a batch size well below num_samples / ranks.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 
-__all__ = ["Drawn", "Generation", "refuse_conditions", "to_bytes"]
+__all__ = ["Generation", "SampleBatch", "refuse_conditions", "to_bytes"]
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """The nearest byte of each number in [−1, 1]; what lies outside is clamped.
+    """Round images in [−1, 1] to bytes, k = (x + 1) · 127.5; values outside are clamped.
 
     Args:
-        x: Images.
+        x: Images in [−1, 1].
+
+    Shapes:
+        x and result (B, C, H, W).
 
     Example:
         >>> to_bytes(torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0]))
@@ -34,8 +37,8 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-class Drawn(NamedTuple):
-    """A batch of samples: which they are, and their bytes.
+class SampleBatch(NamedTuple):
+    """A batch of generated images with their indices.
 
     Shapes:
         index (B,), int64; images (B, C, H, W), uint8.
@@ -47,15 +50,15 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How many images are drawn, and how.
+    """How many images to generate, and with which sampler, guidance and seed.
 
     Args:
-        num_samples: How many, at least 1.
-        sampler: None means the model's own.
-        guidance: Strength of classifier-free guidance, 1 for none.
-        guidance_interval: Guide only for λ within; None means everywhere.
+        num_samples: Number of images, at least 1.
+        sampler: The sampler; None for the model's own.
+        guidance: Scale of classifier-free guidance, 1 for none.
+        guidance_interval: Guide only where low ≤ λ ≤ high; None for everywhere.
         seed: Image i is a function of (seed, i).
-        batch_size: Images at a time, at least 1.
+        batch_size: Images per batch, at least 1.
 
     Raises:
         ValueError: If a number is below 1.
@@ -75,16 +78,16 @@ class Generation:
                 f"got {self.num_samples} and {self.batch_size}."
             )
 
-    def draw(
+    def sample(
         self, model: Any, shares: Tensor | None = None, rank: int = 0, world: int = 1
-    ) -> Iterator[Drawn]:
-        """Draw this rank's batches.
+    ) -> Iterator[SampleBatch]:
+        """Generate the batches of this rank.
 
         Args:
             model: The LitDiffusion.
-            shares: How often each class is to come, in any unit; None means alike.
-            rank: Which of the ranks.
-            world: How many there are.
+            shares: Relative frequency of each class; None for equal frequencies.
+            rank: This process, from 0.
+            world: Number of processes.
 
         Shapes:
             shares (K,).
@@ -101,10 +104,10 @@ class Generation:
                 guidance=1.0 if classes is None else self.guidance,
                 guidance_interval=self.guidance_interval,
             )
-            yield Drawn(index, to_bytes(x))
+            yield SampleBatch(index, to_bytes(x))
 
     def protocol(self, model: Any) -> dict[str, Any]:
-        """What of this a number depends on, as plain data.
+        """The sampling settings that a score depends on, as plain data.
 
         Args:
             model: The LitDiffusion.
@@ -116,7 +119,8 @@ class Generation:
             "samples": self.num_samples,
             "sampler": repr(sampler),
             "steps": sampler.steps,
-            "network calls": count_calls(model, self),
+            # A guided denoiser evaluates the network with and without the condition, everywhere.
+            "network calls": sampler.calls * (2 if guided else 1),
             "guidance": self.guidance if guided else None,
             "guidance interval": list(self.guidance_interval)
             if guided and self.guidance_interval
@@ -130,23 +134,22 @@ class Generation:
 
 
 def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Tensor:
-    """The class of each image: a function of its number, in the given shares for any how-many.
+    """The class of each image, from its index, with the given class frequencies for any number.
 
-    The shares are met as evenly as can be by the golden ratio's sequence, which falls into every
-    part of [0, 1) in turn.
+    The golden-ratio sequence, a low-discrepancy sequence on [0, 1), meets the frequencies evenly.
 
     Args:
-        index: Numbers of the images.
-        classes: How many classes the model knows.
-        shares: How often each is to come; None means alike.
-        seed: Where the sequence begins.
+        index: Indices of the images.
+        classes: Number of classes of the model.
+        shares: Relative frequency of each class; None for equal frequencies.
+        seed: Determines where the sequence starts.
 
     Shapes:
         index (B,); shares (K,) with K ≤ classes; result (B,), int64.
 
     Example:
         >>> labels(torch.arange(1000), 3, torch.tensor([1.0, 0.0, 3.0]), seed=0).bincount()
-        tensor([250,   0, 750])
+        tensor([251,   0, 749])
     """
     if shares is None or len(shares) > classes:
         shares = torch.ones(classes)
@@ -158,50 +161,17 @@ def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Ten
 
 
 def refuse_conditions(model: Any) -> None:
-    """Samples of a model are measured by their classes only: other conditions come from data.
+    """Refuse models with conditions other than classes: nothing assigns those to sample i.
 
     Args:
         model: The LitDiffusion.
 
     Raises:
-        ValueError: If the model is told anything else.
+        ValueError: If the model has other conditions.
     """
     if model.conditions:
         raise ValueError(
-            f"Samples of a model that is told {', '.join(model.conditions)} are not measured: "
-            "nothing says which of these go with sample i. Draw by `lit-diffusion predict`, and "
-            "give the images to torch-fidelity."
+            f"expected a model conditioned on classes at most, got one with "
+            f"{', '.join(model.conditions)}: no rule assigns these to sample i. Sample with "
+            "`lit-diffusion predict` and give the images to torch-fidelity."
         )
-
-
-class _Zero(nn.Module):
-    """Answers zero at once, in a network's place, and counts how often it was asked."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.num_classes = getattr(network, "num_classes", None)
-        self.calls = 0
-
-    def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Tensor:
-        self.calls += 1
-        return torch.zeros_like(z)
-
-
-def count_calls(model: Any, generation: Generation) -> int:
-    """How often the network is called for one image, guidance and all.
-
-    Counted, not computed: on a walk of one image with a network that answers at once.
-
-    Args:
-        model: The LitDiffusion.
-        generation: How images are drawn.
-    """
-    network = model.denoiser.network
-    model.denoiser.network = zero = _Zero(network)
-    try:
-        one = dataclasses.replace(generation, num_samples=1, batch_size=1)
-        for _ in one.draw(model):
-            pass
-    finally:
-        model.denoiser.network = network
-    return zero.calls

@@ -1,8 +1,8 @@
-"""The reference: what a split of real images looks like to a feature network.
+"""The reference: feature statistics of a split of real images.
 
-Made once for each data set and network, by all ranks together, and kept in the cache under a name
-made of both. Its hash is that of the images themselves, so two people who got the same numbers
-know that they compared with the same pixels.
+They are computed once for each data set and feature network, by all ranks together, and cached
+under a hash of both. The reported hash is that of the images, so equal hashes mean that two
+numbers were computed against the same pixels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["Reference", "class_shares", "open_reference"]
 
-FORMAT = 1  # to be raised whenever the file, or what is measured, is another
-CHUNK = 256  # images looked at together; the hash is made of those of the chunks
+FORMAT = 1  # raised whenever the file format or the measured statistics change
+CHUNK = 256  # images per batch; the hash is computed from those of the chunks
 
 
 class Reference(NamedTuple):
-    """The moments of a split's features, its classes, and what it is.
+    """Moments of the features of a split, its class counts, and its protocol.
 
     Shapes:
         total (F,) and outer (F, F), float64, the sums of f and f fᵀ; shares (K,), how many
@@ -51,18 +51,18 @@ def open_reference(
     rows: bool = False,
     expected: str | None = None,
 ) -> Reference:
-    """Read the reference of a split from the cache, or measure it now and keep it.
+    """Read the reference of a split from the cache, or compute it now and cache it.
 
     Args:
-        data: The data; every rank of the job calls this at once.
-        split: Name of the split.
+        data: The data; a collective: every rank must call this.
+        split: The name of the split.
         network: A feature network, on `device`.
-        device: Where it is.
-        rows: Whether the features themselves are needed, not only their moments.
-        expected: What the reference's hash must begin with; None for any.
+        device: The device of the network.
+        rows: Whether the features are needed, and not only their moments.
+        expected: A prefix of the expected hash; None accepts any.
 
     Raises:
-        ValueError: If the hash is another, or what lies in the cache is not what its name says.
+        ValueError: If the hash differs, or the cached file is invalid.
     """
     identity = {
         "format": FORMAT,
@@ -85,8 +85,8 @@ def open_reference(
         content = found.protocol["hash"]
         raise ValueError(
             f"expected a reference whose hash begins with {expected}, got {content} for "
-            f"split {split!r} ({found.count} examples): these are other data than those that the "
-            "number is to be compared with"
+            f"split {split!r} ({found.count} examples): these are not the data of the number to "
+            "compare with"
         )
     return found
 
@@ -94,15 +94,15 @@ def open_reference(
 def class_shares(
     data: ImageDataModule, reference: Reference, network: nn.Module, device: torch.device
 ) -> Tensor | None:
-    """How often each class comes in training, which is how often samples of it are to come.
+    """Class frequencies of the training split, which the samples are to have as well.
 
-    Not how often it comes in the reference: of a small one that would be a part of the answer.
+    Not those of the reference: from a small one they would leak information into the samples.
 
     Args:
         data: The data.
-        reference: Of any split.
+        reference: The reference of any split.
         network: The feature network, on `device`.
-        device: Where it is.
+        device: The device of the network.
 
     Shapes:
         result (K,), or None if there are no labels.
@@ -115,7 +115,7 @@ def class_shares(
 def _measure(
     data: ImageDataModule, split: str, network: nn.Module, device: torch.device, rows: bool
 ) -> Reference:
-    """Look at every example once; each rank at its part."""
+    """Compute the features of every example once, each rank for its part."""
     hashes: dict[int, str] = {}
     classes: dict[int, int] = {}
     total: Any = 0
@@ -136,7 +136,7 @@ def _measure(
     size = max(ranks.collect(len(total) if torch.is_tensor(total) else 0))
     if not size:
         raise ValueError(f"expected examples in split {split!r} to compare with, got none")
-    if not torch.is_tensor(total):  # more ranks than chunks: this one has seen nothing
+    if not torch.is_tensor(total):  # more ranks than chunks: this rank has no examples
         wide = torch.float32 if device.type == "mps" else torch.float64
         total = torch.zeros(size, dtype=wide, device=device)
         outer = torch.zeros(size, size, dtype=wide, device=device)
@@ -146,13 +146,14 @@ def _measure(
     content = hashlib.sha256(f"{list(data.image_shape)}".encode())
     for number in sorted(whole):
         content.update(whole[number].encode())
-    shares = None
+    shares: Tensor | None = None
     if data.label_key is not None:
         parts = ranks.collect(classes)
-        shares = torch.zeros(max(max(part, default=0) for part in parts) + 1)
+        counts = torch.zeros(max(max(part, default=0) for part in parts) + 1)
         for part in parts:
-            for label, often in part.items():
-                shares[label] += often
+            for label, count_of_label in part.items():
+                counts[label] += count_of_label
+        shares = counts
     n = int(ranks.add_up(count))
     features = None
     if rows:
@@ -177,7 +178,7 @@ def _measure(
 
 
 def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
-    """Keep a reference, whole or not at all; a cache that cannot be written costs only time."""
+    """Cache a reference atomically; a cache that cannot be written costs only time."""
     from safetensors.torch import save_file
 
     tensors = {"total": reference.total, "outer": reference.outer}
@@ -190,11 +191,11 @@ def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
     except OSError as error:
         import warnings
 
-        warnings.warn(f"The reference is not kept in {path}: {error}", stacklevel=2)
+        warnings.warn(f"the reference could not be cached in {path}: {error}", stacklevel=2)
 
 
 def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:
-    """What is kept, if it is there and enough; what is not what it should be is refused."""
+    """Read a cached reference; None if missing or without features, an error if invalid."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -207,12 +208,12 @@ def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:
         kept, protocol = json.loads(about["identity"]), json.loads(about["protocol"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is no reference ({error}): remove it to have it made anew"
+            f"{path} is not a reference ({error}): remove it to compute it again"
         ) from (error)
     if kept != identity:
         other = ", ".join(key for key in identity if kept.get(key) != identity[key])
         raise ValueError(
-            f"{path} is the reference of something else ({other}): remove it to have it made anew"
+            f"{path} is the reference of something else ({other}): remove it to compute it again"
         )
     if rows and "features" not in names:
         return None

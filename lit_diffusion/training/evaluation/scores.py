@@ -1,9 +1,9 @@
-"""Scores: how far samples are from a reference, as the reference implementations measure it.
+"""Scores: distances between samples and a reference, by the reference implementations.
 
-The Fréchet distance is torchmetrics', from moments in float64 that are summed over the ranks: no
-features travel. Kernel distance, Inception Score, precision and recall are torch-fidelity's, with
-its subsets and its seed, from the features of all ranks in the order of the images; density and
-coverage, which it lacks, are made here.
+The Fréchet distance is torchmetrics', from float64 moments that are summed over the ranks, so
+that no features are exchanged. Kernel distance, Inception Score, precision and recall are those of
+torch-fidelity, with its subsets and seed, from the features of all ranks in the order of the
+images; density and coverage, which it lacks, are computed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.training import ranks
 from lit_diffusion.training.evaluation.features import Features, extract
-from lit_diffusion.training.evaluation.generation import Drawn
+from lit_diffusion.training.evaluation.generation import SampleBatch
 from lit_diffusion.training.evaluation.reference import Reference
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Score(NamedTuple):
-    """A number, its scatter if it is known, and what else it depends on.
+    """A score, its error if known, and its protocol.
 
     Args:
         value: The number.
@@ -45,13 +45,13 @@ class Score(NamedTuple):
 
 
 class Scores:
-    """Samples as they come, compared with a reference.
+    """Accumulates samples batch by batch and compares them with a reference.
 
     Args:
         network: The feature network, on the device of the images.
-        reference: What it says of the data.
-        others: Scores beside the Fréchet distance, as functions of (samples, reference): features
-            and logits of all samples, and the `Reference` with its features.
+        reference: The statistics of the data under this network.
+        others: Scores besides the Fréchet distance: functions of the `Features` of all samples
+            and the `Reference` with its features.
 
     Example:
         >>> from lit_diffusion.training.evaluation.features import ClassifierFeatures
@@ -59,7 +59,7 @@ class Scores:
         >>> images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
         >>> f = extract(network, images).features
         >>> scores = Scores(network, Reference(64, f.sum(0), f.T @ f, None, None, {}))
-        >>> scores.add(Drawn(torch.arange(64), images))
+        >>> scores.add(SampleBatch(torch.arange(64), images))
         >>> abs(round(scores.compute()["fid"].value, 4))
         0.0
     """
@@ -78,22 +78,22 @@ class Scores:
         self._features: list[Tensor] = []
         self._logits: list[Tensor] = []
 
-    def add(self, drawn: Drawn) -> None:
-        """Look at a batch of samples.
+    def add(self, batch: SampleBatch) -> None:
+        """Add a batch of samples.
 
         Args:
-            drawn: Their numbers and their bytes, on the network's device.
+            batch: Indices and images, on the device of the network.
         """
-        found = extract(self.network, drawn.images)
+        found = extract(self.network, batch.images)
         self.metric.update(found.features.cpu().double(), real=False)
         if self.others:
-            self._index.append(drawn.index.cpu())
+            self._index.append(batch.index.cpu())
             self._features.append(found.features.float())
             if found.logits is not None:
                 self._logits.append(found.logits.float())
 
     def compute(self) -> dict[str, Score]:
-        """All scores by name, the same on every rank; every rank calls it.
+        """All scores by name, the same on every rank; a collective: every rank must call it.
 
         Raises:
             ValueError: If there are fewer than two samples, or a score cannot be computed.
@@ -106,7 +106,7 @@ class Scores:
         n = int(self.metric.fake_features_num_samples)
         if min(n, self.reference.count) < 2:
             raise ValueError(
-                "A Fréchet distance needs at least two images on either side, got "
+                "expected at least two images on either side of a Fréchet distance, got "
                 f"{n} samples and {self.reference.count} of the reference."
             )
         scores = {"fid": Score(float(self.metric.compute()))}
@@ -132,7 +132,7 @@ class Scores:
 
 
 def _frechet_metric(reference: Reference) -> Any:
-    """The metric of torchmetrics, fed with features, one side of which is the reference."""
+    """The torchmetrics metric on given features, with the reference as its real side."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     given = nn.Identity()
@@ -141,7 +141,7 @@ def _frechet_metric(reference: Reference) -> Any:
     metric.real_features_sum = reference.total.clone()
     metric.real_features_cov_sum = reference.outer.clone()
     metric.real_features_num_samples = torch.tensor(reference.count)
-    # A rank without samples must know the precision, too.
+    # Sets the precision on a rank without samples, too.
     metric.update(torch.zeros(0, len(reference.total), dtype=torch.float64), real=False)
     return metric
 
@@ -150,8 +150,8 @@ def frechet_distance(one: Reference, other: Reference) -> float:
     """The Fréchet distance between two references.
 
     Args:
-        one: What is compared.
-        other: With what.
+        one: The moments of one set of images.
+        other: Those of the other.
     """
     metric = _frechet_metric(other)
     metric.fake_features_sum = one.total.clone()
@@ -167,15 +167,15 @@ def kernel_distance(samples: Features, reference: Reference) -> dict[str, Score]
     sets can be compared.
 
     Args:
-        samples: Features of the samples.
-        reference: With its features.
+        samples: The features of the samples.
+        reference: The reference, with its features.
 
     References:
         Bińkowski et al. (2018), Demystifying MMD GANs, arXiv:1801.01401.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    # Subsets of nearly the whole would be nearly alike, and of samples that they share.
+    # Subsets of nearly the whole set would be nearly identical.
     size = min(1000, max(2, min(len(samples.features), reference.count) // 2))
     found = kid_features_to_metric(
         samples.features, _rows(reference), kid_subset_size=size, verbose=False
@@ -183,21 +183,21 @@ def kernel_distance(samples: Features, reference: Reference) -> dict[str, Score]
     return {
         "kid": Score(
             found["kernel_inception_distance_mean"],
-            None,  # their deviation is that of a subset, not of the mean: several seeds tell
+            None,  # the deviation is of one subset, not of the mean: use several seeds
             {"subsets": 100, "subset size": size},
         )
     }
 
 
 def inception_score(samples: Features, reference: Reference) -> dict[str, Score]:
-    """The Inception Score, exp E[KL(p(y|x) ‖ p(y))]: sure of each image's class, and of many.
+    """The Inception Score, exp E[KL(p(y|x) ‖ p(y))]: high for confident and diverse classes.
 
     Args:
-        samples: With logits.
+        samples: Features with logits.
         reference: Not used.
 
     Raises:
-        ValueError: If the feature network names no classes.
+        ValueError: If the feature network returns no logits.
 
     References:
         Salimans et al. (2016), Improved Techniques for Training GANs, arXiv:1606.03498.
@@ -206,7 +206,7 @@ def inception_score(samples: Features, reference: Reference) -> dict[str, Score]
 
     if samples.logits is None:
         raise ValueError(
-            "The Inception Score needs a feature network that also returns logits of classes."
+            "expected logits for the Inception Score, got none: choose features with classes."
         )
     splits = min(10, len(samples.logits))
     found = isc_features_to_metric(samples.logits, splits=splits)
@@ -220,13 +220,13 @@ def inception_score(samples: Features, reference: Reference) -> dict[str, Score]
 
 
 def precision_recall(samples: Features, reference: Reference) -> dict[str, Score]:
-    """Precision: the share of samples among the data; recall: of the data among the samples.
+    """Precision: the fraction of samples within the data manifold; recall: the reverse.
 
-    Among means within reach of one's third neighbour, in the space of the features.
+    A manifold is the union of balls in feature space that reach to the third neighbour.
 
     Args:
-        samples: Features of the samples.
-        reference: With its features.
+        samples: The features of the samples.
+        reference: The reference, with its features.
 
     References:
         Kynkäänniemi et al. (2019), Improved Precision and Recall Metric for Assessing Generative
@@ -247,15 +247,15 @@ def precision_recall(samples: Features, reference: Reference) -> dict[str, Score
 
 
 def density_coverage(samples: Features, reference: Reference) -> dict[str, Score]:
-    """Density: how crowded the data's neighbourhoods are; coverage: the share that is visited.
+    """Density: samples per data neighbourhood; coverage: the fraction of them with a sample.
 
-    With the ball of each real image out to its k-th real neighbour: density is the number of
-    balls that a sample lies in, over k; coverage the share of balls with a sample in them. An
-    outlier among the data has a large ball, which makes precision too high and hardly moves these.
+    Each real image has a ball that reaches to its k-th real neighbour. Density is the mean number
+    of balls that contain a sample, over k; coverage is the fraction of balls with a sample. An
+    outlier has a large ball, which inflates precision but hardly affects these two.
 
     Args:
-        samples: Features of the samples.
-        reference: With its features.
+        samples: The features of the samples.
+        reference: The reference, with its features.
 
     References:
         Naeem et al. (2020), Reliable Fidelity and Diversity Metrics for Generative Models,
@@ -278,5 +278,7 @@ def density_coverage(samples: Features, reference: Reference) -> dict[str, Score
 
 def _rows(reference: Reference) -> Tensor:
     if reference.features is None:
-        raise ValueError("This score needs the features of the reference: open it with rows=True.")
+        raise ValueError(
+            "expected a reference with its features, got moments only: open it with rows=True."
+        )
     return reference.features

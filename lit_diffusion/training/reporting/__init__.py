@@ -1,1 +1,1 @@
-"""A run read back: the page that reports it, and the model card."""
+"""Reporting: read a run and render its report and its model card."""

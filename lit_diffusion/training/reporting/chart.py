@@ -1,7 +1,7 @@
-"""Line charts as SVG that a page takes in: text stays text, and colours are the page's.
+"""Line charts as inline SVG: text stays text, and the colours are those of the page.
 
-A picture of a plotting library has its own background and fonts, which are too small on a phone
-and wrong at night. A line chart is little more than two scales and a path.
+A bitmap from a plotting library has its own background and fonts, unreadable on a phone and too
+bright in dark mode. A line chart is little more than two scales and a path.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ __all__ = ["Line", "chart"]
 
 WIDTH, HEIGHT = 440, 246
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 8, 42  # margins
-POINTS = 300  # of a line; more could not be told apart
-COLOURS = 6  # that the page has
-WIDE = 20.0  # a ratio of highest to lowest beyond which an axis is logarithmic
+POINTS = 300  # per line at most; more could not be distinguished
+COLOURS = 6  # in the style sheet
+WIDE = 20.0  # ratio of maximum to minimum beyond which an axis is logarithmic
 
 Points = list[tuple[float, float]]
 
 
 class Line(NamedTuple):
-    """A name, and points from left to right."""
+    """A named line: its points from left to right."""
 
     name: str
     points: Points
 
 
 def chart(title: str, lines: list[Line], x: str, ends: bool = True, zero: bool = False) -> str:
-    """A figure of lines over one axis; "" if there is no finite point.
+    """A chart of lines over a common x axis, as HTML; "" if there is no finite point.
 
-    The axis of values is logarithmic where all are positive and the highest is far above the
-    lowest. Of a line of very many points each that is drawn is the mean of its neighbours.
+    The y axis is logarithmic if all values are positive and span a wide range. A line of more than
+    `POINTS` points is averaged over neighbours.
 
     Args:
-        title: Above it.
-        lines: At most COLOURS have a colour of their own.
-        x: What runs to the right.
-        ends: Whether the last value stands beside each name.
-        zero: Whether the axis of values begins at 0.
+        title: The title above the chart.
+        lines: The lines; colours repeat after `COLOURS` of them.
+        x: The label of the x axis.
+        ends: Whether the legend shows the last value of each line.
+        zero: Whether the y axis starts at 0.
     """
     drawn = [Line(line.name, _thin(line.points)) for line in lines]
     drawn = [line for line in drawn if line.points]
@@ -80,7 +80,7 @@ def _spoken(line: Line, x: str) -> str:
 
 
 def _thin(points: Points) -> Points:
-    """The finite points, or means of as many neighbours as makes them few enough."""
+    """The finite points, averaged over neighbours if there are more than `POINTS`."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     size = math.ceil(len(finite) / POINTS)
     groups = [finite[i : i + size] for i in range(0, len(finite), max(1, size))]
@@ -88,7 +88,7 @@ def _thin(points: Points) -> Points:
 
 
 class _Scale:
-    """From values to places on the picture, straight in the value or in its logarithm."""
+    """Maps values to coordinates, linearly in the value or in its logarithm."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Scale:
         self.logarithmic = logarithmic
         low, high = self._straight(min(values)), self._straight(max(values))
         if not logarithmic and margin and 0 < low < 0.4 * high:
-            low = 0.0  # a scale of amounts that nearly reaches zero had better begin there
+            low = 0.0  # a scale of positive values that nearly reaches zero starts there
         if high - low < 1e-9 * max(abs(low), abs(high), 1e-300):
             low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
         room = margin * (high - low)
@@ -116,7 +116,7 @@ class _Scale:
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self, few: int) -> list[float]:
-        """Round numbers on the scale, about `few`."""
+        """About `few` round numbers on the scale."""
         if self.logarithmic:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
             digits = (1,) if self.high - self.low > 2 else (1, 2, 5)

@@ -1,31 +1,29 @@
-"""The model card: what one must know of a model before using it, and its numbers with protocols.
+"""The model card: what to know about a model before using it, and its numbers with protocols.
 
----
-front matter that the Hub reads
----
-what it is · samples · objective · numbers · use
+The text is the template `templates/model_card.md`; here are the values that it names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import lit_diffusion
 from lit_diffusion.models import Pretrained
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.evaluation.overview import overview
+from lit_diffusion.training.evaluation.measurement_table import measurement_table
 from lit_diffusion.training.reporting.objective import paragraphs
 from lit_diffusion.training.run.measurements import Measurement
-from lit_diffusion.training.run.weights import PUBLISHED
+from lit_diffusion.training.run.weights import AS_PUBLISHED
 
 __all__ = ["SAMPLES", "model_card"]
 
 SAMPLES = "samples.png"
-_UNKNOWN = "The model was trained elsewhere, and what for is not known here."
+_UNKNOWN = "The model was trained elsewhere; its training objective is not known."
 
 
 def model_card(
@@ -37,15 +35,15 @@ def model_card(
     measured: list[Measurement],
     picture: bool,
 ) -> str:
-    """The text of README.md.
+    """The text of README.md, as the Hub expects it.
 
     Args:
         model: The model.
-        described: Its description.
+        described: Its description as plain data.
         title: Its name.
-        license: Of the weights, as the Hub names it.
-        weights: Which weights they are, `PUBLISHED` if they were trained elsewhere.
-        measured: Numbers of just these weights.
+        license: The license of the weights, by its identifier on the Hub.
+        weights: The name of the weights, `AS_PUBLISHED` if they were trained elsewhere.
+        measured: Measurements of exactly these weights.
         picture: Whether there is a picture of samples.
     """
     front = {
@@ -54,23 +52,30 @@ def model_card(
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "lit-diffusion"],
     }
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {title}",
-        f"A diffusion model, exported by lit_diffusion {lit_diffusion.__version__}.",
-    ]
-    if picture:
-        parts.append(f"![Samples]({SAMPLES})")
-    parts += [
-        _table(["", ""], _facts(model, weights)),
-        "## Objective",
-        *([_UNKNOWN] if weights.startswith(PUBLISHED) else _objective(model)),
-        "## Numbers",
-        *_numbers(measured),
-        "## Use",
-        *_use(model, described),
-    ]
-    return "\n\n".join(parts) + "\n"
+    classes = set(_classes(described))
+    # Markdown, not HTML: nothing is to be escaped but the bars in a table.
+    templates = Environment(
+        loader=PackageLoader("lit_diffusion.training.reporting"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    templates.filters["plain"] = _plain
+    return templates.get_template("model_card.md").render(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        title=title,
+        version=lit_diffusion.__version__,
+        picture=SAMPLES if picture else None,
+        facts=_facts(model, weights),
+        objective=[_UNKNOWN] if weights.startswith(AS_PUBLISHED) else _objective(model),
+        measured=measurement_table(measured) if measured else None,
+        extra="[diffusers]" if "lit_diffusion.DiffusersNetwork" in classes else "",
+        modules=sorted({path.rpartition(".")[0] for path in classes if not _ours(path)}),
+        conditions=model.conditions,
+        arguments=_arguments(model),
+        shape=", ".join(map(str, model.image_shape)),
+        table=_table,
+    )
 
 
 def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
@@ -88,25 +93,12 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
 
 
 def _objective(model: Pretrained) -> list[str]:
-    """What it was trained for, in words."""
+    """The training objective in words."""
     loss = model.loss
     found = Objective(loss.schedule, loss.weighting, model.prediction, loss.num_timesteps)
-    said = paragraphs(found, loss.decoder)
-    said[0] = said[0].removeprefix("Objective: ")
-    return [text.replace("\N{NO-BREAK SPACE}", " ") for text in (said[0], said[1], said[-1])]
-
-
-def _numbers(measured: list[Measurement]) -> Iterator[str]:
-    """The numbers, and under a letter for each what they depend on."""
-    if not measured:
-        yield "Nothing was measured of these weights."
-        return
-    found = overview(measured)
-    yield _table(found.heads, found.rows)
-    yield "Each row was measured under the protocol of that number:"
-    for i, protocol in enumerate(found.protocols, 1):
-        told = "\n".join(f"   - {name}: {_plain(value)}" for name, value in protocol.items())
-        yield f"{i}. Protocol\n\n{told}"
+    headline, meaning, *_, nearest = paragraphs(found, loss.decoder)
+    shown = (headline.removeprefix("Objective: "), meaning, nearest)
+    return [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown]
 
 
 def _plain(value: Any) -> str:
@@ -115,33 +107,19 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _use(model: Pretrained, described: dict[str, Any]) -> Iterator[str]:
-    """How it is loaded."""
-    classes = set(_classes(described))
-    extra = "[diffusers]" if "lit_diffusion.DiffusersNetwork" in classes else ""
-    others = sorted({path.rpartition(".")[0] for path in classes if not _ours(path)})
-    yield f"Needs `pip install 'lit-diffusion{extra}'`; this folder is where the program runs."
-    shape = ", ".join(map(str, model.image_shape))
-    lines = [
-        "import torch",
-        *(f"import {module}  # has classes of this model" for module in others),
-        "from lit_diffusion import load_pretrained",
-        "",
-        'model = load_pretrained(".")',
-    ]
-    arguments = ["4", "torch.Generator().manual_seed(0)"]
+def _arguments(model: Pretrained) -> Iterator[str]:
+    """The arguments of the example call of `sample`."""
+    yield "4"
+    yield "torch.Generator().manual_seed(0)"
     if model.num_classes is not None:
-        arguments.append("label=0")
+        yield "label=0"
     if model.conditions:
-        told = ", ".join(f'"{name}": {name}' for name in model.conditions)
-        arguments.append(f"cond={{{told}}}")
-        lines.append("# Each condition is a tensor of 4 rows.")
-    lines.append(f"x = model.sample({', '.join(arguments)})  # (4, {shape}), in [−1, 1]")
-    yield "```python\n" + "\n".join(lines) + "\n```"
+        pairs = ", ".join(f'"{name}": {name}' for name in model.conditions)
+        yield f"cond={{{pairs}}}"
 
 
 def _classes(described: Any) -> Iterator[str]:
-    """The paths of all classes in a description."""
+    """The class paths in a description."""
     if isinstance(described, dict):
         if "class_path" in described:
             yield described["class_path"]
@@ -156,7 +134,8 @@ def _ours(path: str) -> bool:
     return path.partition(".")[0] in ("lit_diffusion", "torch")
 
 
-def _table(head: list[str], rows: list[Any]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = []
     for row in [head, ["---"] * len(head), *rows]:
         cells = [str(cell).replace("|", "\\|") for cell in row]

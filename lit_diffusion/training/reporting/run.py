@@ -1,4 +1,4 @@
-"""A run folder, read back: whatever of it is there."""
+"""Read a run folder: its columns, configs, sessions and measurements, as far as they exist."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from lit_diffusion.training.run.measurements import Measurement, read_measuremen
 
 __all__ = ["TRACES", "Run"]
 
-TRACES = ("config.yaml", "metrics.csv", "checkpoints", "environment.json")  # of any run
+TRACES = (
+    "config.yaml",
+    "metrics.csv",
+    "checkpoints",
+    "environment.json",
+)  # any run has one of them
 
 
 @dataclass
 class Run:
-    """A run folder, read as far as it is asked for."""
+    """A run folder; each file is read when it is first used."""
 
     folder: Path
 
     @cached_property
     def columns(self) -> dict[str, Points]:
-        """Of metrics.csv: name → (optimizer steps so far, value)."""
-        path, found = self.folder / "metrics.csv", {}
+        """The columns of metrics.csv: name → (optimizer steps so far, value)."""
+        path = self.folder / "metrics.csv"
+        found: dict[str, Points] = {}
         if not path.is_file():
             return {}
         with path.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
-                # A row that a kill cut short, or that is being written.
+                # A row cut short by a kill, or still being written.
                 if None in (*row, *row.values()) or not str(row.get("step")).isdigit():
                     continue
                 for name, value in row.items():
@@ -46,13 +52,13 @@ class Run:
 
     @cached_property
     def configs(self) -> list[Path]:
-        """The config of each session that changed it, the first first."""
+        """The config of each session that changed it, oldest first."""
         first = self.folder / "config.yaml"
         return [*([first] if first.is_file() else []), *sorted(self.folder.glob("config-*.yaml"))]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The last of them; empty if it cannot be read."""
+        """The latest config; empty if it cannot be read."""
         try:
             found = yaml.safe_load(self.configs[-1].read_text(encoding="utf-8"))
         except (IndexError, OSError, ValueError, yaml.YAMLError):
@@ -61,29 +67,29 @@ class Run:
 
     @cached_property
     def sessions(self) -> list[dict[str, Any]]:
-        """When it ran, and on what."""
+        """The sessions of the run: when, and on which machine."""
         return read_sessions(self.folder)
 
     @cached_property
     def measured(self) -> list[Measurement]:
-        """Its numbers with their protocols."""
+        """The measurements with their protocols."""
         return read_measurements(self.folder)
 
     @property
     def seen(self) -> float:
-        """When it last wrote a number."""
+        """The time when it last wrote a number."""
         files = [self.folder / name for name in ("metrics.csv", "environment.json", "config.yaml")]
         times = [file.stat().st_mtime for file in files if file.is_file()]
         return times[0] if times else self.folder.stat().st_mtime
 
     @property
     def steps(self) -> int:
-        """Optimizer steps so far, as far as they are known."""
-        told = [session.get("steps") or 0 for session in self.sessions]
-        return int(max([0, *told, *(points[-1][0] for points in self.columns.values())]))
+        """Optimizer steps so far, 0 if unknown."""
+        known = [session.get("steps") or 0 for session in self.sessions]
+        return int(max([0, *known, *(points[-1][0] for points in self.columns.values())]))
 
     def chosen(self, keep: Callable[[str], bool], drop: str = "") -> list[Line]:
-        """Lines of the columns whose name is kept, without what it begins with."""
+        """The columns whose names `keep` accepts, as lines; the prefix `drop` is removed."""
         names = sorted(filter(keep, self.columns))
         return [Line(name.removeprefix(drop), self.columns[name]) for name in names]
 

@@ -1,8 +1,8 @@
 """The report of a run: its folder as one HTML page.
 
-    run folder → sections, each from the files that it is about → report.html
+    run folder → sections, each made from its own files → report.html
 
-A run may be in progress, killed, or lack any of the files. What has nothing to show is left out,
+A run may be in progress, killed, or lack any of the files. A section without files is left out,
 and a file that cannot be read costs its section and not the report.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from lit_diffusion.training.reporting.page import code, fold, number, page, paragraph, plain, text
+from lit_diffusion.training.reporting.page import number, page
+from lit_diffusion.training.reporting.parts import Card, Cards, Facts, Paragraph, Part, protocol
 from lit_diffusion.training.reporting.run import Run
 from lit_diffusion.training.reporting.sections import NAMES, SECTIONS, when
 from lit_diffusion.training.run.measurements import Measurement
@@ -21,15 +22,15 @@ from lit_diffusion.training.run.whole_file import write_whole
 __all__ = ["FILE", "write_report"]
 
 FILE = "report.html"
-HEADLINES = ("bpd", "fid")  # beside the losses; all else stands further down
+HEADLINES = ("bpd", "fid")  # shown as cards beside the losses
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a run, whole or not at all; return where it is.
+    """Write the report of a run, whole or not at all; return its path.
 
     Args:
         folder: The run folder.
-        out: The file; None for report.html in the folder.
+        out: The file to write; None for report.html in the folder.
 
     Raises:
         OSError: If it cannot be written.
@@ -37,24 +38,25 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     out = folder / FILE if out is None else out
     run = Run(folder)
     name = str(run.config.get("name") or "run")
-    head = paragraph(folder.resolve().name, "soft") + _try(_facts, run) + _try(_cards, run)
+    stamp = Paragraph(folder.resolve().name, "soft")
+    head = [stamp, *_try(_facts, run), *_try(_cards, run)]
     whole = page(name, head, {title: _try(make, run) for title, make in SECTIONS.items()})
     write_whole(out, whole)
     return out
 
 
-def _try(make: Callable[[Run], str], run: Run) -> str:
+def _try(make: Callable[[Run], list[Part]], run: Run) -> list[Part]:
     try:
         return make(run)
-    except Exception as error:  # one damaged file, or one class that is not here
+    except Exception as error:  # a damaged file, or a class that is not installed here
         reason = " ".join(str(error).split()) or type(error).__name__
-        return paragraph(f"This part could not be made: {reason[:300]}", "fault")
+        return [Paragraph(f"This part could not be made: {reason[:300]}", "fault")]
 
 
 # The head ----------------------------------------------------------------------------------------
 
 
-def _facts(run: Run) -> str:
+def _facts(run: Run) -> list[Part]:
     last = run.sessions[-1] if run.sessions else {}
     rate = run.columns.get("throughput/images_per_s")
     facts = {
@@ -66,16 +68,11 @@ def _facts(run: Run) -> str:
         "images per second": number(rate[-1][1]) if rate else "",
         "device": last.get("device") or "",
     }
-    pairs = (
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
-        for name, value in facts.items()
-        if value
-    )
-    return f'<dl class="facts">{"".join(pairs)}</dl>'
+    return [Facts({name: value for name, value in facts.items() if value})]
 
 
 def _wall_time(run: Run) -> str:
-    """Of all sessions together; one without an end lasted at least until its last number."""
+    """The sum over sessions; one without an end lasted at least until its last number."""
     total, least = timedelta(), False
     for i, session in enumerate(run.sessions):
         begin = datetime.fromisoformat(session["started"])
@@ -89,19 +86,23 @@ def _wall_time(run: Run) -> str:
     if not run.sessions:
         return ""
     hours, rest = divmod(round(total.total_seconds()), 3600)
-    told = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-    return f"at least {told}" if least else told
+    duration = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    return f"at least {duration}" if least else duration
 
 
-def _cards(run: Run) -> str:
-    """The numbers by which a run is judged, each with what it means."""
+def _cards(run: Run) -> list[Part]:
+    """The numbers by which a run is judged, each with its meaning."""
     newest = {}
-    # A run's own validation, which has a history, goes before what was measured afterwards.
+    # The run's own validation, which has a history, takes precedence over later measurements.
     for one in sorted(_measured(run), key=lambda one: (one.step, one.stage == "val")):
         newest[one.name] = one
     cards = [
-        _card(NAMES[name], one.value, *_notes(one, newest))
-        + (fold("protocol", code(plain(one.protocol))) if one.protocol else "")
+        Card(
+            NAMES[name],
+            one.value,
+            _notes(one, newest),
+            [protocol(one.protocol)] if one.protocol else [],
+        )
         for name, one in ((name, newest.get(name)) for name in HEADLINES)
         if one is not None
     ]
@@ -109,13 +110,12 @@ def _cards(run: Run) -> str:
         if name in run.columns:
             step, value = run.columns[name][-1]
             note = "nats per dimension, under the weighting of this run"
-            cards.append(_card(name, value, f"step {step}", note))
-    listed = "".join(f"<li>{card}</li>" for card in cards)
-    return f'<ul class="cards">{listed}</ul>' if cards else ""
+            cards.append(Card(name, value, [f"step {step}", note]))
+    return [Cards(cards)] if cards else []
 
 
 def _measured(run: Run) -> list[Measurement]:
-    """What was measured; of an older run at least its bound, whose protocol was not kept."""
+    """The measurements; for an older run at least its bound, without a protocol."""
     bound = [name for name in run.columns if name.startswith("val/bpd")]
     if run.measured or not bound:
         return run.measured
@@ -127,7 +127,7 @@ def _measured(run: Run) -> list[Measurement]:
 
 
 def _notes(one: Measurement, newest: dict[str, Measurement]) -> list[str]:
-    """When and of what it was measured, and its parts: terms of a bound, a distance's floor."""
+    """When and how it was measured, and its parts: terms of a bound, baseline of a distance."""
     error = "" if one.error is None else f"± {number(one.error)}, "
     notes = [f"{error}{one.stage} at step {one.step}"]
     parts = [
@@ -139,15 +139,10 @@ def _notes(one: Measurement, newest: dict[str, Measurement]) -> list[str]:
     if isinstance(reference, dict):
         known = (one.protocol.get("samples"), reference.get("features"), reference.get("split"))
         notes.append("{} samples, {}, against split {}".format(*known))
-    return [*notes, ", ".join(parts)]
+    return [note for note in [*notes, ", ".join(parts)] if note]
 
 
 def _belongs(part: Measurement, one: Measurement) -> bool:
     """Whether two were measured at the same time, against the same data."""
     this, that = ((x.step, x.stage, x.protocol.get("reference")) for x in (part, one))
     return this == that
-
-
-def _card(title: str, value: float, *notes: str) -> str:
-    small = "".join(f"<small>{text(note)}</small>" for note in notes if note)
-    return f"{text(title)}<b>{number(value)}</b>{small}"

@@ -1,14 +1,14 @@
-"""What happened at each noise level: the table noise_levels.csv of a run, and its picture.
+"""Statistics by noise level: the table noise_levels.csv of a run, and its figure.
 
-    step, stage          when, and whether in training or in validation
-    logsnr_min, _max     the bin of λ, a line for each
-    count, not_finite    examples in it, and those whose loss was NaN or infinite
-    density              of λ as it was drawn: the examples' share per unit of λ
-    eps_mse, loss      means over the bin, each beside its …_variance over examples
-    gradient_norm        ‖∇ eps_mse‖ over the network's weights at the bin's centre
+    step, stage          optimizer step, and train or val
+    logsnr_min, _max     the bin of λ, one row each
+    count, not_finite    examples in the bin, and those whose loss was NaN or infinite
+    density              of the sampled λ: the fraction of examples per unit of λ
+    eps_mse, loss        means over the bin, each beside its …_variance over examples
+    gradient_norm        ‖∇ eps_mse‖ with respect to the weights, at the centre of the bin
 
-An ε-error at λ means the same for every prediction, schedule and weighting, so that the tables of
-any runs on the same data can be laid over each other.
+The ε-error at λ does not depend on prediction, schedule or weighting, so the tables of any runs on
+the same data can be compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseLevels", "draw", "read_table", "table_text"]
+__all__ = ["NoiseLevels", "plot_noise_levels", "read_table", "table_text"]
 
 MEANS = ("eps_mse", "eps_mse_variance", "loss", "loss_variance")
 COLUMNS = (
@@ -34,7 +34,7 @@ TRAIN, VAL = "#9a6a1f", "#17407f"
 
 
 class NoiseLevels(NamedTuple):
-    """One stage at one step: numbers for each bin of λ; NaN where nothing fell into it.
+    """Statistics of one stage at one step, for each bin of λ; NaN where a bin is empty.
 
     Shapes:
         edges (bins + 1,), increasing; all other tensors (bins,), float64.
@@ -60,10 +60,10 @@ class NoiseLevels(NamedTuple):
         Args:
             step: Optimizer steps so far.
             stage: train or val.
-            edges: Of the bins.
-            sums: Count, Σ eps_mse, Σ eps_mse², Σ loss, Σ loss²; first those of finite losses
-                for each bin, then the others', of which only the count is looked at.
-            gradient_norm: Of each bin; NaN if unknown.
+            edges: The edges of the bins.
+            sums: Count, Σ eps_mse, Σ eps_mse², Σ loss, Σ loss²; for each bin first over finite
+                losses, then over the others, of which only the count is used.
+            gradient_norm: The norm at each bin; NaN if unknown.
 
         Shapes:
             edges (bins + 1,); sums (5, 2 · bins); gradient_norm (bins,).
@@ -79,22 +79,22 @@ class NoiseLevels(NamedTuple):
 
     @property
     def centres(self) -> Tensor:
-        """λ in the middle of each bin."""
+        """The centre of each bin, (bins,)."""
         return (self.edges[1:] + self.edges[:-1]) / 2
 
     @property
     def density(self) -> Tensor:
-        """p(λ) as it was drawn: the share of all examples per unit of λ, (bins,)."""
-        drawn = self.count + self.not_finite
-        return drawn / (drawn.sum() * self.edges.diff())
+        """Histogram estimate of p(λ): the fraction of examples per unit of λ, (bins,)."""
+        total = self.count + self.not_finite
+        return total / (total.sum() * self.edges.diff())
 
 
 def table_text(records: list[NoiseLevels], header: bool = False) -> str:
-    """Lines of noise_levels.csv; a number that there is not is left empty.
+    """Rows of noise_levels.csv; a missing number is left empty.
 
     Args:
-        records: To be written.
-        header: Whether the names of the columns stand first.
+        records: The records to write.
+        header: Whether the first row has the column names.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -110,14 +110,14 @@ def table_text(records: list[NoiseLevels], header: bool = False) -> str:
 
 
 def read_table(path: Path) -> list[NoiseLevels]:
-    """The records of a noise_levels.csv, in the order in which they were written.
+    """Read the records of a noise_levels.csv, in the order in which they were written.
 
     Args:
         path: The file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such table.
+        ValueError: If it is not such a table.
     """
     with path.open(newline="") as lines:
         reader = csv.DictReader(lines)
@@ -127,28 +127,28 @@ def read_table(path: Path) -> list[NoiseLevels]:
             groups = groupby(reader, key=lambda line: (int(line["step"]), line["stage"]))
             return [_record(step, stage, list(group)) for (step, stage), group in groups]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not as NoiseLevelLoss writes it: {error}.") from error
+            raise ValueError(f"{path} is not a table of NoiseLevelLoss: {error}.") from error
 
 
 def _record(step: int, stage: str, lines: list[dict[str, str]]) -> NoiseLevels:
     if any(None in (*line, *line.values()) for line in lines):
-        raise ValueError(f"expected {len(COLUMNS)} values in each line, of step {step} too")
+        raise ValueError(f"expected {len(COLUMNS)} values in each row, not so at step {step}")
     names = (*COLUMNS[2:6], *COLUMNS[7:])  # the density follows from the counts
     numbers = [[float(line[name] or "nan") for name in names] for line in lines]
     low, high, *rest = torch.tensor(numbers, dtype=torch.float64).unbind(1)
     return NoiseLevels(step, stage, torch.cat([low, high[-1:]]), *rest)
 
 
-# Pictures ----------------------------------------------------------------------------------------
+# Figures ----------------------------------------------------------------------------------------
 
 
-def draw(records: list[NoiseLevels]) -> Any:
-    """The picture of a run: the last numbers over λ, and the ε-error over λ and steps.
+def plot_noise_levels(records: list[NoiseLevels]) -> Any:
+    """Plot the latest statistics over λ, and heat maps of the ε-error over λ and steps.
 
     Args:
-        records: All of the run.
+        records: All records of the run.
     """
-    # Without pyplot: no window system, and no figures kept behind the run's back.
+    # Not pyplot, which opens a window system and keeps every figure alive.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 8), dpi=80, layout="constrained")
@@ -185,7 +185,7 @@ def _curves(axes: Any, last: dict[str, NoiseLevels], name: str, title: str) -> N
         if (mean > 0).any():
             axes.set_yscale("log")
     axes.set(title=title, xlabel="λ")
-    axes.minorticks_off()  # they would take half of the time that the picture takes
+    axes.minorticks_off()  # they would take half of the plotting time
     axes.grid(alpha=0.3)
     axes.legend(title="mean ± standard error")
 
@@ -195,7 +195,7 @@ def _density(axes: Any, last: dict[str, NoiseLevels]) -> None:
     if record is None:
         return
     axes.stairs(record.density.numpy(), record.edges.numpy(), fill=True, color=TRAIN, alpha=0.35)
-    axes.set(title="density of λ as drawn", xlabel="λ", ylabel="share per unit of λ")
+    axes.set(title="density of the sampled λ", xlabel="λ", ylabel="fraction per unit of λ")
     if record.gradient_norm.isfinite().any():
         other = axes.twinx()
         other.plot(
@@ -203,15 +203,15 @@ def _density(axes: Any, last: dict[str, NoiseLevels]) -> None:
         )
         other.set(ylabel="‖∇ ε-error‖ (line)", yscale="log")
         other.minorticks_off()
-        axes.set_title("density of λ as drawn; gradient (line)")
+        axes.set_title("density of the sampled λ; gradient (line)")
 
 
 def _heat_map(figure: Any, axes: Any, records: list[NoiseLevels], name: str, title: str) -> None:
-    """λ to the right, steps up; each record fills the steps since the one before it."""
+    """λ along x, steps along y; each record fills the steps since the previous one."""
     from matplotlib.colors import LogNorm
 
-    # A run may only be resumed with the same bins, but the file may have been carried along.
-    # What was read from the file has fewer digits than what was just measured.
+    # A run is only resumed with the same bins, but the file may have been copied from another.
+    # Edges read from the file have fewer digits than those just computed.
     records = [
         r
         for r in records
@@ -223,7 +223,7 @@ def _heat_map(figure: Any, axes: Any, records: list[NoiseLevels], name: str, tit
     field = torch.stack(values) if values else torch.zeros(0, 1)
     shown = field[field.isfinite() & (field > 0)]
     if shown.numel() == 0:
-        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "no data yet", transform=axes.transAxes, ha="center")
         return
     field[~(field > 0)] = math.nan
     steps = [record.step for record in records]
@@ -235,5 +235,5 @@ def _heat_map(figure: Any, axes: Any, records: list[NoiseLevels], name: str, tit
         cmap="viridis",
         rasterized=True,
     )
-    axes.set_facecolor("0.9")  # bins into which nothing fell
+    axes.set_facecolor("0.9")  # empty bins
     figure.colorbar(mesh, ax=axes).minorticks_off()

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 __all__ = [
-    "PUBLISHED",
+    "AS_PUBLISHED",
     "RAW",
     "add_average",
     "has_average",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 RAW = "raw"  # the weights as the optimizer left them
-PUBLISHED = "as published"  # weights that were trained elsewhere
+AS_PUBLISHED = "as published"  # weights that were trained elsewhere
 
 _RAW_STATE = "current_model_state"
 _SET_ASIDE = "average_model_state"  # in memory only, while a run resumes

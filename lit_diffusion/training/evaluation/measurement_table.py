@@ -1,4 +1,4 @@
-"""Measurements side by side: a row for each way of measuring, and what the rows have in common."""
+"""Measurements as a table: a row for each protocol, and the settings that rows share below it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any, NamedTuple
 
 from lit_diffusion.training.run.measurements import Measurement
 
-__all__ = ["Overview", "overview"]
+__all__ = ["MeasurementTable", "measurement_table"]
 
-# What one score alone depends on; and what stands in a row itself.
+# Settings of a single score; and settings that have a place in the row itself.
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
 _SHOWN = (
-    "sampler", "steps", "network calls", "samples", "guidance", "guidance interval", "seed",
-    "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
+    "sampler", "steps", "num_timesteps", "network calls", "samples", "guidance",
+    "guidance interval", "seed", "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
 )  # fmt: skip
 
 
-class Overview(NamedTuple):
+class MeasurementTable(NamedTuple):
     """A table of measurements.
 
     Args:
-        heads: Of the columns; the last names the protocol by its number, from 1.
-        rows: As many cells each.
-        protocols: What the rows do not say.
+        heads: The names of the columns; the last column is the number of a protocol, from 1.
+        rows: A cell for each column.
+        protocols: The settings that are not in the rows.
     """
 
     heads: list[str]
@@ -31,15 +31,15 @@ class Overview(NamedTuple):
     protocols: list[dict[str, Any]]
 
 
-def overview(measured: list[Measurement]) -> Overview:
-    """Put measurements into a table, a row for all scores that were measured together.
+def measurement_table(measured: list[Measurement]) -> MeasurementTable:
+    """Arrange measurements in a table, with one row for scores measured together.
 
     Args:
-        measured: In any order; the parts of a bound stay with it in metrics.json.
+        measured: In any order; the terms of a bound are left out.
 
     Example:
         >>> one = Measurement("fid", 3.456, None, 10, "val", {"samples": 9, "weights": "raw"})
-        >>> overview([one, one._replace(name="kid", value=2.0)]).rows
+        >>> measurement_table([one, one._replace(name="kid", value=2.0)]).rows
         [['10', 'val', 'raw', '9 samples', '', '3.456', '2', '1']]
     """
     groups: dict[str, dict[str, Measurement]] = {}
@@ -72,11 +72,11 @@ def overview(measured: list[Measurement]) -> Overview:
             ]
         )
     heads = ["step", "stage", "weights", "of", "seeds", *(n.replace("_", " ") for n in names)]
-    return Overview([*heads, "protocol"], rows, protocols)
+    return MeasurementTable([*heads, "protocol"], rows, protocols)
 
 
 def _how(protocol: dict[str, Any]) -> str:
-    """What was looked at, in a few words."""
+    """What was measured, in a few words."""
     if "draws" in protocol:
         chain = (
             "" if protocol.get("num_timesteps") is None else f", {protocol['num_timesteps']} steps"
@@ -88,15 +88,15 @@ def _how(protocol: dict[str, Any]) -> str:
         )
     if "split" in protocol:
         return f"split {protocol['split']}"
-    said = f"{protocol['samples']} samples" if "samples" in protocol else ""
+    found = f"{protocol['samples']} samples" if "samples" in protocol else ""
     if "sampler" in protocol:
         name = protocol["sampler"].partition("(")[0]
         calls = protocol.get("network calls")
-        said += f", {name} {protocol.get('steps')}" + (f", {calls} calls" if calls else "")
+        found += f", {name} {protocol.get('steps')}" + (f", {calls} calls" if calls else "")
     if protocol.get("guidance") is not None:
         interval = protocol.get("guidance interval")
-        said += f", guidance {protocol['guidance']:g}" + (f" in λ {interval}" if interval else "")
-    return said
+        found += f", guidance {protocol['guidance']:g}" + (f" in λ {interval}" if interval else "")
+    return found
 
 
 def _seeds(protocol: dict[str, Any]) -> str:

@@ -1,0 +1,187 @@
+"""What a page is made of: paragraphs, tables, pictures and the like, as plain data.
+
+A part has no HTML in it: the template of its name in `templates/` has. A part of a new kind is a
+dataclass here and a template there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+__all__ = [
+    "Card",
+    "Cards",
+    "Charts",
+    "Code",
+    "Facts",
+    "Fold",
+    "Heading",
+    "Paragraph",
+    "Part",
+    "Picture",
+    "Strip",
+    "Table",
+    "picture",
+    "protocol",
+]
+
+LARGE = 150_000  # bytes of a picture; a larger one is made smaller
+EDGE = 1000  # pixels at most along its longer side
+
+
+class Part:
+    """Anything that has a template of its class's name."""
+
+
+@dataclass(frozen=True)
+class Paragraph(Part):
+    """A paragraph of text; `kind` is its class in the style sheet, such as soft or fault."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Heading(Part):
+    """A heading within a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code(Part):
+    """Preformatted lines in a box."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Fold(Part):
+    """Parts that are hidden until the reader clicks on the summary."""
+
+    summary: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Table(Part):
+    """A table that scrolls horizontally in its own box.
+
+    Floats are right-aligned with four digits, None is an empty cell, and all else is text. The
+    title is read aloud by a screen reader and not shown.
+    """
+
+    LONG: ClassVar[int] = 48  # characters; a longer cell is wrapped
+
+    title: str
+    heads: Sequence[Any]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Picture(Part):
+    """A picture within the page; `source` is a data URI, `alt` describes it for who cannot see it.
+
+    See `picture`, which reads one from a file.
+    """
+
+    source: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Charts(Part):
+    """Line charts in a grid, each the SVG that `chart` returns."""
+
+    figures: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Strip(Part):
+    """Pictures in a row that scrolls on a small screen."""
+
+    title: str
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Facts(Part):
+    """Short facts by name."""
+
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number with notes, and further parts below it."""
+
+    title: str
+    value: float
+    notes: Sequence[str] = ()
+    more: Sequence[Part] = field(default=())
+
+
+@dataclass(frozen=True)
+class Cards(Part):
+    """The headline numbers of a run."""
+
+    cards: Sequence[Card]
+
+
+def protocol(data: Any, summary: str = "protocol") -> Fold:
+    """Plain data, folded away as YAML.
+
+    Args:
+        data: Dictionaries, lists, strings and numbers.
+        summary: The line to click on.
+
+    Example:
+        >>> print(protocol({"samples": 1500, "reference": {"split": "test"}}).parts[0].text)
+        samples: 1500
+        reference:
+          split: test
+    """
+    lines = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=80).strip()
+    return Fold(summary, [Code(lines)])
+
+
+def picture(file: Path, alt: str, caption: str, kind: str = "") -> Picture:
+    """Read a picture; one of more than `LARGE` bytes is scaled down and stored as JPEG.
+
+    Args:
+        file: A PNG or JPEG.
+        alt: A description of what it shows.
+        caption: The text below it.
+        kind: Its class in the style sheet.
+
+    Raises:
+        OSError: If the file is not a readable picture.
+    """
+    from PIL import Image
+
+    data, coding = file.read_bytes(), "png"
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()  # a damaged picture shall fail here, not in the reader's browser
+        image: Image.Image = opened
+        if len(data) > LARGE:
+            image = image.convert("RGB")
+            image.thumbnail((EDGE, EDGE))
+            smaller = io.BytesIO()
+            image.save(smaller, format="JPEG", quality=85, optimize=True)
+            data, coding = smaller.getvalue(), "jpeg"
+        elif opened.format == "JPEG":
+            coding = "jpeg"
+        width, height = image.size
+    source = f"data:image/{coding};base64,{base64.b64encode(data).decode()}"
+    return Picture(source, width, height, alt, caption, kind)
