@@ -33,9 +33,17 @@ __all__ = [
     "step_fits",
 ]
 
-#: How those put it that have no class of errors for it: allocators, then cuBLAS, cuDNN, oneDNN.
-WORDS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")
-WORDS += ("unable to find an engine", (BROKEN := "could not create a primitive"))
+#: What oneDNN reports; it then fails at any size.
+BROKEN = "could not create a primitive"
+#: Words of errors that have no class of their own: of allocators, cuBLAS, cuDNN and oneDNN.
+WORDS = (
+    "out of memory",
+    "DefaultCPUAllocator",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "unable to find an engine",
+    BROKEN,
+)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -81,9 +81,10 @@ def why_not(device: torch.device) -> str | None:
         probe(torch.ones(8, device=device))
     except Exception as error:
         # Whatever wraps it, the first line of the innermost cause is the one to act on.
+        innermost: BaseException = error
         cause: BaseException | None = error
         while cause is not None:
-            error, cause = cause, getattr(cause, "inner_exception", None) or cause.__cause__
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+            innermost, cause = cause, getattr(cause, "inner_exception", None) or cause.__cause__
+        lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
+        return f"{type(innermost).__name__}: {lines[0] if lines else 'no reason given'}"
     return None

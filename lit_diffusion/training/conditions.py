@@ -23,7 +23,7 @@ from lit_diffusion.probability_flow import log_likelihood
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.data.columns import BATCH
 
-__all__ = ["RESERVED", "check_network", "from_batch"]
+__all__ = ["RESERVED", "check_labels", "check_network", "from_batch", "named_conditions"]
 
 # Conditions travel as keyword arguments through all of these, where their own names are taken.
 _ON_THE_WAY = (
@@ -36,6 +36,22 @@ _ON_THE_WAY = (
     weighted_error,
 )
 RESERVED = {"dropped", *BATCH}.union(*(inspect.signature(f).parameters for f in _ON_THE_WAY))
+
+
+def named_conditions(network: nn.Module, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of a model's conditions, which its network takes.
+
+    Args:
+        network: The network.
+        given: The names; None means those in the network's attribute `conditions`, if it has one.
+
+    Raises:
+        ValueError: If a name is reserved, or the network does not take it.
+    """
+    asked = getattr(network, "conditions", None) if given is None else given
+    names = tuple(asked or ())
+    check_network(network, names)
+    return names
 
 
 def check_network(network: nn.Module, names: Sequence[str]) -> None:
@@ -95,3 +111,25 @@ def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tens
                 f"{', '.join(batch)}; name its column in data.condition_keys."
             )
     return {name: batch[name] for name in names}
+
+
+def check_labels(label: Tensor, num_classes: int) -> None:
+    """Refuse labels that are no class, on the CPU only.
+
+    On a GPU reading the labels would wait for the device, which refuses them by itself.
+
+    Args:
+        label: Labels from 0 to num_classes − 1, or −1 for none.
+        num_classes: Classes that the network knows.
+
+    Shapes:
+        label (B,), integer.
+
+    Raises:
+        ValueError: If a label is out of range.
+    """
+    if label.device.type == "cpu" and (int(label.max()) >= num_classes or label.min() < -1):
+        raise ValueError(
+            f"Expected labels from 0 to {num_classes - 1} (−1 for none), got "
+            f"{int(label.min())} to {int(label.max())}; set num_classes of the network."
+        )

@@ -59,7 +59,7 @@ class WarmupDecayLR(LRScheduler):
         fall = (self.total_steps - step) / (self.decay * self.total_steps)
         return max(0.0, min(rise, fall, 1.0))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         """The learning rate of each parameter group."""
         factor = self.factor(self.last_epoch)
         return [base * factor for base in self.base_lrs]

@@ -29,18 +29,21 @@ from lit_diffusion.description import build, describe
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.nn import UNet
-from lit_diffusion.predictions import EDMPrediction, Prediction, VPrediction
+from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times, stratified_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.batch_fit import BatchFit
-from lit_diffusion.training.conditions import check_network, from_batch
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.run.checkpoints import (
-    WholeCheckpointIO,
-    load_checkpoint,
+from lit_diffusion.training.conditions import check_labels, from_batch, named_conditions
+from lit_diffusion.training.optimizers import (
+    clip_each_group,
+    parameter_groups,
+    with_learning_rates,
 )
+from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
+from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -50,7 +53,7 @@ from lit_diffusion.training.run.weights import (
 )
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
-__all__ = ["LitDiffusion", "check_data_std"]
+__all__ = ["LitDiffusion"]
 
 
 class LitDiffusion(SamplingModel, L.LightningModule):
@@ -124,37 +127,17 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout must be in [0, 1], got {label_dropout}.")
-        if schedule_lr is not None and not 0 < schedule_lr < float("inf"):
-            raise ValueError(f"schedule_lr must be above 0, got {schedule_lr}.")
-        image_shape = tuple(image_shape)
+        check_numbers(label_dropout, schedule_lr)
+        channels, height, width = image_shape
+        image_shape = channels, height, width  # a config gives a list
         network = UNet(image_shape=image_shape) if network is None else network
         schedule = CosineSchedule() if schedule is None else schedule
         weighting = ELBOWeighting() if weighting is None else weighting
         prediction = VPrediction() if prediction is None else prediction
         sampler = DDIMSampler() if sampler is None else sampler
-        for part, family in (
-            (schedule, NoiseSchedule),
-            (weighting, Weighting),
-            (prediction, Prediction),
-            (sampler, Sampler),
-            (network, nn.Module),
-        ):
-            if not isinstance(part, family):
-                raise TypeError(
-                    f"LitDiffusion: expected an instance of {family.__name__}, got {part!r}; "
-                    "was its pair of brackets forgotten?"
-                )
-        check_data_std(weighting, prediction)
+        check_parts(network, schedule, weighting, prediction, sampler)
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
-        if schedule.learns_ends and sampler.schedule is not None:
-            raise ValueError(
-                f"{type(schedule).__name__} learns its ends, and {type(sampler).__name__} walks a "
-                "schedule with ends of its own: leave the sampler's schedule out, so that it "
-                "follows."
-            )
         self._sampler = sampler
         self.walk()  # refuses a sampler that leaves the range
         self.optimizer = optimizer
@@ -162,12 +145,10 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         self.schedule_lr = schedule_lr
         self.image_shape = image_shape
         self.label_dropout = label_dropout
-        asked = getattr(network, "conditions", None) if conditions is None else conditions
-        self.conditions = tuple(asked or ())
-        check_network(network, self.conditions)
+        self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
         self.seed = seed
-        self._validation: Tensor | None = None
+        self._validation = torch.zeros(3, dtype=torch.float64)
         self.weights = RAW  # or the name of the average that is in the parameters now
         self._resumed: dict[str, Any] = {}  # the checkpoint, until its average is taken
         self.remember(
@@ -234,7 +215,8 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         x = batch["image"]
-        trainer, n = self.trainer, len(x)
+        trainer: Any = self.trainer
+        n = len(x)
         micro = batch_idx % trainer.accumulate_grad_batches
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
@@ -321,44 +303,15 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         if self.num_classes is None or "label" not in batch:
             return cond
         label = batch["label"]
-        # On a GPU a look at the labels would wait for the device, which refuses them by itself.
-        if label.device.type == "cpu" and (
-            int(label.max()) >= self.num_classes or label.min() < -1
-        ):
-            raise ValueError(
-                f"Expected labels from 0 to {self.num_classes - 1} (−1 for none), got "
-                f"{int(label.min())} to {int(label.max())}; set num_classes of the network."
-            )
+        check_labels(label, self.num_classes)
         return {"label": label, **cond}
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over what learns, and its schedule if there is one.
-
-        A learned noise schedule is a group of its own, without weight decay.
-        """
-        schedule = [p for p in self.loss.schedule.parameters() if p.requires_grad]
-        apart = set(schedule)
-        network = [p for p in self.parameters() if p.requires_grad and p not in apart]
-        groups: Any = network
-        if schedule:
-            rate = {} if self.schedule_lr is None else {"lr": self.schedule_lr}
-            groups = [{"params": network}, {"params": schedule, "weight_decay": 0.0, **rate}]
-        optimizer = self.optimizer(groups)
-        optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            if self.trainer.max_steps < 1 and scheduler.decay:
-                raise ValueError(
-                    "A learning rate that decays must know when the run ends: set "
-                    "trainer.max_steps, or total_steps of the lr_scheduler."
-                )
-            scheduler.total_steps = self.trainer.max_steps
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        """One optimizer over what learns, and its schedule if there is one."""
+        groups = parameter_groups(self.parameters(), self.loss.schedule, self.schedule_lr)
+        return with_learning_rates(
+            self.optimizer(groups), self.lr_scheduler, self.trainer.max_steps
+        )
 
     def configure_gradient_clipping(
         self,
@@ -373,10 +326,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         """
         scaled = self.trainer.precision == "16-mixed"
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
-            # Not self.parameters(), which walks through every module of the network. Each group
-            # alone: a learned schedule must not shorten the network's steps.
-            for group in optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
+            clip_each_group(optimizer, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -401,23 +351,13 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             self.weights = weights_name(checkpoint)
             return
         refuse_weights_alone(checkpoint)
-        self._keep_schedule(checkpoint["state_dict"])
+        keep_schedule(self, checkpoint["state_dict"])
         use_raw_weights(checkpoint)
-        self._keep_schedule(checkpoint["state_dict"])
+        keep_schedule(self, checkpoint["state_dict"])
         self._resumed = checkpoint
 
-    def _keep_schedule(self, state: dict[str, Any]) -> None:
-        """A run may go on under another schedule, which is only where the integral is sampled."""
-        prefix = "loss.schedule."
-        own = {k: v for k, v in self.state_dict().items() if k.startswith(prefix)}
-        kept = {k: v for k, v in state.items() if k.startswith(prefix)}
-        if own.keys() != kept.keys():
-            for name in kept:
-                del state[name]
-            state.update(own)
-
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]
         cls,
         checkpoint_path: str | Path,
         map_location: Any = None,
@@ -455,39 +395,5 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         return model.eval()
 
 
-def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Give what an optimizer remembers of a weight the weight's order in memory.
-
-    A checkpoint keeps the order of its time; a fused optimizer reads both as if they had the same,
-    and would mix up their numbers without a word.
-    """
-    for weight, kept in optimizer.state.items():
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            if value.shape == weight.shape and value.stride() != weight.stride():
-                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
 def _unknown_optimizer(parameters: Any) -> Any:
     raise ValueError("The checkpoint does not say how its optimizer was made: pass optimizer=….")
-
-
-def check_data_std(weighting: Weighting, prediction: Prediction) -> None:
-    """Refuse a weighting and a prediction that assume different deviations of the data.
-
-    Args:
-        weighting: The weighting of the loss.
-        prediction: What the network outputs.
-
-    Raises:
-        ValueError: If an EDM prediction and a part of the weighting differ in data_std.
-    """
-    if not isinstance(prediction, EDMPrediction):
-        return
-    for part in weighting.modules():
-        assumed = getattr(part, "data_std", prediction.data_std)
-        if assumed != prediction.data_std:
-            raise ValueError(
-                f"{type(part).__name__} assumes data_std={assumed} and {prediction} another: "
-                "give both the same."
-            )

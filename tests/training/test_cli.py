@@ -217,7 +217,7 @@ def test_last_goes_on_in_the_same_folder(cli):
     broken = Path("runs/digits/9999/checkpoints/last.ckpt")
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"half")
-    with pytest.warns(UserWarning, match="Passed over"):
+    with pytest.warns(UserWarning, match="Skipped a checkpoint"):
         code, out, err = fit(
             cli, CONFIGS / "digits.yaml", extra=["--ckpt_path=last", "--trainer.max_steps=6"]
         )

@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     done = warm.run([sys.executable, "-c", FULL, path], env=ENVIRONMENT)
     assert "cannot be written" in done.stdout, done.stderr[-2000:]
     assert "the previous one is intact" in done.stdout
-    assert "Make room" in done.stdout
+    assert "Free some space" in done.stdout
     assert "\n" not in done.stdout.strip()
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(10))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]

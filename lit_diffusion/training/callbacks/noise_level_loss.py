@@ -220,7 +220,7 @@ class NoiseLevelLoss(L.Callback):
         """The sums over all ranks: a collective."""
         if self._trainer is None:
             return self._sums.clone()
-        return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")  # type: ignore[union-attr]
+        return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
 
     def _write(self, trainer: L.Trainer, total: Tensor) -> bool:
         """Append the new records to the file and plot all of them; return whether it was done."""

@@ -179,7 +179,9 @@ def evaluate(
     folder = Path(out) if out else (run or Path()) / "evaluation"
     tables = _write(folder, subject, reference, baseline, rows, bits)
     if run is not None:
-        add_measurements(run, [*_measurements(rows, subject), *bits])
+        add_measurements(
+            run, [*(m for row in rows for m in row.measurements(subject.step)), *bits]
+        )
         if (run / "report.html").is_file():
             write_report(run)
     return Evaluation(rows, bits, baseline, tables, folder)
@@ -347,17 +349,6 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
             decoder.check(moved["image"])
         total += likelihood.sums(subject.model, moved).cpu()
     return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
-
-
-def _measurements(rows: list[SamplerScores], subject: _Model) -> Iterator[Measurement]:
-    for row in rows:
-        for name, one in row.scores.items():
-            mean, scatter = row.mean(name)
-            protocol = row.protocol | one[0].protocol | {"seed": row.seeds[0]}
-            if len(one) > 1:
-                del protocol["seed"]
-                protocol |= {"seeds": row.seeds, "error": "deviation over the seeds"}
-            yield Measurement(name, mean, scatter, subject.step, "evaluate", protocol)
 
 
 # Writing ---------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ def open_reference(
     folder = cache_folder(data.cache_dir) / "references"
     path = folder / f"{digest}.safetensors"
     found = None if identity["fingerprint"] is None else _read(path, identity, rows)
-    if not all(ranks.collect(found is not None)):
+    # Every rank asks the others first: what one rank has, another may lack.
+    everywhere = all(ranks.collect(found is not None))
+    if found is None or not everywhere:
         found = _measure(data, split, network, device, rows)
         if ranks.place()[0] == 0 and identity["fingerprint"] is not None:
             _write(path, identity, found)
@@ -155,7 +157,7 @@ def _measure(
                 counts[label] += count_of_label
         shares = counts
     n = int(ranks.add_up(count))
-    features = None
+    features: Tensor | None = None
     if rows:
         features = ranks.collect_rows(torch.cat(numbers), torch.cat(kept)).cpu()
     return Reference(

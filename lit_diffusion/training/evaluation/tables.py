@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_diffusion.training.evaluation.scores import Score
+from lit_diffusion.training.run.measurements import Measurement
 
 __all__ = [
     "TITLES",
@@ -86,6 +88,20 @@ class SamplerScores(NamedTuple):
                 "protocol": each[0].protocol,
             }
         return about | {"seeds": self.seeds, "scores": found, "protocol": self.protocol}
+
+    def measurements(self, step: int) -> Iterator[Measurement]:
+        """The scores as records of metrics.json, each the mean over the seeds.
+
+        Args:
+            step: Optimizer steps of the evaluated checkpoint.
+        """
+        for name, each in self.scores.items():
+            mean, error = self.mean(name)
+            protocol = self.protocol | each[0].protocol | {"seed": self.seeds[0]}
+            if len(each) > 1:
+                del protocol["seed"]
+                protocol |= {"seeds": self.seeds, "error": "deviation over the seeds"}
+            yield Measurement(name, mean, error, step, "evaluate", protocol)
 
 
 # The record -----------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             remove_orphans(path)
-            with replacing(path, durable=True) as unfinished:
-                torch.save(checkpoint, unfinished)
+            with replacing(path, durable=True) as unfinished, unfinished.open("wb") as file:
+                torch.save(checkpoint, file)  # given a path it would hide why a write fails
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             before = f"the previous one is intact ({path})" if path.is_file() else "none exists"
             cause: BaseException = error
