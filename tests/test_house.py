@@ -84,8 +84,6 @@ LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.training.evaluation.reference._measure",
 }
 PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.commands.fit", "DiffusionCLI._parse_ckpt_path"),
-    ("lit_diffusion.training.commands.fit", "DiffusionCLI._run_subcommand"),
     ("lit_diffusion.training.data.table", "_fingerprint"),
 }
 

@@ -7,12 +7,13 @@ import importlib
 import inspect
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.objective import Objective
@@ -54,6 +55,7 @@ class DiffusionCLI(LightningCLI):
         args: list[str] | None = None,
     ) -> None:
         self.run_folder: Path | None = None
+        self.ckpt_path: str | None = None
         self.resume_step: int | None = None
         self.wandb_id: str | None = None
         self.loggers: list[Any] = []
@@ -90,7 +92,23 @@ class DiffusionCLI(LightningCLI):
         )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
-    def _parse_ckpt_path(self) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words of the command; a checkpoint comes in, too, as far as it is asked for.
+
+        LightningCLI would now load the checkpoint's hyper-parameters over the config, in `fit` as
+        well, so its path is out of the config until that is past.
+
+        Args:
+            parser: Knows the arguments.
+            args: The words; None means those of the process.
+        """
+        super().parse_arguments(parser, args)
+        if self.config.get("subcommand"):
+            self._resolve_checkpoint()
+            config = self.config[self.config.subcommand]
+            self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
+
+    def _resolve_checkpoint(self) -> None:
         """Resolve `last`, check the file, and take the model of a checkpoint that is evaluated."""
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
@@ -126,8 +144,9 @@ class DiffusionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Pass the shape of the data to the network, if it takes one."""
+        """Put the checkpoint back, and pass the shape of the data to a network that takes it."""
         config = self.config[self.subcommand]
+        config.ckpt_path = self.ckpt_path
         _set_shape(config.model.get("network"), tuple(config.data.image_shape))
 
     def instantiate_classes(self) -> None:
@@ -188,10 +207,11 @@ class DiffusionCLI(LightningCLI):
                 with contextlib.suppress(OSError):
                     parent.rmdir()  # only if it is empty
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def _run(self, work: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        """Let the trainer work, and report how that ended."""
         self._begin_report()
         try:
-            super()._run_subcommand(subcommand)
+            work(**arguments)
         except BaseException as error:
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
@@ -199,6 +219,24 @@ class DiffusionCLI(LightningCLI):
             raise
         self._finish_dashboard(exit_code=0)
         self._summarise()
+
+    # LightningCLI calls a method of the command's name instead of the trainer's.
+
+    def fit(self, **arguments: Any) -> None:
+        """Train."""
+        self._run(self.trainer.fit, arguments)
+
+    def validate(self, **arguments: Any) -> None:
+        """Measure the loss on the validation data."""
+        self._run(self.trainer.validate, arguments)
+
+    def test(self, **arguments: Any) -> None:
+        """Measure the loss on the test data."""
+        self._run(self.trainer.test, arguments)
+
+    def predict(self, **arguments: Any) -> None:
+        """Sample one image for each validation example."""
+        self._run(self.trainer.predict, arguments)
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""
