@@ -1,9 +1,9 @@
 """Descriptions: an object as plain data, and back.
 
-A checkpoint must hold how its model was made, yet load without executing anything
+A checkpoint records how its model was constructed, yet must load without executing code
 (`weights_only=True`), so it holds {class_path, init_args} and nothing else. `describe` reads
-that from the object itself, by the house's rule that an argument is kept as an attribute of its
-own name; `build` makes the object again, and imports only modules that are allowed.
+them from the object itself, since every argument is kept as an attribute of the same name;
+`build` constructs the object again, and imports allowed modules only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments, load_plugins
 from lit_diffusion.samplers import Sampler
 
-__all__ = ["allow", "allowed_modules", "build", "describe", "missing_package"]
+__all__ = ["allow", "allowed_modules", "build", "describe", "missing_package", "public_path"]
 
 _ALLOWED = ["lit_diffusion", "torch.optim", "torch.nn", "lightning.pytorch"]
 _KINDS = (
@@ -87,22 +87,43 @@ def missing_package(path: str) -> str | None:
     )
 
 
-def _class_path(cls: type) -> str:
-    top = cls.__module__.partition(".")[0]
-    if getattr(sys.modules.get(top), cls.__name__, None) is cls:
-        return f"{top}.{cls.__name__}"  # by its public name, so that files may move
+def public_path(cls: type) -> str:
+    """The shortest dotted path from which a class can be imported.
+
+    Checkpoints hold this path and not that of the file, so that a class can move to another file.
+    A package that may be named in a checkpoint keeps its class within the allowed modules.
+
+    Args:
+        cls: A class.
+
+    Example:
+        >>> public_path(torch.optim.AdamW)
+        'torch.optim.AdamW'
+    """
+    parts = cls.__module__.split(".")
+    allowed = _is_allowed(cls.__module__)
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        if allowed and not _is_allowed(module):
+            continue
+        if getattr(sys.modules.get(module), cls.__name__, None) is cls:
+            return f"{module}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _is_allowed(module: str) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in allowed_modules())
+
+
 def describe(value: Any) -> Any:
-    """Say in plain data how an object was made.
+    """Describe an object as plain data: its class and its arguments.
 
     Args:
         value: A number, a string, None; a list, tuple or dict of such; an object that keeps its
             arguments; a class, or a `functools.partial` of one, with keyword arguments.
 
     Raises:
-        TypeError: If it cannot be said.
+        TypeError: If it cannot be described.
 
     Example:
         >>> from lit_diffusion import SigmoidWeighting
@@ -118,16 +139,16 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, type):
-        return {"class_path": _class_path(value), "init_args": {}}
+        return {"class_path": public_path(value), "init_args": {}}
     if isinstance(value, functools.partial):
         # The command line's partials carry the class among their arguments.
         classes = [part for part in (value.func, *value.args) if isinstance(part, type)]
         if len(classes) != 1:
             raise TypeError(f"{value!r} is not a class with keyword arguments only.")
-        return {"class_path": _class_path(classes[0]), "init_args": describe(value.keywords)}
+        return {"class_path": public_path(classes[0]), "init_args": describe(value.keywords)}
     if not isinstance(value, _KINDS):
         raise TypeError(f"{value!r} is not plain data.")
-    return {"class_path": _class_path(type(value)), "init_args": describe(arguments(value))}
+    return {"class_path": public_path(type(value)), "init_args": describe(arguments(value))}
 
 
 def _find(path: str) -> type:
@@ -136,7 +157,7 @@ def _find(path: str) -> type:
     if module not in sys.modules:
         if missing := missing_package(path):
             raise ValueError(f"The checkpoint's {missing}")
-        if not any(module == m or module.startswith(m + ".") for m in allowed_modules()):
+        if not _is_allowed(module):
             raise ValueError(
                 f"{path} may not be imported from a checkpoint: its module is neither of "
                 f"{', '.join(_ALLOWED)} nor imported already. If you trust it, import it first "

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Registry", "arguments", "load_plugins", "plain_arguments"]
+__all__ = ["Registry", "arguments", "load_plugins", "plain_arguments", "subclasses"]
 
 GROUP = "lit_diffusion.plugins"
 T = TypeVar("T")
@@ -51,11 +51,20 @@ def load_plugins() -> tuple[str, ...]:
     return tuple(loaded)
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def subclasses(base: type) -> Iterator[type]:
+    """Iterate over all imported subclasses of a class, depth first.
+
+    Args:
+        base: The class.
+
+    Example:
+        >>> bool in subclasses(int)
+        True
+    """
     children: list[type] = base.__subclasses__()
     for cls in children:
         yield cls
-        yield from _subclasses(cls)
+        yield from subclasses(cls)
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
@@ -92,7 +101,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         load_plugins()
         found = {
             cls
-            for cls in _subclasses(self.base)
+            for cls in subclasses(self.base)
             if not inspect.isabstract(cls)
             and not cls.__name__.startswith("_")
             and "<locals>" not in cls.__qualname__

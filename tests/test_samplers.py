@@ -66,7 +66,7 @@ class Spy:
 
 def test_the_base_lives_in_its_own_room():
     assert lit_diffusion.samplers.Sampler is lit_diffusion.samplers.base.Sampler
-    assert lit_diffusion.samplers.base.__all__ == ["Sampler"]
+    assert lit_diffusion.samplers.base.__all__ == ["DenoiserCall", "Sampler", "karras_grid"]
     assert set(lit_diffusion.SAMPLERS) >= {"DPMSolverSampler", "HeunSampler"}
     assert importlib.import_module("lit_diffusion").Sampler is Sampler
 

@@ -1,5 +1,6 @@
 """The laws of a network, with B, C, H and W all different."""
 
+import hashlib
 import inspect
 
 import pytest
@@ -243,3 +244,54 @@ def test_enlarging_is_repeating_pixels_and_a_convolution(size):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "total"),
+    [
+        ({}, "6ac03648059ad039", 17466.002),
+        (
+            {
+                "image_shape": (3, 16, 24),
+                "channels": (16, 32),
+                "attention": (8,),
+                "num_classes": 10,
+            },
+            "d4b9da4e99c75999",
+            6544.914,
+        ),
+        (
+            {
+                "image_shape": (3, 9, 9),
+                "channels": (8, 16, 16),
+                "blocks": 2,
+                "attention": (9, 5, 3),
+                "conditions": {"a": 3},
+            },
+            "e2bc352b3e5e064d",
+            5861.299,
+        ),
+        (
+            {
+                "image_shape": (1, 8, 8),
+                "downsample": False,
+                "attention": (8,),
+                "fourier": (3, 4),
+                "dropout": 0.1,
+                "channels_last": True,
+                "embedding_features": 24,
+            },
+            "fc97db03a8ffb928",
+            8555.587,
+        ),
+    ],
+)
+def test_names_and_first_weights_do_not_change(arguments, names, total):
+    """Checkpoints depend on the names, and a seed on the order of construction."""
+    torch.manual_seed(0)
+    state = UNet(**arguments).state_dict()
+    found = repr([(name, list(value.shape)) for name, value in state.items()])
+    assert hashlib.sha256(found.encode()).hexdigest()[:16] == names
+    assert sum(float(value.double().abs().sum()) for value in state.values()) == pytest.approx(
+        total, rel=1e-6
+    )

@@ -1,14 +1,14 @@
 """Models: what holds weights and samples images, apart from training."""
 
-from lit_diffusion.models.base import DrawingModel
+from lit_diffusion.models.base import SamplingModel
 from lit_diffusion.models.diffusers_network import DiffusersNetwork, import_diffusers
 from lit_diffusion.models.diffusers_pipeline import from_diffusers
 from lit_diffusion.models.pretrained import Pretrained, load_pretrained
 
 __all__ = [
     "DiffusersNetwork",
-    "DrawingModel",
     "Pretrained",
+    "SamplingModel",
     "from_diffusers",
     "import_diffusers",
     "load_pretrained",

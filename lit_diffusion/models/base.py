@@ -1,4 +1,4 @@
-"""Drawing: images from a denoiser, a sampler and the range of λ that was trained on.
+"""Sampling images from a denoiser, a sampler and the range of λ that was trained on.
 
 What every diffusion model does in the same way, in training and long after it: `LitDiffusion` and
 `Pretrained` inherit it.
@@ -19,11 +19,11 @@ from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
-__all__ = ["DrawingModel"]
+__all__ = ["SamplingModel"]
 
 
-class DrawingModel(nn.Module):
-    """A model that draws images, of its classes and conditions, guided or not.
+class SamplingModel(nn.Module):
+    """A model that samples images, with or without classes, conditions and guidance.
 
     A subclass sets what is listed here in its `__init__`.
 
@@ -49,11 +49,11 @@ class DrawingModel(nn.Module):
 
     @property
     def sampler(self) -> Sampler:
-        """How images are drawn, over the range of λ as it is now."""
+        """The sampler of images, over the present range of λ."""
         return self.walk()
 
     def walk(self, sampler: Sampler | None = None) -> Sampler:
-        """A sampler as it walks for this model, over the range of λ as it is now.
+        """A sampler with its levels within the range of λ that this model is trained on.
 
         Args:
             sampler: None means the model's own.
@@ -87,12 +87,12 @@ class DrawingModel(nn.Module):
         progress: Callable[[Any], Iterable[Any]] = iter,
         cond: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Draw images.
+        """Sample images.
 
         Args:
             n: How many.
             generator: Source of all noise: None, one, or one for each image.
-            label: Class of each image, or one for all; −1 for none; None draws them uniformly.
+            label: Class of each image, or one for all; −1 for none; None samples them uniformly.
             sampler: How; None means the model's own.
             guidance: Strength of classifier-free guidance; 1 for none.
             guidance_interval: Guide only for λ within; None means everywhere.
@@ -150,7 +150,7 @@ class DrawingModel(nn.Module):
     def _labels(
         self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
     ) -> Tensor:
-        """One label for each image, drawn before the noise."""
+        """One label for each image, sampled before the noise."""
         classes = self.num_classes
         assert classes is not None
         if label is None:

@@ -21,7 +21,7 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.description import build
 from lit_diffusion.loss import DiffusionLoss
-from lit_diffusion.models.base import DrawingModel
+from lit_diffusion.models.base import SamplingModel
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
@@ -33,7 +33,7 @@ __all__ = ["Pretrained", "load_pretrained"]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-class Pretrained(DrawingModel):
+class Pretrained(SamplingModel):
     """A diffusion model to draw from: denoiser, loss and sampler, and no training.
 
     Its arguments are those of `LitDiffusion` that make the model, with the same defaults, and its

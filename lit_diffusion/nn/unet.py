@@ -1,4 +1,4 @@
-"""The U-Net: an image goes down to where all of it is in sight, and comes up beside its copies.
+"""The U-Net: an encoder–decoder with skip connections.
 
 On the way down each level halves the image and widens the channels, so a 3×3 convolution sees
 further at the same cost. On the way up each block is handed, by concatenation, what the step
@@ -15,151 +15,65 @@ Legend: B batch, C channels, H × W pixels, E width of the embedding of (λ, lab
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_diffusion.nn.blocks import Block, Upsample, group_norm, zero_initialized
 from lit_diffusion.nn.embeddings import FourierWaves, SteeredNetwork
 
 
-def _group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
-    """Group norm over groups of at least four channels, at most 32 of them."""
-    largest = max(1, min(32, channels // 4))
-    groups = next(n for n in range(largest, 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, affine=affine)
+class Skip(NamedTuple):
+    """What a layer on the way down hands across: its level, and its number of channels."""
+
+    level: int
+    channels: int
 
 
-def _zero(layer: nn.Module) -> nn.Module:
-    """The layer with its parameters set to zero: a residual branch that starts as nothing."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
+def _check_shape(image_shape: Sequence[int], channels: Sequence[int], downsample: bool) -> None:
+    """Refuse images and levels that do not fit together."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(
+            f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+        )
+    if not channels or min(channels) < 1:
+        raise ValueError(
+            "channels must name a positive number of features for each level, such as "
+            f"(32, 64), got {channels}."
+        )
+    _, height, width = image_shape
+    if downsample and min(height, width) < 2 ** (len(channels) - 1):
+        raise ValueError(
+            f"{len(channels)} levels halve the image {len(channels) - 1} times, for which "
+            f"{height}x{width} pixels are too few; give fewer channels."
+        )
 
 
-class ResBlock(nn.Module):
-    """Two convolutions beside an identity, steered by the embedding: h ← h + f(h; e).
-
-    Between the convolutions the features are normalised, then scaled by 1 + s(e) and shifted by
-    b(e). The last convolution starts at zero, so a new network is a plain path from input to
-    output.
-
-    Args:
-        channels_in: Channels that come in.
-        channels_out: Channels that go out; if they differ, the identity becomes a 1×1 convolution.
-        embedding: Width E of the embedding.
-        dropout: Probability of dropping a feature before the last convolution, in [0, 1).
-
-    Shapes:
-        h (B, channels_in, H, W), embedding (B, E) → (B, channels_out, H, W).
-
-    References:
-        Dhariwal & Nichol (2021), Diffusion Models Beat GANs, arXiv:2105.05233, Section 3.
-    """
-
-    def __init__(
-        self, channels_in: int, channels_out: int, embedding: int, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.norm_in = _group_norm(channels_in)
-        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * channels_out)
-        self.norm_out = _group_norm(channels_out, affine=False)
-        self.conv_out = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        same = channels_in == channels_out
-        self.identity = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Add to ``h`` what the convolutions make of it at this noise level."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        branch = self.conv_in(F.silu(self.norm_in(h)))
-        branch = torch.addcmul(shift, self.norm_out(branch), 1 + scale)
-        branch = F.dropout(F.silu(branch), self.dropout, self.training)
-        return self.identity(h) + self.conv_out(branch)
-
-
-class Attention(nn.Module):
-    """Every pixel looks at every other: self-attention over the H·W positions, added to its input.
-
-    Args:
-        channels: Channels in and out.
-        heads: Number of heads, a divisor of ``channels``.
-
-    Shapes:
-        h (B, C, H, W) → (B, C, H, W).
-    """
-
-    def __init__(self, channels: int, heads: int = 1) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = _group_norm(channels)
-        self.query_key_value = nn.Linear(channels, 3 * channels)
-        self.project = _zero(nn.Linear(channels, channels))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Add to ``h`` what each position gathers from all."""
-        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, H·W, C)
-        packed = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
-        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, H·W, C / heads)
-        seen = F.scaled_dot_product_attention(query, key, value)
-        out = self.project(seen.transpose(1, 2).flatten(2))
-        return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
-
-
-class Upsample(nn.Module):
-    """Enlarge to a given size by repeating pixels, then smooth by a 3×3 convolution.
-
-    The size is that of the skip to be met next, so 9 pixels that became 5 come back as 9. Where
-    it is exactly double, a window of 3×3 sees only 2×2 different pixels: its nine weights fall
-    together into four, and the whole is one transposed convolution with a kernel of 4×4, the
-    same numbers to rounding at less than half the work.
-
-    Args:
-        channels: Channels in and out.
-
-    Shapes:
-        h (B, C, h, w) → (B, C, H, W) with (H, W) = ``size``.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, h: Tensor, size: Sequence[int]) -> Tensor:
-        """Enlarge ``h`` to ``size``."""
-        if tuple(size) == (2 * h.shape[2], 2 * h.shape[3]):
-            weight = self.conv.weight
-            kernel = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # sums
-            kernel = kernel.transpose(0, 1).flip(2, 3)
-            return F.conv_transpose2d(h, kernel, self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(h, size=tuple(size), mode="nearest"))
-
-
-class Block(nn.Module):
-    """A residual block and, where ``heads`` is given, attention behind it."""
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        embedding: int,
-        dropout: float = 0.0,
-        heads: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.residual = ResBlock(channels_in, channels_out, embedding, dropout)
-        self.attend = nn.Identity() if heads is None else Attention(channels_out, heads)
-
-    def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, channels_in, H, W) → (B, channels_out, H, W); ``skip`` is put beside ``h``."""
-        if skip is not None:
-            h = torch.cat([h, skip], dim=1)
-        return self.attend(self.residual(h, embedding))
+def _check_numbers(
+    blocks: int,
+    fourier: Sequence[int],
+    dropout: float,
+    head_channels: int,
+    embedding_features: int | None,
+) -> None:
+    """Refuse numbers outside their ranges."""
+    if blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}.")
+    if fourier and min(fourier) < 0:
+        raise ValueError(f"fourier must name exponents of at least 0, got {fourier}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    if head_channels < 1 or (embedding_features is not None and embedding_features < 1):
+        raise ValueError(
+            "head_channels and embedding_features must be at least 1, "
+            f"got {head_channels} and {embedding_features}."
+        )
 
 
 class UNet(SteeredNetwork):
-    """A U-Net for images of any size, steered by λ and, if wanted, by a label and other numbers.
+    """A U-Net for images of any size, conditioned on λ and optionally on labels and other numbers.
 
     The workhorse: convolutions do with little data and few steps, where a transformer needs many
     of both. The output starts at exactly zero. ``image_shape`` fixes the channels and where
@@ -182,10 +96,10 @@ class UNet(SteeredNetwork):
         downsample: Whether each further level halves the image.
         embedding_features: Width E of the embedding of λ and label; None means 4·``channels[0]``.
         head_channels: Channels per attention head; a level with fewer has one head.
-        fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) shown beside z, such as (6, 7) for
-            256 grey levels and (3, 4) for 17; () for none.
-        conditions: What else the network is told of an example, by name, and how many numbers
-            that is, such as {attributes: 40}, each of size about 1; None for nothing.
+        fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) given as input with z, such as
+            (6, 7) for 256 grey levels and (3, 4) for 17; () for none.
+        conditions: Further conditions, by name, with the number of values of each, such as
+            {attributes: 40}, each of size about 1; None for none.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -208,7 +122,7 @@ class UNet(SteeredNetwork):
         >>> z, logsnr = torch.randn(2, 3, 16, 24), torch.tensor([-1.0, 4.0])
         >>> net(z, logsnr, label=torch.tensor([7, -1])).shape
         torch.Size([2, 3, 16, 24])
-        >>> net(z, logsnr).abs().max().item()  # at first it says nothing
+        >>> net(z, logsnr).abs().max().item()  # zero at initialisation
         0.0
     """
 
@@ -229,33 +143,9 @@ class UNet(SteeredNetwork):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(
-                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
-            )
-        image_channels, height, image_width = image_shape
-        if not channels or min(channels) < 1:
-            raise ValueError(
-                "channels must name a positive number of features for each level, such as "
-                f"(32, 64), got {channels}."
-            )
-        if downsample and min(height, image_width) < 2 ** (len(channels) - 1):
-            raise ValueError(
-                f"{len(channels)} levels halve the image {len(channels) - 1} times, for which "
-                f"{height}x{image_width} pixels are too few; give fewer channels."
-            )
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}.")
-        if fourier and min(fourier) < 0:
-            raise ValueError(f"fourier must name exponents of at least 0, got {fourier}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-        if head_channels < 1 or (embedding_features is not None and embedding_features < 1):
-            raise ValueError(
-                "head_channels and embedding_features must be at least 1, "
-                f"got {head_channels} and {embedding_features}."
-            )
-        self.image_shape = (image_channels, height, image_width)
+        _check_shape(image_shape, channels, downsample)
+        _check_numbers(blocks, fourier, dropout, head_channels, embedding_features)
+        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
         self.channels = tuple(channels)
         self.blocks = blocks
         self.attention = tuple(attention)
@@ -269,48 +159,70 @@ class UNet(SteeredNetwork):
         self.activation_checkpointing = activation_checkpointing
         self.channels_last = channels_last
 
-        features = 4 * channels[0] if embedding_features is None else embedding_features
-        self.make_steering(features, num_classes, self.conditions)
-
-        def block(channels_in: int, channels_out: int, attend: bool) -> Block:
-            heads = self._heads(channels_out) if attend else None
-            return Block(channels_in, channels_out, features, dropout, heads)
-
-        # Down. Each step leaves a skip; `skips` remembers its level and how many channels it has.
+        # The order of construction fixes the first weights under a seed.
+        self.make_steering(self._embedding_width, num_classes, self.conditions)
         self.waves = FourierWaves(self.fourier)
-        seen = image_channels * (1 + 2 * len(self.fourier))
-        width = channels[0]
-        steps: list[nn.Module] = [nn.Conv2d(seen, width, 3, padding=1)]
-        skips = [(0, width)]
-        attends = []
-        for level, wide in enumerate(channels):
-            if level > 0 and downsample:
-                height = (height + 1) // 2
-                steps.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-                skips.append((level, width))
-            attends.append(downsample and height in attention)
-            for _ in range(blocks):
-                steps.append(block(width, wide, attends[level]))
-                skips.append((level, wide))
-                width = wide
-        self.down = nn.ModuleList(steps)
-
-        bottom = height in attention
-        self.middle = nn.ModuleList([block(width, width, bottom), block(width, width, False)])
-
-        # Up, the mirror image: one block for each skip, from the last to the first.
-        steps = []
-        for i, (level, skip) in reversed(list(enumerate(skips))):
-            steps.append(block(width + skip, channels[level], attends[level]))
-            width = channels[level]
-            if downsample and i > 0 and skips[i - 1][0] < level:
-                steps.append(Upsample(width))
-        self.up = nn.ModuleList(steps)
-
-        self.norm_out = _group_norm(width)
-        self.conv_out = _zero(nn.Conv2d(width, image_channels, 3, padding=1))
+        self.down, skips = self._encoder()
+        self.middle = self._bottleneck()
+        self.up = self._decoder(skips)
+        self.norm_out = group_norm(self.channels[0])
+        self.conv_out = zero_initialized(nn.Conv2d(self.channels[0], image_shape[0], 3, padding=1))
         if channels_last:  # features follow their first weights
             self.to(memory_format=torch.channels_last)
+
+    def _encoder(self) -> tuple[nn.ModuleList, list[Skip]]:
+        """The layers on the way down, and the skip that each of them leaves."""
+        width = self.channels[0]
+        seen = self.image_shape[0] * (1 + 2 * len(self.fourier))
+        layers: list[nn.Module] = [nn.Conv2d(seen, width, 3, padding=1)]
+        skips = [Skip(0, width)]
+        for level, wide in enumerate(self.channels):
+            if level > 0 and self.downsample:
+                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(Skip(level, width))
+            for _ in range(self.blocks):
+                layers.append(self._block(width, wide, self._attends(level)))
+                skips.append(Skip(level, wide))
+                width = wide
+        return nn.ModuleList(layers), skips
+
+    def _bottleneck(self) -> nn.ModuleList:
+        """Two blocks at the coarsest level, with attention after the first."""
+        width, attend = self.channels[-1], self._heights()[-1] in self.attention
+        return nn.ModuleList([self._block(width, width, attend), self._block(width, width, False)])
+
+    def _decoder(self, skips: list[Skip]) -> nn.ModuleList:
+        """The layers on the way up: one block for each skip, from the last to the first."""
+        width = self.channels[-1]
+        layers: list[nn.Module] = []
+        finer = [None, *skips[:-1]]
+        for skip, following in zip(reversed(skips), reversed(finer), strict=True):
+            wide = self.channels[skip.level]
+            layers.append(self._block(width + skip.channels, wide, self._attends(skip.level)))
+            width = wide
+            if self.downsample and following is not None and following.level < skip.level:
+                layers.append(Upsample(width))
+        return nn.ModuleList(layers)
+
+    @property
+    def _embedding_width(self) -> int:
+        given = self.embedding_features
+        return 4 * self.channels[0] if given is None else given
+
+    def _heights(self) -> list[int]:
+        """Height of the feature maps at each level, for images of ``image_shape``."""
+        heights = [self.image_shape[1]]
+        for _ in self.channels[1:]:
+            heights.append((heights[-1] + 1) // 2 if self.downsample else heights[-1])
+        return heights
+
+    def _attends(self, level: int) -> bool:
+        """Whether the blocks of a level have attention; without downsampling none has."""
+        return self.downsample and self._heights()[level] in self.attention
+
+    def _block(self, channels_in: int, channels_out: int, attend: bool) -> Block:
+        heads = self._heads(channels_out) if attend else None
+        return Block(channels_in, channels_out, self._embedding_width, self.dropout, heads)
 
     def _heads(self, channels: int) -> int:
         """Number of attention heads for so many channels."""

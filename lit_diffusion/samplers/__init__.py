@@ -1,14 +1,14 @@
-"""Samplers: a family of ways from noise to data, one algorithm in each file.
+"""Samplers: from noise to data, one algorithm per file.
 
 Ancestral and DDIM are of first order and differ in how much fresh noise they add. Heun and
 DPM-Solver++ are of second order: Heun evaluates the network again at the end of the step,
-DPM-Solver++ reuses the previous estimate. `base` says what a sampler is. A class of your own joins
-the registry by subclassing `Sampler`.
+DPM-Solver++ reuses the previous estimate. `base` defines what a sampler is. A class of your own
+joins the registry by subclassing `Sampler`.
 """
 
 from lit_diffusion.registry import Registry
 from lit_diffusion.samplers.ancestral import AncestralSampler
-from lit_diffusion.samplers.base import Sampler
+from lit_diffusion.samplers.base import DenoiserCall, Sampler
 from lit_diffusion.samplers.ddim import DDIMSampler
 from lit_diffusion.samplers.dpm_solver import DPMSolverSampler
 from lit_diffusion.samplers.heun import HeunSampler
@@ -18,6 +18,7 @@ __all__ = [
     "AncestralSampler",
     "DDIMSampler",
     "DPMSolverSampler",
+    "DenoiserCall",
     "HeunSampler",
     "Sampler",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_diffusion.gaussian import Generators, broadcast_to_data, noise_like, posterior
-from lit_diffusion.samplers.base import Ask, Sampler
+from lit_diffusion.samplers.base import DenoiserCall, Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["AncestralSampler"]
@@ -22,9 +22,9 @@ __all__ = ["AncestralSampler"]
 
 @dataclass(frozen=True)
 class AncestralSampler(Sampler):
-    """Draws each level from the posterior of the one before: z_s ~ q(z_s | z_t, x = x̂).
+    """Samples each level from the posterior given the one before: z_s ~ q(z_s | z_t, x = x̂).
 
-    The sampler of DDPM and VDM. Forgiving of a denoiser's errors, because fresh noise covers
+    The sampler of DDPM and VDM. Robust to errors of the denoiser, because fresh noise masks
     them. Its variance is biased low at few steps, so the originals take hundreds; small images
     are fine with 50.
 
@@ -36,7 +36,7 @@ class AncestralSampler(Sampler):
 
     Args:
         steps: Number of network calls, at least 1.
-        schedule: The levels to walk; None means cosine over the trained range.
+        schedule: The noise levels to visit; None means cosine over the trained range.
         variance: Place v of log std² between log β̃, at 0, and log β, at 1; 0 by default.
 
     Raises:
@@ -71,7 +71,7 @@ class AncestralSampler(Sampler):
 
     def step(
         self,
-        denoiser: Ask,
+        denoiser: DenoiserCall,
         z: Tensor,
         logsnr: Tensor,
         logsnr_next: Tensor,

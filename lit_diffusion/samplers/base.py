@@ -1,44 +1,72 @@
-"""What a sampler is: a walk from noise back to data.
+"""The base class of samplers: from noise to data, one step per noise level.
 
 Letters: z noisy data (B, *), logsnr = λ; a step goes from λ to logsnr_next > λ.
 
-A sampler walks up the levels of a noise schedule. Each step asks the denoiser for (x̂, ε̂) and
-moves z to the next level; at the last level the answer is x̂ itself. The schedule it walks is its
-own: how λ was drawn in training and how it is walked afterwards are unrelated choices.
+A sampler visits the levels of a noise schedule in increasing λ. Each step calls the denoiser for
+(x̂, ε̂) and moves z to the next level; at the last level the result is x̂ itself. The schedule is the
+sampler's: how λ was sampled in training and which levels are visited afterwards are independent.
 
-A leaf gives one `step`; the loop is written once. `steps` counts levels, so a sampler that asks
-once a step calls the network `steps` times, DDPM's 1000, and one that asks twice does so at each
-level but the last, EDM's 18 → 35; `calls` says which. The family is in `samplers`.
+A subclass implements `step`; the loop is in the base. `steps` counts levels, so a sampler with one
+call per step calls the network `steps` times (DDPM's 1000), and one with two calls does so at each
+level but the last (EDM's 18 → 35); see `calls`. The family is in `samplers`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import Generators
 from lit_diffusion.predictions import Denoised
-from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
+from lit_diffusion.schedules import CosineSchedule, KarrasSchedule, NoiseSchedule
 
-__all__ = ["Sampler"]
+__all__ = ["DenoiserCall", "Sampler", "karras_grid"]
 
-Ask = Callable[..., Denoised]
+
+class DenoiserCall(Protocol):
+    """The denoiser as a sampler's step calls it: (z, λ) → (x̂, ε̂), conditions already bound."""
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Denoised:
+        """Estimate x and ε.
+
+        Args:
+            z: Noisy data.
+            logsnr: λ of each example.
+
+        Shapes:
+            z (B, *), logsnr (B,) → x̂ and ε̂ (B, *).
+        """
+
+
+def karras_grid(logsnr_min: float, logsnr_max: float) -> KarrasSchedule:
+    """EDM's noise levels, restricted to a range of λ: the default of second-order samplers.
+
+    Args:
+        logsnr_min: Smallest λ the denoiser was trained on.
+        logsnr_max: Largest λ the denoiser was trained on.
+    """
+    usual = KarrasSchedule().ends
+    low, high = max(logsnr_min, usual[0]), min(logsnr_max, usual[1])
+    if low >= high:
+        low, high = logsnr_min, logsnr_max
+    return KarrasSchedule(sigma_min=math.exp(-high / 2), sigma_max=math.exp(-low / 2))
 
 
 class Sampler(ABC):
-    """A walk from noise to data: z at low λ → x̂ at high λ.
+    """Maps noise to data: z at low λ → x̂ at high λ.
 
-    A leaf is a frozen dataclass with the fields `steps` and `schedule` (and its own), names its
-    `order` of convergence and its `calls_per_step`, if that is not 1, and gives `step`. The last
-    level is the base's: its answer is x̂. A leaf that has more to do there gives `finish`, too.
+    A subclass is a frozen dataclass with the fields `steps` and `schedule`, and any of its own.
+    It states its `order` of convergence, its `calls_per_step` if not 1, and implements `step`.
+    At the last level the base returns x̂; a subclass that needs more there overrides `finish`.
 
-    From the first call of the denoiser to the last nothing is read from the device or sent to it,
-    and no shape changes, so that the host runs ahead and a compiled network stays compiled.
+    Between the first and the last call of the denoiser nothing is copied to or from the device and
+    no shape changes, so the host can run ahead and a compiled network is not compiled again.
 
     Example:
         >>> z = torch.randn(1000, 4)
@@ -54,7 +82,7 @@ class Sampler(ABC):
 
     @property
     def calls(self) -> int:
-        """How often the denoiser is asked in a walk: as a step does, and once at the last level.
+        """Number of calls of the denoiser for one batch, with one at the last level.
 
         Example:
             >>> DDIMSampler(steps=18).calls, HeunSampler(steps=18).calls
@@ -65,14 +93,14 @@ class Sampler(ABC):
     @abstractmethod
     def step(
         self,
-        denoiser: Ask,
+        denoiser: DenoiserCall,
         z: Tensor,
         logsnr: Tensor,
         logsnr_next: Tensor,
         memory: Any,
         generator: Generators,
     ) -> tuple[Tensor, Any]:
-        """Move z from λ to logsnr_next.
+        """Move z from λ to logsnr_next; return it with the memory of the next step.
 
         Args:
             denoiser: Called as denoiser(z, logsnr); conditions are bound already.
@@ -87,9 +115,9 @@ class Sampler(ABC):
         """
 
     def finish(
-        self, denoiser: Ask, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
+        self, denoiser: DenoiserCall, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
     ) -> Tensor:
-        """The answer at the last level: x̂.
+        """Return the result at the last level: x̂.
 
         Args:
             denoiser: Called as denoiser(z, logsnr); conditions are bound already.
@@ -104,16 +132,16 @@ class Sampler(ABC):
         return denoiser(z, logsnr).x
 
     def default_schedule(self, logsnr_min: float, logsnr_max: float) -> NoiseSchedule:
-        """What is walked over a range of λ if no schedule is given: a cosine.
+        """The schedule over a range of λ if none is given: a cosine.
 
         Args:
-            logsnr_min: Smallest λ the denoiser knows.
-            logsnr_max: Largest λ the denoiser knows.
+            logsnr_min: Smallest λ the denoiser was trained on.
+            logsnr_max: Largest λ the denoiser was trained on.
         """
         return CosineSchedule(logsnr_min, logsnr_max)
 
     def levels(self) -> Tensor:
-        """The noise levels that are visited, from noise to data.
+        """The noise levels λ visited, from noise to data.
 
         Shapes:
             result (steps,), float64, increasing.
@@ -130,34 +158,34 @@ class Sampler(ABC):
 
     def __call__(
         self,
-        denoiser: Ask,
+        denoiser: Callable[..., Denoised],
         z: Tensor,
         generator: Generators = None,
         progress: Callable[[Any], Any] = iter,
         **cond: Any,
     ) -> Tensor:
-        """Walk from z, noise at the first level, to data.
+        """Sample: map z, noise at the first level, to data.
 
         Args:
             denoiser: Called as denoiser(z, logsnr, **cond).
-            z: Where to start: standard normal noise.
+            z: Standard normal noise to start from.
             generator: Source of noise for stochastic samplers: None, one, or one per example.
             progress: Wraps the list of steps, such as tqdm.
-            **cond: Handed to the denoiser.
+            **cond: Passed to the denoiser.
 
         Shapes:
             z (B, *); result x̂ (B, *).
         """
 
-        def ask(z: Tensor, logsnr: Tensor) -> Denoised:
+        def bound(z: Tensor, logsnr: Tensor) -> Denoised:
             return denoiser(z, logsnr, **cond)
 
-        # All of them at once, before the walk: each copy to a device waits for it.
+        # All levels at once, before the loop: each copy to a device synchronises with it.
         levels = [level.expand(len(z)) for level in self.levels().to(z.device)]
         memory = None
         for logsnr, logsnr_next in progress([*pairwise(levels), (levels[-1], None)]):
             if logsnr_next is None:
-                z = self.finish(ask, z, logsnr, memory, generator)
+                z = self.finish(bound, z, logsnr, memory, generator)
             else:
-                z, memory = self.step(ask, z, logsnr, logsnr_next, memory, generator)
+                z, memory = self.step(bound, z, logsnr, logsnr_next, memory, generator)
         return z

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
-from lit_diffusion.samplers.base import Ask, Sampler
+from lit_diffusion.samplers.base import DenoiserCall, Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["DDIMSampler"]
@@ -21,7 +21,7 @@ __all__ = ["DDIMSampler"]
 
 @dataclass(frozen=True)
 class DDIMSampler(Sampler):
-    """Keeps x̂ and ε̂ and changes their proportions: z_s = α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n.
+    """Recombines x̂ and ε̂ at the next noise level: z_s = α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n.
 
     With η = 0 it is deterministic: Euler's method on the probability-flow ODE, good at 20 to
     100 steps, and the image is a function of the starting noise. v is the posterior's variance,
@@ -29,7 +29,7 @@ class DDIMSampler(Sampler):
 
     Args:
         steps: Number of network calls, at least 1.
-        schedule: The levels to walk; None means cosine over the trained range.
+        schedule: The noise levels to visit; None means cosine over the trained range.
         eta: Share of fresh noise η, from 0 to 1.
 
     Raises:
@@ -56,7 +56,7 @@ class DDIMSampler(Sampler):
 
     def step(
         self,
-        denoiser: Ask,
+        denoiser: DenoiserCall,
         z: Tensor,
         logsnr: Tensor,
         logsnr_next: Tensor,

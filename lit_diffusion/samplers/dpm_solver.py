@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data
-from lit_diffusion.samplers.base import Ask, Sampler
-from lit_diffusion.samplers.heun import HeunSampler
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, karras_grid
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["DPMSolverSampler"]
@@ -22,18 +21,18 @@ __all__ = ["DPMSolverSampler"]
 
 @dataclass(frozen=True)
 class DPMSolverSampler(Sampler):
-    """DDIM with x̂ followed along its last change, at no further call: DPM-Solver++(2M).
+    """DPM-Solver++(2M): DDIM with x̂ extrapolated from the last two estimates, at no further call.
 
     With h = (λ_s − λ)/2 and r = h_last/h, x̂_last and h_last being those of the step before,
-    z_s = (σ_s/σ) z + α_s (1 − e^(−h)) (x̂ + (x̂ − x̂_last)/2r). DDIM assumes that x̂ stands still
-    during a step; here it goes on as it went, which makes the second order. The choice for few
-    calls, if the levels lie evenly in λ, roughly, as those of `KarrasSchedule` and
+    z_s = (σ_s/σ) z + α_s (1 − e^(−h)) (x̂ + (x̂ − x̂_last)/2r). DDIM assumes that x̂ is constant
+    during a step; here it is extrapolated linearly, which gives second order. The choice for few
+    calls, if the levels are spaced roughly evenly in λ, as those of `KarrasSchedule` and
     `LinearSchedule` do. Few cosine levels end in a step many times longer than the one before,
     over which x̂ is extrapolated too far.
 
     Args:
         steps: Number of network calls, at least 1.
-        schedule: The levels to walk; None means `KarrasSchedule` within the trained range.
+        schedule: The noise levels to visit; None means `KarrasSchedule` within the trained range.
 
     References:
         Lu et al. (2022), DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
@@ -51,11 +50,18 @@ class DPMSolverSampler(Sampler):
     steps: int = 20
     schedule: NoiseSchedule | None = None
 
-    default_schedule = HeunSampler.default_schedule
+    def default_schedule(self, logsnr_min: float, logsnr_max: float) -> NoiseSchedule:
+        """EDM's grid within the range.
+
+        Args:
+            logsnr_min: Smallest λ the denoiser was trained on.
+            logsnr_max: Largest λ the denoiser was trained on.
+        """
+        return karras_grid(logsnr_min, logsnr_max)
 
     def step(
         self,
-        denoiser: Ask,
+        denoiser: DenoiserCall,
         z: Tensor,
         logsnr: Tensor,
         logsnr_next: Tensor,

@@ -15,39 +15,31 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
-from lit_diffusion.samplers.base import Ask, Sampler
-from lit_diffusion.schedules import KarrasSchedule, NoiseSchedule
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, karras_grid
+from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["HeunSampler"]
 
 
-def _karras(low: float, high: float) -> KarrasSchedule:
-    """EDM's grid, as much of it as lies within [low, high]."""
-    usual = KarrasSchedule().ends
-    inner = max(low, usual[0]), min(high, usual[1])
-    low, high = inner if inner[0] < inner[1] else (low, high)
-    return KarrasSchedule(sigma_min=math.exp(-high / 2), sigma_max=math.exp(-low / 2))
-
-
 @dataclass(frozen=True)
 class HeunSampler(Sampler):
-    """Heun's method for d(z/α) = ε̂ d(σ/α): DDIM's step, then half of how ε̂ changed along it.
+    """Heun's method for d(z/α) = ε̂ d(σ/α): DDIM's step, corrected by half the change of ε̂.
 
     With z' = α_s x̂ + σ_s ε̂ it is z_s = z' + ½ (σ_s − α_s σ/α) (ε̂(z', λ_s) − ε̂). The sampler of
-    EDM: of second order at two network calls a step, with nothing remembered between steps. It
-    walks `KarrasSchedule`, which it was made for, unless told otherwise. The bracket is a long
-    lever where one step spans much of the strong noise: of few cosine levels over [−20, 20] the
-    first step ruins the walk.
+    EDM: of second order at two network calls a step, with nothing remembered between steps. Its
+    default levels are those of `KarrasSchedule`, for which it was designed. The factor in brackets
+    is large where one step spans much of the strong noise: with few cosine levels over [−20, 20]
+    the first step is badly wrong.
 
     `s_churn` > 0 makes it stochastic: before a step fresh noise raises the noise level σ/α by a
     factor of 1 + γ, γ = min(s_churn/steps, √2 − 1), which covers errors of the network as
-    ancestral noise does. Unlike in the paper the level is never raised beyond the first of the
-    walk, since no network need have been trained there; so the first step is not churned.
+    ancestral noise does. Unlike in the paper the level is never raised beyond the first
+    one, since the network need not have been trained there; so the first step is not churned.
 
     Args:
         steps: Number of levels, at least 1; the network is called 2·steps − 1 times.
-        schedule: The levels to walk; None means `KarrasSchedule` within the trained range.
-        s_churn: Churn of the whole walk, 0 (deterministic) or above.
+        schedule: The noise levels to visit; None means `KarrasSchedule` within the trained range.
+        s_churn: Total churn, 0 (deterministic) or above.
         s_min: Churn only where σ/α = e^(−λ/2) is at least this.
         s_max: Churn only where σ/α = e^(−λ/2) is at most this, at least s_min.
         s_noise: Standard deviation of the fresh noise, above 0; a little above 1 makes up for
@@ -97,10 +89,10 @@ class HeunSampler(Sampler):
         """EDM's grid within the range.
 
         Args:
-            logsnr_min: Smallest λ the denoiser knows.
-            logsnr_max: Largest λ the denoiser knows.
+            logsnr_min: Smallest λ the denoiser was trained on.
+            logsnr_max: Largest λ the denoiser was trained on.
         """
-        return _karras(logsnr_min, logsnr_max)
+        return karras_grid(logsnr_min, logsnr_max)
 
     def _churned(
         self, z: Tensor, logsnr: Tensor, first: Tensor, generator: Generators
@@ -123,7 +115,7 @@ class HeunSampler(Sampler):
 
     def step(
         self,
-        denoiser: Ask,
+        denoiser: DenoiserCall,
         z: Tensor,
         logsnr: Tensor,
         logsnr_next: Tensor,
@@ -142,8 +134,8 @@ class HeunSampler(Sampler):
         return z, first
 
     def finish(
-        self, denoiser: Ask, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
+        self, denoiser: DenoiserCall, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
     ) -> Tensor:
-        """The answer at the last level: x̂, after a last churn, for EDM's own last step has one."""
+        """Return x̂ at the last level, after a last churn, as EDM's last step has one."""
         first = logsnr if memory is None else memory
         return denoiser(*self._churned(z, logsnr, first, generator)).x

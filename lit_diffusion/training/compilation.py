@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_diffusion.models import DrawingModel
+from lit_diffusion.models import SamplingModel
 
 __all__ = ["compile_in_place", "why_not"]
 
@@ -21,7 +21,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # where torch looks for what it compiled bef
 
 
 def compile_in_place(
-    model: DrawingModel, device: torch.device, required: bool = False, mode: str | None = None
+    model: SamplingModel, device: torch.device, required: bool = False, mode: str | None = None
 ) -> bool:
     """Compile a model's network, and its loss with the network in it, at their first call.
 

@@ -7,11 +7,12 @@ each with what a user sees of the library, and so fails by name when a release c
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-import lightning as L
+from typing import TYPE_CHECKING, Any
 
 from lit_diffusion.description import allowed_modules
+
+if TYPE_CHECKING:  # the command line imports this file before it knows whether it needs Lightning
+    import lightning as L
 
 __all__ = ["logged_step", "prefer_importable_classes", "wandb_process"]
 

@@ -27,7 +27,7 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
 from lit_diffusion.description import build, describe
 from lit_diffusion.loss import DiffusionLoss, LossTerms
-from lit_diffusion.models import DrawingModel
+from lit_diffusion.models import SamplingModel
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
@@ -56,7 +56,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(DrawingModel, L.LightningModule):
+class LitDiffusion(SamplingModel, L.LightningModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`

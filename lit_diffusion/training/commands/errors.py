@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn
 
 from lit_diffusion.description import allowed_modules, missing_package
+from lit_diffusion.registry import subclasses
 
 __all__ = ["UsageError", "fail", "one_line"]
 
@@ -63,13 +64,11 @@ def _families() -> dict[str, type]:
 
 def _names(base: type) -> set[str]:
     """The names of the public concrete classes below a base."""
-    found = set()
-    children: list[type] = base.__subclasses__()
-    for cls in children:
-        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
-            found.add(cls.__name__)
-        found |= _names(cls)
-    return found
+    return {
+        cls.__name__
+        for cls in subclasses(base)
+        if not cls.__name__.startswith("_") and not inspect.isabstract(cls)
+    }
 
 
 def _unknown_class(name: str, keys: list[str]) -> str:

@@ -26,6 +26,7 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 from torch import Tensor, nn
 
+from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.fit import DiffusionCLI, is_first_rank
@@ -230,7 +231,7 @@ def _rehearsal(
     config["ckpt_path"] = None if start is None else str(start)
     # A guard that skipped earlier steps must skip them again.
     bases = (Checkpoint, EarlyStopping, Guard, ProgressBar, Timer)
-    left_out = {cls.__name__ for base in bases for cls in _all(base)}
+    left_out = {cls.__name__ for base in bases for cls in (base, *subclasses(base))}
     trainer = config["trainer"]
     callbacks = trainer["callbacks"] or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -255,13 +256,6 @@ def _rehearsal(
         "max_time": None,
     }
     return config
-
-
-def _all(base: type) -> Iterator[type]:
-    yield base
-    children: list[type] = base.__subclasses__()
-    for cls in children:
-        yield from _all(cls)
 
 
 # The report ------------------------------------------------------------------------------------

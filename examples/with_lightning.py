@@ -1,0 +1,45 @@
+"""The model of `minimal.py` on real images, trained by PyTorch Lightning's Trainer.
+
+The data are 1,500 handwritten digits of 8×8 pixels that are part of the package.
+Run it with `python examples/with_lightning.py`.
+"""
+
+from functools import partial
+
+import lightning as L
+import torch
+
+from lit_diffusion import CosineSchedule, SigmoidWeighting, UNet, VPrediction
+from lit_diffusion.training import EMA, ImageDataModule, LitDiffusion
+
+
+def main(max_steps: int = 200) -> None:
+    """Train, sample and compare the brightness of samples and data."""
+    L.seed_everything(0)
+    data = ImageDataModule(path="digits8x8", image_shape=(1, 8, 8))
+    model = LitDiffusion(
+        network=UNet(image_shape=(1, 8, 8), channels=(16, 32), num_classes=10),
+        schedule=CosineSchedule(logsnr_min=-10.0, logsnr_max=10.0),
+        weighting=SigmoidWeighting(bias=2.0),
+        prediction=VPrediction(),
+        optimizer=partial(torch.optim.AdamW, lr=2e-3),
+    )
+    trainer = L.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        callbacks=[EMA(0.98)],
+        use_distributed_sampler=False,  # the data module distributes the examples itself
+        logger=False,
+    )
+    trainer.fit(model, data)
+
+    trainer.save_checkpoint("digits.ckpt")
+    model = LitDiffusion.load_from_checkpoint("digits.ckpt")
+    images = model.sample(100, torch.Generator().manual_seed(0))
+    truth = next(iter(data.val_dataloader()))["image"] / 127.5 - 1  # stored as uint8
+    print(f"mean of samples {images.mean():.3f}, of data {truth.mean():.3f}")
+    print(f"std of samples  {images.std():.3f}, of data {truth.std():.3f}")
+
+
+if __name__ == "__main__":
+    main()

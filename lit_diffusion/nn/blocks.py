@@ -1,0 +1,145 @@
+"""The layers of the U-Net: residual blocks, self-attention and upsampling.
+
+Legend: B batch, C channels, H × W pixels, E width of the embedding of (λ, label).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """Group norm over groups of at least four channels, at most 32 of them."""
+    largest = max(1, min(32, channels // 4))
+    groups = next(n for n in range(largest, 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, affine=affine)
+
+
+def zero_initialized(layer: nn.Module) -> nn.Module:
+    """The layer with its parameters set to zero: a residual branch that is initially zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """A residual block of two convolutions, modulated by the embedding: h ← h + f(h; e).
+
+    Between the convolutions the features are normalised, then scaled by 1 + s(e) and shifted by
+    b(e). The last convolution starts at zero, so a new network is a plain path from input to
+    output.
+
+    Args:
+        channels_in: Channels that come in.
+        channels_out: Channels that go out; if they differ, the identity becomes a 1×1 convolution.
+        embedding: Width E of the embedding.
+        dropout: Probability of dropping a feature before the last convolution, in [0, 1).
+
+    Shapes:
+        h (B, channels_in, H, W), embedding (B, E) → (B, channels_out, H, W).
+
+    References:
+        Dhariwal & Nichol (2021), Diffusion Models Beat GANs, arXiv:2105.05233, Section 3.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, embedding: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.norm_in = group_norm(channels_in)
+        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels_out)
+        self.norm_out = group_norm(channels_out, affine=False)
+        self.conv_out = zero_initialized(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        same = channels_in == channels_out
+        self.identity = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Add to ``h`` what the convolutions make of it at this noise level."""
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        branch = self.conv_in(F.silu(self.norm_in(h)))
+        branch = torch.addcmul(shift, self.norm_out(branch), 1 + scale)
+        branch = F.dropout(F.silu(branch), self.dropout, self.training)
+        return self.identity(h) + self.conv_out(branch)
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the H·W positions.
+
+    Args:
+        channels: Channels in and out.
+        heads: Number of heads, a divisor of ``channels``.
+
+    Shapes:
+        h (B, C, H, W) → (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, heads: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.query_key_value = nn.Linear(channels, 3 * channels)
+        self.project = zero_initialized(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Add to ``h`` what each position gathers from all."""
+        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        packed = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
+        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, H·W, C / heads)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        out = self.project(seen.transpose(1, 2).flatten(2))
+        return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+class Upsample(nn.Module):
+    """Enlarge to a given size by repeating pixels, then smooth by a 3×3 convolution.
+
+    The size is that of the skip to be met next, so 9 pixels that became 5 come back as 9. Where
+    it is exactly double, a window of 3×3 sees only 2×2 different pixels: its nine weights fall
+    together into four, and the whole is one transposed convolution with a kernel of 4×4, the
+    same numbers to rounding at less than half the work.
+
+    Args:
+        channels: Channels in and out.
+
+    Shapes:
+        h (B, C, h, w) → (B, C, H, W) with (H, W) = ``size``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h: Tensor, size: Sequence[int]) -> Tensor:
+        """Enlarge ``h`` to ``size``."""
+        if tuple(size) == (2 * h.shape[2], 2 * h.shape[3]):
+            weight = self.conv.weight
+            kernel = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # sums
+            kernel = kernel.transpose(0, 1).flip(2, 3)
+            return F.conv_transpose2d(h, kernel, self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(h, size=tuple(size), mode="nearest"))
+
+
+class Block(nn.Module):
+    """A residual block and, where ``heads`` is given, attention behind it."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        embedding: int,
+        dropout: float = 0.0,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.residual = ResBlock(channels_in, channels_out, embedding, dropout)
+        self.attend = nn.Identity() if heads is None else Attention(channels_out, heads)
+
+    def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, channels_in, H, W) → (B, channels_out, H, W); ``skip`` is put beside ``h``."""
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        return self.attend(self.residual(h, embedding))
