@@ -209,7 +209,7 @@ def fit(folder, callbacks=(), steps=12, ckpt_path=None, **arguments):
 def no_pictures(monkeypatch):
     """They take longer than these trainings."""
     monkeypatch.setattr(noise_level_loss, "save_figure", lambda figure, path: None)
-    monkeypatch.setattr(noise_level_loss, "draw", lambda records: None)
+    monkeypatch.setattr(noise_level_loss, "plot_noise_levels", lambda records: None)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -418,7 +418,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_noise_levels import *
 if __name__ == "__main__":
-    noise_level_loss.draw = noise_level_loss.save_figure = lambda *arguments: None
+    noise_level_loss.plot_noise_levels = noise_level_loss.save_figure = lambda *arguments: None
     callback = NoiseLevelLoss(5, probe_every_n_steps=2)
     last = LastCheckpoint(every_n_steps=3)
     callbacks = [KillIn("on_train_batch_end", {kill}), callback, last]
@@ -540,8 +540,8 @@ def test_the_table_is_at_common_noise_levels(cli, tmp_path):
         (("nowhere",), "nowhere has no noise_levels.csv"),
         (("good", "empty"), "empty has no noise_levels.csv"),
         (("good", "header"), "no record yet"),
-        (("good", "other"), "not as NoiseLevelLoss writes it: expected the columns"),
-        (("good", "torn"), "not as NoiseLevelLoss writes it"),
+        (("good", "other"), "not a table of NoiseLevelLoss: expected the columns"),
+        (("good", "torn"), "not a table of NoiseLevelLoss"),
         (("good", "good"), "expected each run once"),
         (("good", "--out", "both.doc"), ".png, .pdf, .svg, got both.doc"),
         (("good", "--colour"), "no argument is called --colour"),

@@ -111,7 +111,7 @@ def _write_split(
     mirrored: bool,
 ) -> dict[str, Any]:
     """Write the files of a split; return the number of latents, and their mean and std."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     rows = _rows(autoencoder, tqdm(batches, desc=f"encoding {split}, batches"), mirrored)

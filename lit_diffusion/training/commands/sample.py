@@ -187,7 +187,7 @@ def write_images(images: Tensor, out: Path, folders: list[str], first: int = 0) 
     Shapes:
         images (n, C, H, W), C of 1 or 3.
     """
-    from torchvision.transforms.functional import to_pil_image
+    from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
 
     for i, image in enumerate(images, first):
         folder = out / folders[i % len(folders)]
