@@ -8,7 +8,7 @@ joins the registry by subclassing `Sampler`.
 
 from lit_diffusion.registry import Registry
 from lit_diffusion.samplers.ancestral import AncestralSampler
-from lit_diffusion.samplers.base import DenoiserCall, Sampler
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep
 from lit_diffusion.samplers.ddim import DDIMSampler
 from lit_diffusion.samplers.dpm_solver import DPMSolverSampler
 from lit_diffusion.samplers.heun import HeunSampler
@@ -21,6 +21,7 @@ __all__ = [
     "DenoiserCall",
     "HeunSampler",
     "Sampler",
+    "SamplerStep",
 ]
 
 SAMPLERS: Registry[Sampler] = Registry(Sampler)  # type: ignore[type-abstract]
