@@ -27,7 +27,7 @@ from lit_diffusion.gaussian import Generators
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.schedules import CosineSchedule, KarrasSchedule, NoiseSchedule
 
-__all__ = ["DenoiserCall", "Sampler", "SamplerStep", "karras_grid"]
+__all__ = ["DenoiserCall", "Sampler", "SamplerStep"]
 
 
 class DenoiserCall(Protocol):
