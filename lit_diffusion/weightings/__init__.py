@@ -1,7 +1,7 @@
-"""Weightings: a family of functions w(λ), one for each published objective.
+"""Weightings: functions w(λ), one for each published objective.
 
-`base` defines a weighting, `continuous` has those in continuous time, `chain` those of a
-discrete chain. A class of your own joins the registry by subclassing `Weighting`.
+`base` defines a weighting, `continuous` contains those in continuous time and `chain` those of a
+discrete chain. A subclass of `Weighting` registers itself.
 """
 
 from lit_diffusion.registry import Registry
