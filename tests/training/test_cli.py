@@ -337,7 +337,7 @@ def test_quick_answers():
 def test_help_shows_the_docstrings(cli):
     code, out, _ = cli("fit", "--model.weighting.help", "SigmoidWeighting")
     assert code == 0
-    assert "Log-SNR at which the weight is one half" in out
+    assert "λ at which the weight is one half" in out
 
 
 def test_wandb_offline_file_is_in_the_run_folder(tmp_path):
