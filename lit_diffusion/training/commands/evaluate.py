@@ -301,7 +301,7 @@ def _row(
     seeds: list[int],
 ) -> SamplerScores:
     """The scores of one way of sampling, for each seed."""
-    sampler = subject.model.walk(generation.sampler)
+    sampler = subject.model.sampler_in_range(generation.sampler)
     found = []
     for seed in seeds:
         judge = scores.Scores(network, reference, others)
