@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_diffusion.schedules import AdaptiveSchedule
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["AdaptiveScheduleUpdate", "draw_density"]
 
@@ -116,9 +117,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         """Report the losses that were skipped."""
         rejected = int(pl_module.loss.schedule.rejected)  # type: ignore[union-attr, arg-type]
         if rejected and trainer.is_global_zero:
-            L.pytorch.utilities.rank_zero_warn(
-                f"AdaptiveSchedule: {rejected} non-finite losses were ignored."
-            )
+            warn(f"AdaptiveSchedule: {rejected} non-finite losses were ignored.")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
 __all__ = ["EMA", "name_of", "trained_weights"]
@@ -81,7 +81,7 @@ class EMA(L.Callback):
         start, self._loaded = self._loaded or {}, None
         if start and isinstance(self._profile, PowerProfile) and self._kept != str(self._profile):
             # A constant decay forgets what it began with, a power function would not.
-            rank_zero_warn(
+            warn(
                 f"EMA: the checkpoint has the average {self._kept or 'of a constant decay'}, not "
                 f"{self._profile}, which begins anew from the weights as they are."
             )

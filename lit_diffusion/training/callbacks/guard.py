@@ -13,11 +13,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Guard", "account", "gather", "plain"]
@@ -145,7 +145,7 @@ class Guard(L.Callback):
             if self.skips > self.max_skips:
                 self._verdict = f"{told} {self.max_skips} steps were skipped before it."
                 raise ValueError(self._verdict)
-            rank_zero_warn(f"{told} Step skipped, {self.skips} of at most {self.max_skips}.")
+            warn(f"{told} Step skipped, {self.skips} of at most {self.max_skips}.")
         elif self.on_non_finite == "stop":
             self._steps.append(step)
             if trainer.global_step % trainer.log_every_n_steps == 0 or len(self._steps) == KEPT:

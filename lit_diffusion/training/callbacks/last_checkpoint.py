@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import sync
 
 __all__ = ["LastCheckpoint"]
@@ -80,7 +79,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             return
         if trainer.num_training_batches == 1 and trainer.max_steps != 1:
-            rank_zero_warn(
+            warn(
                 "LastCheckpoint: with epochs of one batch there are checkpoints at validations "
                 "and at the end only; set data.steps_per_epoch to 2 or more."
             )
@@ -167,7 +166,7 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            rank_zero_warn(f"{error} Training continues.")
+            warn(f"{error} Training continues.")
             return False
         self._saved_step, self._late = trainer.global_step, False
         return True
@@ -209,9 +208,7 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         saved = f"step {step} is saved, go on with --ckpt_path last"
         lost = f"step {step} could not be saved"
-        sys.stderr.write(
-            f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.\n"
-        )
+        warn(f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.")
         raise SystemExit(128 + number)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.flop_counter import FlopCounterMode
+
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["Throughput"]
 
@@ -142,7 +143,7 @@ class Throughput(L.Callback):
                     self.flops_per_image = count_flops(pl_module, batch)
             except Exception as error:
                 self._peak = None
-                rank_zero_warn(f"Throughput: there is no mfu, since its count failed: {error}")
+                warn(f"Throughput: there is no mfu, since its count failed: {error}")
 
     def on_train_batch_end(
         self,

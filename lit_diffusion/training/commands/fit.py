@@ -35,6 +35,7 @@ from lit_diffusion.training.run.folder import (
     new_run_folder,
     run_loggers,
 )
+from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
@@ -122,10 +123,10 @@ class DiffusionCLI(LightningCLI):
                     f"there is no checkpoint below {root / config.name}; train first."
                 )
             if found is None:
-                _note(f"No checkpoint below {root / config.name} yet: starting a new run.")
+                inform(f"No checkpoint below {root / config.name} yet: starting a new run.")
                 config.ckpt_path = None
                 return
-            _note(f"Resuming from {found}.")
+            inform(f"Resuming from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
@@ -136,7 +137,7 @@ class DiffusionCLI(LightningCLI):
             if Path(path).parent.name == "checkpoints":
                 self.run_folder = Path(path).parents[1]
             return
-        _note("Using the checkpoint's model; `--model.*` is ignored.")
+        inform("Using the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         described.pop("image_shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
@@ -158,11 +159,11 @@ class DiffusionCLI(LightningCLI):
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
         found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
-        _note(f"Objective: {headline(found, loss.decoder)}")
+        inform(f"Objective: {headline(found, loss.decoder)}")
         for name in ("weighting", "schedule", "prediction", "num_timesteps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
-                _note(f"Note: the checkpoint was trained with another {name}: {before}")
+                inform(f"Note: the checkpoint was trained with another {name}: {before}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the trainer, with the run folder, its loggers, and the usual callbacks."""
@@ -252,7 +253,7 @@ class DiffusionCLI(LightningCLI):
                 device = trainer.strategy.root_device
                 begin_session(self.run_folder, device, ranks, str(trainer.precision))
             except Exception as error:
-                _note(f"Warning: the environment of the run is not recorded: {error}")
+                warn(f"the environment of the run is not recorded: {error}")
 
     def _end_report(self, how: str) -> Path | None:
         """Write the report of the run folder, if there is one; return its path."""
@@ -261,7 +262,7 @@ class DiffusionCLI(LightningCLI):
                 end_session(self.run_folder, how, self.trainer.global_step)
                 return write_report(self.run_folder)
             except Exception as error:
-                _note(f"Warning: the report of this run could not be written: {error}")
+                warn(f"the report of this run could not be written: {error}")
         return None
 
     def _summarise(self) -> None:
@@ -309,12 +310,6 @@ def _set_shape(network: Any, shape: tuple[int, int, int]) -> None:
 def is_first_rank() -> bool:
     """Whether this process is rank 0, which also holds before a trainer is made."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    sys.stderr.write(" ".join(line.split()) + "\n")
-    sys.stderr.flush()
 
 
 def _say(line: str) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import csv
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
+
+from lit_diffusion.training.run.messages import logger
 
 FEW = 5  # named in warnings and errors; the file lists all
 ENOUGH = 10  # fewer bad examples than this are never too many
@@ -108,11 +109,10 @@ class BadExamples:
             if len(self.first) < FEW:
                 self.first.append(bad)
                 more = "" if self.file is None else f" (all are listed in {self.file})"
-                warnings.warn(
+                logger.warning(
                     rank_prefixed_message(
                         f"skipped {bad.name}, split {self.split!r}: {bad.reason}{more}", self.rank
-                    ),
-                    stacklevel=2,
+                    )
                 )
         if found and self.file is not None:
             self._write(self.file, found)

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from lit_diffusion.training.data.bad_examples import Bad
 from lit_diffusion.training.data.split import Split, chunks, sift
+from lit_diffusion.training.run.messages import logger
 from lit_diffusion.training.run.whole_file import sync
 
 CHUNK_BYTES, CHUNK_EXAMPLES = 1 << 24, 1024  # decoded before they are written: the smaller
@@ -80,16 +80,6 @@ def writing(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def report(line: str) -> None:
-    """Print a line of progress to the standard error stream.
-
-    Args:
-        line: Without its end.
-    """
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
 def _decode_into(partial: Path, split: Split, check: Check) -> None:
     decoder, total = split.decoder, split.source.total
     assert total is not None  # what is not streamed has a length
@@ -129,7 +119,7 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
                     labels.append(batch["label"].numpy())
             if time.monotonic() - reported > PATIENCE:
                 reported, done = time.monotonic(), good + len(bad)
-                report(f"decoding split {split.name!r}, once: {done:,} of {total:,} examples")
+                logger.info(f"decoding split {split.name!r}, once: {done:,} of {total:,} examples")
         with writing(partial.parent):
             for file in (images, *conditions.values()):
                 file.finish(good)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import BATCH, Columns
@@ -32,6 +31,7 @@ from lit_diffusion.training.data.sources import find_splits, open_source
 from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
 from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.run.messages import inform
 
 STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data of unknown length
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
@@ -365,7 +365,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"got {total} in all; set data.num_workers lower or use fewer ranks"
             )
         if total is None and shards % lanes and shards > lanes:
-            rank_zero_info(
+            inform(
                 f"{shards} shards of unknown length are divided among {lanes} ranks × workers: "
                 "each cycles over its own, so some examples come up more often than others."
             )
@@ -373,7 +373,7 @@ class ImageDataModule(L.LightningDataModule):
             return self.steps_per_epoch
         if total is not None:
             return max(1, total // (self.batch_size * world))
-        rank_zero_info(
+        inform(
             f"The length of {self.path!r} is not known without reading it: an epoch is "
             f"{STEPS_IF_UNKNOWN} batches; set data.steps_per_epoch to change that."
         )

@@ -24,9 +24,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_diffusion.training.lightning_internals import logged_step, wandb_process
+from lit_diffusion.training.run.messages import inform, warn
 
 __all__ = ["Dashboard", "show"]
 
@@ -135,7 +135,7 @@ class Dashboard(WandbLogger):
             except Exception as error:
                 _teardown()  # its process may have died since the last run
                 if online:
-                    rank_zero_warn(
+                    warn(
                         f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
                         f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
                         "sends it."
@@ -149,7 +149,7 @@ class Dashboard(WandbLogger):
         if run.offline:
             self.FAREWELL = self.PATIENCE
         else:
-            rank_zero_info(f"Weights & Biases: {run.url}")
+            inform(f"Weights & Biases: {run.url}")
         self._thread.start()
         atexit.register(self.finish, None)
 
@@ -192,7 +192,7 @@ class Dashboard(WandbLogger):
             self._lost = "it does not answer"
         if self._lost and not self._told:
             self._told = True
-            rank_zero_warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
+            warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
         return not self._lost
 
     def finish(self, exit_code: int | None = None) -> None:

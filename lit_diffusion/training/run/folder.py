@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.whole_file import write_whole
 
@@ -60,7 +61,7 @@ def last_checkpoint(root: Path, name: str = "*") -> Path | None:
         try:
             load_checkpoint(path)
         except ValueError as error:
-            rank_zero_warn(f"Skipped a checkpoint: {error}")
+            warn(f"Skipped a checkpoint: {error}")
         else:
             return path
     return None
