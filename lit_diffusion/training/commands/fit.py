@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
@@ -30,16 +29,17 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
-    SaveConfig,
+    is_first_rank,
     last_checkpoint,
     new_run_folder,
     run_loggers,
 )
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.saved_config import SaveConfig
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
-__all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]
+__all__ = ["DiffusionCLI", "DiffusionParser"]
 
 
 class DiffusionParser(CommandParser, LightningArgumentParser):
@@ -305,11 +305,6 @@ def _set_shape(network: Any, shape: tuple[int, int, int]) -> None:
         given["image_shape"] = shape
         for argument, inner in cls.inner_shapes(**given).items():
             _set_shape(given.get(argument), inner)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0, which also holds before a trainer is made."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class BadExamples:
         self.known: set[tuple[str, str, str]] = set()
         self.end = 0  # bytes of the file that are in `known`
 
-    def add(self, found: list[Bad]) -> None:
+    def add(self, found: Sequence[Bad]) -> None:
         """Report bad examples: the first few as warnings, all of them in the file.
 
         Args:
@@ -135,7 +135,7 @@ class BadExamples:
                 f"data.max_bad_share; the first: {few or 'met before the run was resumed'}"
             )
 
-    def _write(self, path: Path, found: list[Bad]) -> None:
+    def _write(self, path: Path, found: Sequence[Bad]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))  # all ranks write to one file
         with lock, path.open("a+", newline="", encoding="utf-8") as file:

@@ -117,7 +117,7 @@ def cache_folder(cache_dir: str | None = None) -> Path:
         cache_dir: The folder; None for ``lit_diffusion`` in the cache of ``datasets``, which
             HF_DATASETS_CACHE, HF_HOME and XDG_CACHE_HOME move.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     if cache_dir is not None:
         return Path(cache_dir).expanduser()

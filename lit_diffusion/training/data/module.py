@@ -115,7 +115,7 @@ class ImageDataModule(L.LightningDataModule):
         self.path = path
         self.data_files = data_files
         self.config_name = config_name
-        self.image_shape = tuple(image_shape)
+        self.image_shape = (*image_shape,)  # a config gives a list
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
@@ -135,6 +135,15 @@ class ImageDataModule(L.LightningDataModule):
         self.max_bad_share = max_bad_share
         self._check_arguments()
         self._forget()
+
+    def _forget(self) -> None:
+        self._folder: str | None = None
+        self._train: Split | None = None
+        self._memory: MemoryMap | None = None
+        self._val: Split | None = None
+        self._train_loader: TrainLoader | None = None
+        self._val_loader: FixedBatches | None = None
+        self._resume: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Open the splits and decode the first example of each, so that mistakes show early."""
@@ -269,15 +278,6 @@ class ImageDataModule(L.LightningDataModule):
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
 
-    def _forget(self) -> None:
-        self._folder: str | None = None
-        self._train: Split | None = None
-        self._memory: MemoryMap | None = None
-        self._val: Split | None = None
-        self._train_loader: TrainLoader | None = None
-        self._val_loader: FixedBatches | None = None
-        self._resume: dict[str, Any] | None = None
-
     def _place(self) -> tuple[int, int]:
         """Return (rank, number of ranks)."""
         if self.trainer is not None:
@@ -384,8 +384,8 @@ class ImageDataModule(L.LightningDataModule):
 
         The path may change, since data may move; their size and their first image identify them.
         """
-        names = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed")
-        names += ("open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key")
+        names = ["num_workers", "batch_size", "streaming", "shuffle_window", "seed"]
+        names += ["open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key"]
         first = split.decoder.like["image"]
         return {
             "the order of the data": ORDER_VERSION,

@@ -157,7 +157,7 @@ class Dashboard(WandbLogger):
 
     def _work(self) -> None:
         """Make the calls, one after the other; at the end, or after a failure, close the run."""
-        run = self._experiment
+        run: Any = self._experiment
         for call in iter(self._calls.get, None):
             self._make(call, self.PATIENCE)
             if self._lost:
@@ -217,7 +217,8 @@ class Dashboard(WandbLogger):
     def _unwritten(self) -> str:
         """What W&B's process could not write, which it tells to nobody but its log."""
         with contextlib.suppress(Exception):
-            log = Path(self._experiment.settings.log_internal).read_text(errors="replace")
+            run: Any = self._experiment
+            log = Path(run.settings.log_internal).read_text(errors="replace")
             if found := re.search(r"failed to save record: ([^\"]*)", log):
                 return found[1]
         return ""
