@@ -83,9 +83,7 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = {
     "lit_diffusion.training.evaluation.reference._measure",
 }
-PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.data.table", "_fingerprint"),
-}
+PRIVATE: set[tuple[str, str]] = set()
 
 
 @cache

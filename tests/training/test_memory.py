@@ -110,7 +110,7 @@ def indices(batches):
 def names(cache):
     """What lies in the cache: names of maps, and how many unfinished ones."""
     found = [path.name for path in cache.iterdir() if path.is_dir()] if cache.exists() else []
-    return [x for x in found if "." not in x], len([x for x in found if x.endswith(".partial")])
+    return [x for x in found if "." not in x], len([x for x in found if x.endswith(".tmp")])
 
 
 def assert_whole(found):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,33 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_diffusion.description import public_path
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.whole_file import write_whole
 
-__all__ = ["SaveConfig"]
+__all__ = ["SaveConfig", "with_public_paths"]
+
+
+def with_public_paths(config: str) -> str:
+    """A config in which each class has the shortest path from which it can be imported.
+
+    The parser keeps a longer path as the user wrote it, which may name a file that moves.
+
+    Args:
+        config: The text of a config whose classes have been imported.
+
+    Example:
+        >>> with_public_paths("class_path: lit_diffusion.weightings.base.Weighting")
+        'class_path: lit_diffusion.Weighting'
+    """
+
+    def shortest(found: re.Match[str]) -> str:
+        module, _, name = found[2].rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        return found[1] + (public_path(cls) if isinstance(cls, type) else found[2])
+
+    return re.sub(r"(\bclass_path: )([\w.]+)", shortest, config)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -31,7 +55,7 @@ class SaveConfig(SaveConfigCallback):
             pl_module: The model.
             stage: fit, validate, test or predict.
         """
-        text = self.parser.dump(self.config, skip_none=False)
+        text = with_public_paths(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)
