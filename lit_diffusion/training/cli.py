@@ -84,7 +84,7 @@ def main(
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         fail(f"{one_line(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if (sentence := _explanation(error, command)) is None or trace:
             raise
         fail(sentence)

@@ -29,6 +29,7 @@ from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.data.order import Position, coin
 from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.run import whole_folder
 
 N = 60
 FORK = multiprocessing.get_context("fork")
@@ -315,7 +316,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(file, cache, monkeypatch, m
         if moment == "decoding":
             _slowly(monkeypatch, lambda done: stop() if done == 5 else None)
         else:
-            map_writer.sync = stop
+            whole_folder.sync = stop
         open_map(file)
 
     process = FORK.Process(target=killed)

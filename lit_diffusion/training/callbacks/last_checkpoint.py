@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import sync
 
@@ -72,6 +73,12 @@ class LastCheckpoint(Checkpoint):
         if folder is None:
             folder = trainer.default_root_dir
         self._path = Path(folder) / "checkpoints" / "last.ckpt"
+        whole = isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
+        if stage == "fit" and not whole and not trainer.fast_dev_run:
+            warn(
+                "LastCheckpoint: a kill while last.ckpt is written may destroy it; to prevent "
+                "that, give the trainer plugins=[WholeCheckpointIO()]."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the step of a resumed run, and listen for signals."""

@@ -25,7 +25,7 @@ from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -176,6 +176,7 @@ class DiffusionCLI(LightningCLI):
         if trainer.logger in (None, True) and not trainer.fast_dev_run:
             self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
             kwargs["logger"] = self.loggers
+        kwargs["plugins"] = with_whole_checkpoints(trainer.plugins)
         trainer.callbacks = with_defaults(
             callbacks,
             checkpoints=trainer.enable_checkpointing is not False,
