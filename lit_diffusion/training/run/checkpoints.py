@@ -80,6 +80,8 @@ def with_whole_checkpoints(plugins: Any) -> list[Any]:
     Example:
         >>> [type(one).__name__ for one in with_whole_checkpoints(None)]
         ['WholeCheckpointIO']
+        >>> [type(one).__name__ for one in with_whole_checkpoints(TorchCheckpointIO())]
+        ['TorchCheckpointIO']
     """
     given = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     given = [plugin for plugin in given if plugin is not None]
