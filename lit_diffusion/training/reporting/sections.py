@@ -12,12 +12,12 @@ from typing import Any
 
 from lit_diffusion.published import nearest_published
 from lit_diffusion.training.evaluation.measurement_table import measurement_table
+from lit_diffusion.training.evaluation.record import read_record
 from lit_diffusion.training.evaluation.tables import (
     TITLES,
     baseline_sentence,
     bound_sentence,
     protocol_sentence,
-    read_record,
     score_table,
     title_of,
 )
