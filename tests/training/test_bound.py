@@ -312,7 +312,8 @@ def test_fit_validate_and_test_print_the_bound(cli):
     [
         (["--trainer.callbacks+=Likelihood", "--trainer.callbacks.decoder=SoftmaxDecoder",
           "--trainer.callbacks.decoder.levels=5"], "do not match levels=5"),
-        (["--trainer.callbacks+=Likelihood", "--trainer.callbacks+=Likelihood"], "expected one in trainer.callbacks, got 2"),
+        (["--trainer.callbacks+=Likelihood", "--trainer.callbacks+=Likelihood"],
+         "expected one in trainer.callbacks, got 2"),
         (["--model.num_timesteps=0"], "at least 1 step"),
         (["--model.schedule.learn=true"], "Give a decoder"),
         (["--model.decoder=SoftmaxDecodr"], "SoftmaxDecoder"),

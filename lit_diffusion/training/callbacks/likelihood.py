@@ -190,7 +190,7 @@ class Likelihood(L.Callback):
             "draws": self.draws,
             "num_timesteps": num_timesteps,
             "λ": [float(low), float(high)],
-            "drawn from": repr(schedule),
+            "sampled from": repr(schedule),
             "decoder": repr(decoder),
             "error": "standard error over the examples",
             "weights": weights,
