@@ -266,7 +266,7 @@ def test_large_pictures_are_made_smaller(run):
 def test_the_headline_is_the_last_of_the_runs_own_validation(run):
     fill(run)
     add_measurements(run, [Measurement("fid", 98.765, None, 2, "val", {"samples": 3})])
-    for split, shown in (("another", ""), ("test", " floor 1.25")):
+    for split, shown in (("another", ""), ("test", " baseline 1.25")):
         about = {"reference": {"split": split, "features": "F"}}
         add_measurements(run, [Measurement("fid_floor", 1.25, None, 4, "val", about)])
         page = Page(write_report(run))

@@ -218,7 +218,7 @@ def _evaluation(path: Path) -> list[Part]:
 
 def _baseline(lines: dict[str, Line], name: str) -> list[Line]:
     baseline = lines.get(f"{name}_floor")
-    return [] if baseline is None else [baseline]
+    return [] if baseline is None else [Line("baseline", baseline.points)]
 
 
 def _groups(measured: list[Measurement]) -> list[list[Measurement]]:
