@@ -143,8 +143,8 @@ def test_broken_samplers_are_caught():
         steps: int = 10
         schedule: NoiseSchedule | None = None
 
-        def step(self, denoiser, z, logsnr, logsnr_next, memory, generator):
-            z, memory = DDIMSampler().step(denoiser, z, logsnr, logsnr_next, memory, generator)
+        def step(self, denoiser, z, step):
+            z, memory = DDIMSampler().step(denoiser, z, step)
             return 1.01 * z, memory
 
     @dataclasses.dataclass(frozen=True)
@@ -153,8 +153,8 @@ def test_broken_samplers_are_caught():
         steps: int = 10
         schedule: NoiseSchedule | None = None
 
-        def step(self, denoiser, z, logsnr, logsnr_next, memory, generator):
-            return DDIMSampler().step(denoiser, z, logsnr, logsnr_next, memory, generator)
+        def step(self, denoiser, z, step):
+            return DDIMSampler().step(denoiser, z, step)
 
     @dataclasses.dataclass(frozen=True)
     class AsksMoreThanItSays(Sampler):
@@ -162,9 +162,9 @@ def test_broken_samplers_are_caught():
         steps: int = 10
         schedule: NoiseSchedule | None = None
 
-        def step(self, denoiser, z, logsnr, logsnr_next, memory, generator):
-            denoiser(z, logsnr)
-            return DDIMSampler().step(denoiser, z, logsnr, logsnr_next, memory, generator)
+        def step(self, denoiser, z, step):
+            denoiser(z, step.logsnr)
+            return DDIMSampler().step(denoiser, z, step)
 
     with pytest.raises(AssertionError, match="calls=5 at 5 steps, got 9"):
         check_sampler(AsksMoreThanItSays())

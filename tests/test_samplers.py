@@ -23,6 +23,7 @@ from lit_diffusion.samplers import (
     DPMSolverSampler,
     HeunSampler,
     Sampler,
+    SamplerStep,
 )
 from lit_diffusion.schedules import BetaSchedule, KarrasSchedule, LinearSchedule
 from lit_diffusion.testing import check_sampler
@@ -66,7 +67,11 @@ class Spy:
 
 def test_the_base_lives_in_its_own_room():
     assert lit_diffusion.samplers.Sampler is lit_diffusion.samplers.base.Sampler
-    assert lit_diffusion.samplers.base.__all__ == ["DenoiserCall", "Sampler", "karras_grid"]
+    assert lit_diffusion.samplers.base.__all__ == [
+        "DenoiserCall",
+        "Sampler",
+        "SamplerStep",
+    ]
     assert set(lit_diffusion.SAMPLERS) >= {"DPMSolverSampler", "HeunSampler"}
     assert importlib.import_module("lit_diffusion").Sampler is Sampler
 
@@ -185,19 +190,21 @@ def test_every_example_has_its_own_level(sampler):
     then, before = now + torch.tensor([1.0, 0.2, 3.0]), now - torch.tensor([0.5, 2.0, 1.0])
     memory = {DPMSolverSampler: (x, before), HeunSampler: before}.get(type(sampler))
     generators = [seeded(i) for i in range(3)]
-    whole, _ = sampler.step(mixture, z, now, then, memory, generators)
+    whole, _ = sampler.step(mixture, z, SamplerStep(now, then, memory, generators))
     for i in range(3):
         row = slice(i, i + 1)
         own = memory
         if memory is not None:
             own = (x[row], before[row]) if isinstance(memory, tuple) else before[row]
-        alone, _ = sampler.step(mixture, z[row], now[row], then[row], own, [seeded(i)])
+        step = SamplerStep(now[row], then[row], own, [seeded(i)])
+        alone, _ = sampler.step(mixture, z[row], step)
         assert torch.allclose(whole[row], alone, atol=1e-12)
     # Tensors without contents: whoever looks at a value raises.
     z, x, now, then, before = (value.to("meta") for value in (z, x, now, then, before))
     memory = {DPMSolverSampler: (x, before), HeunSampler: before}.get(type(sampler))
-    assert sampler.step(mixture, z, now, then, memory, None)[0].shape == z.shape
-    assert sampler.finish(mixture, z, now, memory, None).shape == z.shape
+    step = SamplerStep(now, then, memory)
+    assert sampler.step(mixture, z, step)[0].shape == z.shape
+    assert sampler.finish(mixture, z, step).shape == z.shape
 
 
 @pytest.mark.parametrize(
@@ -227,8 +234,9 @@ def ancestral_std(variance, now, then):
         return Denoised(torch.zeros_like(z), torch.zeros_like(z))
 
     z = torch.zeros(len(now), 1, dtype=now.dtype)
-    step = AncestralSampler(variance=variance).step(silent, z, now, then, None, seeded())[0]
-    return (step / noise_like(z, seeded()))[:, 0]
+    step = SamplerStep(now, then, generator=seeded())
+    z_next, _ = AncestralSampler(variance=variance).step(silent, z, step)
+    return (z_next / noise_like(z, seeded()))[:, 0]
 
 
 def test_variances_of_ddpms_table():
@@ -249,7 +257,7 @@ def test_ancestral_without_variance_is_the_posterior():
     now = torch.linspace(-15, 10, 5, dtype=F64)
     then = now + torch.linspace(0.01, 8, 5, dtype=F64)
     mean, std = posterior(z, mixture(z, now).x, now, then)
-    ours, _ = AncestralSampler().step(mixture, z, now, then, None, seeded())
+    ours, _ = AncestralSampler().step(mixture, z, SamplerStep(now, then, generator=seeded()))
     assert torch.allclose(ours, mean + std * noise_like(z, seeded()), rtol=1e-12, atol=1e-14)
 
 

@@ -7,20 +7,20 @@ joins the registry by subclassing `Sampler`.
 """
 
 from lit_diffusion.registry import Registry
-from lit_diffusion.samplers.ancestral import AncestralSampler
-from lit_diffusion.samplers.base import DenoiserCall, Sampler
-from lit_diffusion.samplers.ddim import DDIMSampler
-from lit_diffusion.samplers.dpm_solver import DPMSolverSampler
-from lit_diffusion.samplers.heun import HeunSampler
-
-__all__ = [
-    "SAMPLERS",
-    "AncestralSampler",
-    "DDIMSampler",
-    "DPMSolverSampler",
-    "DenoiserCall",
-    "HeunSampler",
-    "Sampler",
-]
+from lit_diffusion.samplers.ancestral import *
+from lit_diffusion.samplers.base import *
+from lit_diffusion.samplers.ddim import *
+from lit_diffusion.samplers.dpm_solver import *
+from lit_diffusion.samplers.heun import *
 
 SAMPLERS: Registry[Sampler] = Registry(Sampler)  # type: ignore[type-abstract]
+
+# Public here is what each file lists in its own `__all__`.
+__all__ = [
+    "SAMPLERS",
+    *(
+        name
+        for name, one in globals().items()
+        if getattr(one, "__module__", "").startswith(f"{__name__}.")
+    ),
+]

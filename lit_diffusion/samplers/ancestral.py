@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_diffusion.gaussian import Generators, broadcast_to_data, noise_like, posterior
-from lit_diffusion.samplers.base import DenoiserCall, Sampler
+from lit_diffusion.gaussian import broadcast_to_data, noise_like, posterior
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["AncestralSampler"]
@@ -69,18 +69,11 @@ class AncestralSampler(Sampler):
                 f"forward process's, got {self.variance}."
             )
 
-    def step(
-        self,
-        denoiser: DenoiserCall,
-        z: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        memory: Any,
-        generator: Generators,
-    ) -> tuple[Tensor, Any]:
+    def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
         """Move: z ← mean of the posterior + σ_s^(1−v) σ_t^v √c·noise."""
+        logsnr, logsnr_next, _, generator = step
         mean, _ = posterior(z, denoiser(z, logsnr).x, logsnr, logsnr_next)
         # β/β̃ = σ_t²/σ_s². In logs, for between very clean levels that quotient can be 0/0.
         log_variance = torch.lerp(logsigmoid(-logsnr_next), logsigmoid(-logsnr), self.variance)
         std = torch.sqrt(-torch.expm1(logsnr - logsnr_next)) * torch.exp(log_variance / 2)
-        return mean + broadcast_to_data(std, z) * noise_like(z, generator), memory
+        return mean + broadcast_to_data(std, z) * noise_like(z, generator), None

@@ -17,16 +17,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_diffusion.gaussian import Generators
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.schedules import CosineSchedule, KarrasSchedule, NoiseSchedule
 
-__all__ = ["DenoiserCall", "Sampler", "karras_grid"]
+__all__ = ["DenoiserCall", "Sampler", "SamplerStep"]
 
 
 class DenoiserCall(Protocol):
@@ -42,6 +43,22 @@ class DenoiserCall(Protocol):
         Shapes:
             z (B, *), logsnr (B,) → x̂ and ε̂ (B, *).
         """
+
+
+class SamplerStep(NamedTuple):
+    """One step of a sampler: from which noise level to which, with what memory and noise.
+
+    Attributes:
+        logsnr: λ of each example, (B,).
+        logsnr_next: The next, higher, level of each example, (B,); ∞, the data's, at the last one.
+        memory: What the previous step returned as its memory; None at the first step.
+        generator: The source of noise, for `noise_like(z, generator)`.
+    """
+
+    logsnr: Tensor
+    logsnr_next: Tensor
+    memory: Any = None
+    generator: Generators = None
 
 
 def karras_grid(logsnr_min: float, logsnr_max: float) -> KarrasSchedule:
@@ -91,45 +108,30 @@ class Sampler(ABC):
         return (self.steps - 1) * self.calls_per_step + 1
 
     @abstractmethod
-    def step(
-        self,
-        denoiser: DenoiserCall,
-        z: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        memory: Any,
-        generator: Generators,
-    ) -> tuple[Tensor, Any]:
-        """Move z from λ to logsnr_next; return it with the memory of the next step.
+    def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
+        """Move z from step.logsnr to step.logsnr_next; return it and the memory of the next step.
 
         Args:
             denoiser: Called as denoiser(z, logsnr); conditions are bound already.
-            z: Noisy data at λ.
-            logsnr: λ of each example.
-            logsnr_next: The next, higher, level of each example.
-            memory: What the last step returned as its memory; None at the first step.
-            generator: For `noise_like`, if the step adds noise.
+            z: Noisy data at step.logsnr.
+            step: The two noise levels, the memory of the previous step, the source of noise.
 
         Shapes:
-            z (B, *); logsnr and logsnr_next (B,); the new z (B, *).
+            z (B, *); the new z (B, *).
         """
 
-    def finish(
-        self, denoiser: DenoiserCall, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
-    ) -> Tensor:
+    def finish(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> Tensor:
         """Return the result at the last level: x̂.
 
         Args:
             denoiser: Called as denoiser(z, logsnr); conditions are bound already.
-            z: Noisy data at λ.
-            logsnr: λ of each example, the last level.
-            memory: What the last step returned as its memory; None if there was no step.
-            generator: For `noise_like`, if noise is added.
+            z: Noisy data at step.logsnr, the last level.
+            step: As in `step`; its logsnr_next is ∞.
 
         Shapes:
-            z (B, *); logsnr (B,); result x̂ (B, *).
+            z (B, *); result x̂ (B, *).
         """
-        return denoiser(z, logsnr).x
+        return denoiser(z, step.logsnr).x
 
     def default_schedule(self, logsnr_min: float, logsnr_max: float) -> NoiseSchedule:
         """The schedule over a range of λ if none is given: a cosine.
@@ -181,11 +183,13 @@ class Sampler(ABC):
             return denoiser(z, logsnr, **cond)
 
         # All levels at once, before the loop: each copy to a device synchronises with it.
-        levels = [level.expand(len(z)) for level in self.levels().to(z.device)]
+        to_data = pad(self.levels(), (0, 1), value=math.inf).to(z.device)  # data are at λ = ∞
+        levels = [level.expand(len(z)) for level in to_data]
         memory = None
-        for logsnr, logsnr_next in progress([*pairwise(levels), (levels[-1], None)]):
-            if logsnr_next is None:
-                z = self.finish(bound, z, logsnr, memory, generator)
+        for logsnr, logsnr_next in progress([*pairwise(levels)]):
+            step = SamplerStep(logsnr, logsnr_next, memory, generator)
+            if logsnr_next is levels[-1]:
+                z = self.finish(bound, z, step)
             else:
-                z, memory = self.step(bound, z, logsnr, logsnr_next, memory, generator)
+                z, memory = self.step(bound, z, step)
         return z

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
-from lit_diffusion.samplers.base import DenoiserCall, Sampler
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, noise_like
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["DDIMSampler"]
@@ -54,23 +54,13 @@ class DDIMSampler(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"DDIMSampler: eta must be in [0, 1], got {self.eta}.")
 
-    def step(
-        self,
-        denoiser: DenoiserCall,
-        z: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        memory: Any,
-        generator: Generators,
-    ) -> tuple[Tensor, Any]:
+    def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
         """Move: z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
-        x, eps = denoiser(z, logsnr)
-        alpha, sigma = alpha_sigma(logsnr_next)
-        fresh_share = self.eta**2 * -torch.expm1(logsnr - logsnr_next)
-        kept = sigma * torch.sqrt(1 - fresh_share)
+        x, eps = denoiser(z, step.logsnr)
+        alpha, sigma = alpha_sigma(step.logsnr_next)
+        fresh_share = self.eta**2 * -torch.expm1(step.logsnr - step.logsnr_next)
+        kept, fresh = sigma * torch.sqrt(1 - fresh_share), sigma * torch.sqrt(fresh_share)
         z = broadcast_to_data(alpha, z) * x + broadcast_to_data(kept, z) * eps
         if self.eta > 0:
-            z = z + broadcast_to_data(sigma * torch.sqrt(fresh_share), z) * noise_like(
-                z, generator
-            )
-        return z, memory
+            z = z + broadcast_to_data(fresh, z) * noise_like(z, step.generator)
+        return z, None

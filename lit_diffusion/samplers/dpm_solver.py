@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data
-from lit_diffusion.samplers.base import DenoiserCall, Sampler, karras_grid
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep, karras_grid
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["DPMSolverSampler"]
@@ -59,16 +59,9 @@ class DPMSolverSampler(Sampler):
         """
         return karras_grid(logsnr_min, logsnr_max)
 
-    def step(
-        self,
-        denoiser: DenoiserCall,
-        z: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        memory: Any,
-        generator: Generators,
-    ) -> tuple[Tensor, Any]:
+    def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
         """Move: z ← α_s x̂ + σ_s ε̂, DDIM's step, + α_s (1 − e^(−h)) (x̂ − x̂_last)/2r."""
+        logsnr, logsnr_next, memory, _ = step
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(logsnr_next)
         z = broadcast_to_data(alpha, z) * x + broadcast_to_data(sigma, z) * eps

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_diffusion.gaussian import Generators, alpha_sigma, broadcast_to_data, noise_like
-from lit_diffusion.samplers.base import DenoiserCall, Sampler, karras_grid
+from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, noise_like
+from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep, karras_grid
 from lit_diffusion.schedules import NoiseSchedule
 
 __all__ = ["HeunSampler"]
@@ -94,10 +94,12 @@ class HeunSampler(Sampler):
         """
         return karras_grid(logsnr_min, logsnr_max)
 
-    def _churned(
-        self, z: Tensor, logsnr: Tensor, first: Tensor, generator: Generators
-    ) -> tuple[Tensor, Tensor]:
-        """Noise z further, to a λ not below the first; all of it on the device, per example."""
+    def _churned(self, z: Tensor, step: SamplerStep, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Add noise to z, down to a λ not below the first level; return both.
+
+        All of it on the device, per example.
+        """
+        logsnr = step.logsnr
         if self.s_churn == 0:
             return z, logsnr
         gamma = min(self.s_churn / self.steps, math.sqrt(2) - 1)
@@ -110,32 +112,22 @@ class HeunSampler(Sampler):
         # form without a difference of squares.
         shrink = torch.exp((logsigmoid(raised) - logsigmoid(logsnr)) / 2)
         missing = shrink * sigma * torch.expm1(logsnr - raised).sqrt()
-        fresh = self.s_noise * noise_like(z, generator)
+        fresh = self.s_noise * noise_like(z, step.generator)
         return broadcast_to_data(shrink, z) * z + broadcast_to_data(missing, z) * fresh, raised
 
-    def step(
-        self,
-        denoiser: DenoiserCall,
-        z: Tensor,
-        logsnr: Tensor,
-        logsnr_next: Tensor,
-        memory: Any,
-        generator: Generators,
-    ) -> tuple[Tensor, Any]:
+    def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
         """Move: z ← z' + ½ (σ_s − α_s σ/α)(ε̂' − ε̂) after z' = α_s x̂ + σ_s ε̂."""
-        first = logsnr if memory is None else memory
-        z, logsnr = self._churned(z, logsnr, first, generator)
+        first = step.logsnr if step.memory is None else step.memory
+        z, logsnr = self._churned(z, step, first)
         x, eps = denoiser(z, logsnr)
-        alpha, sigma = alpha_sigma(logsnr_next)
+        alpha, sigma = alpha_sigma(step.logsnr_next)
         z = broadcast_to_data(alpha, z) * x + broadcast_to_data(sigma, z) * eps
         # σ_s − α_s σ/α, with σ/α = e^(−λ/2): relative to σ_s no digits are lost at high λ.
-        lever = -sigma * torch.expm1((logsnr_next - logsnr) / 2)
-        z = z + broadcast_to_data(lever / 2, z) * (denoiser(z, logsnr_next).eps - eps)
+        lever = -sigma * torch.expm1((step.logsnr_next - logsnr) / 2)
+        z = z + broadcast_to_data(lever / 2, z) * (denoiser(z, step.logsnr_next).eps - eps)
         return z, first
 
-    def finish(
-        self, denoiser: DenoiserCall, z: Tensor, logsnr: Tensor, memory: Any, generator: Generators
-    ) -> Tensor:
+    def finish(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> Tensor:
         """Return x̂ at the last level, after a last churn, as EDM's last step has one."""
-        first = logsnr if memory is None else memory
-        return denoiser(*self._churned(z, logsnr, first, generator)).x
+        first = step.logsnr if step.memory is None else step.memory
+        return denoiser(*self._churned(z, step, first)).x

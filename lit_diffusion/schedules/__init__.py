@@ -1,41 +1,27 @@
-"""Noise schedules: a family of densities p(λ), one for each way of choosing noise levels.
+"""Noise schedules: densities p(λ) from which noise levels are sampled.
 
-`base` defines a schedule, `textbook` has the published formulas, `learned` and `adaptive`
-those that change during training, `table` a list of noise levels. A class of your own joins the
-registry by subclassing `NoiseSchedule`.
+`base` defines a schedule, `textbook` contains the published formulas, `learned` and `adaptive` the
+schedules that change during training, and `table` the one given by a list of noise levels. A
+subclass of `NoiseSchedule` registers itself.
 """
 
 from lit_diffusion.registry import Registry
-from lit_diffusion.schedules.adaptive import AdaptiveSchedule
-from lit_diffusion.schedules.base import NoiseSchedule
-from lit_diffusion.schedules.beta import BetaSchedule
-from lit_diffusion.schedules.learned import LearnedSchedule
-from lit_diffusion.schedules.shifted import ShiftedSchedule
-from lit_diffusion.schedules.table import TableSchedule, chain_levels
-from lit_diffusion.schedules.textbook import (
-    CosineSchedule,
-    FlowSchedule,
-    KarrasSchedule,
-    LaplaceSchedule,
-    LinearSchedule,
-    NormalSchedule,
-)
-
-__all__ = [
-    "SCHEDULES",
-    "AdaptiveSchedule",
-    "BetaSchedule",
-    "CosineSchedule",
-    "FlowSchedule",
-    "KarrasSchedule",
-    "LaplaceSchedule",
-    "LearnedSchedule",
-    "LinearSchedule",
-    "NoiseSchedule",
-    "NormalSchedule",
-    "ShiftedSchedule",
-    "TableSchedule",
-    "chain_levels",
-]
+from lit_diffusion.schedules.adaptive import *
+from lit_diffusion.schedules.base import *
+from lit_diffusion.schedules.beta import *
+from lit_diffusion.schedules.learned import *
+from lit_diffusion.schedules.shifted import *
+from lit_diffusion.schedules.table import *
+from lit_diffusion.schedules.textbook import *
 
 SCHEDULES: Registry[NoiseSchedule] = Registry(NoiseSchedule)  # type: ignore[type-abstract]
+
+# Public here is what each file lists in its own `__all__`.
+__all__ = [
+    "SCHEDULES",
+    *(
+        name
+        for name, one in globals().items()
+        if getattr(one, "__module__", "").startswith(f"{__name__}.")
+    ),
+]

@@ -1,45 +1,24 @@
-"""Weightings: a family of functions w(λ), one for each published objective.
+"""Weightings: functions w(λ), one for each published objective.
 
-`base` defines a weighting, `continuous` has those in continuous time, `chain` those of a
-discrete chain. A class of your own joins the registry by subclassing `Weighting`.
+`base` defines a weighting, `continuous` contains those in continuous time, `chain` those of a
+discrete chain, and `derived` those made from another weighting or from a schedule. A subclass of
+`Weighting` registers itself.
 """
 
 from lit_diffusion.registry import Registry
-from lit_diffusion.weightings.base import Weighting
-from lit_diffusion.weightings.chain import PosteriorMeanWeighting, VariationalWeighting, chain_step
-from lit_diffusion.weightings.continuous import (
-    DensityWeighting,
-    EDMWeighting,
-    ELBOWeighting,
-    ExponentialWeighting,
-    InDIWeighting,
-    MinSNRWeighting,
-    MonotoneWeighting,
-    P2Weighting,
-    SechWeighting,
-    ShiftedWeighting,
-    SigmoidWeighting,
-    SoftMinSNRWeighting,
-)
-
-__all__ = [
-    "WEIGHTINGS",
-    "DensityWeighting",
-    "EDMWeighting",
-    "ELBOWeighting",
-    "ExponentialWeighting",
-    "InDIWeighting",
-    "MinSNRWeighting",
-    "MonotoneWeighting",
-    "P2Weighting",
-    "PosteriorMeanWeighting",
-    "SechWeighting",
-    "ShiftedWeighting",
-    "SigmoidWeighting",
-    "SoftMinSNRWeighting",
-    "VariationalWeighting",
-    "Weighting",
-    "chain_step",
-]
+from lit_diffusion.weightings.base import *
+from lit_diffusion.weightings.chain import *
+from lit_diffusion.weightings.continuous import *
+from lit_diffusion.weightings.derived import *
 
 WEIGHTINGS: Registry[Weighting] = Registry(Weighting)  # type: ignore[type-abstract]
+
+# Public here is what each file lists in its own `__all__`.
+__all__ = [
+    "WEIGHTINGS",
+    *(
+        name
+        for name, one in globals().items()
+        if getattr(one, "__module__", "").startswith(f"{__name__}.")
+    ),
+]

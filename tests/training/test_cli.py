@@ -17,6 +17,7 @@ import yaml
 
 from lit_diffusion import SCHEDULES
 from lit_diffusion.training import LitDiffusion
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -157,6 +158,34 @@ def test_a_run_leaves_what_it_promises_and_can_be_repeated(cli):
     # The written config is itself a config.
     code, out, err = cli("fit", "--config", folder / "config.yaml")
     assert code == 0, err
+
+
+def test_config_and_checkpoint_have_the_shortest_path_of_each_class(cli, monkeypatch):
+    """Whatever path was written, so that files may move; and a run by long paths goes on."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    paths = {
+        "--model.network": "lit_diffusion.nn.unet.UNet",
+        "--model.weighting": "lit_diffusion.weightings.continuous.SigmoidWeighting",
+        "--model.optimizer": "torch.optim.adamw.AdamW",
+    }
+    written = [f"{flag}={path}" for flag, path in paths.items()]
+    written.append("--trainer.callbacks+=lit_diffusion.training.callbacks.guard.Guard")
+    code, out, err = fit(cli, CONFIGS / "digits.yaml", extra=written)
+    assert code == 0, err
+    folder = run_folder(out)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["callbacks"][-1]["class_path"] == "lit_diffusion.training.Guard"
+    hparams = load_checkpoint(folder / "checkpoints/last.ckpt")["hyper_parameters"]
+    for saved in (config["model"], hparams):
+        assert saved["network"]["class_path"] == "lit_diffusion.UNet"
+        assert saved["weighting"]["class_path"] == "lit_diffusion.SigmoidWeighting"
+        assert saved["optimizer"]["class_path"] == "torch.optim.AdamW"
+    again = (folder / "config.yaml").read_text().replace(".UNet", ".nn.unet.UNet")
+    Path("long.yaml").write_text(again)
+    code, out, err = cli("fit", "--config=long.yaml", "--ckpt_path=last", "--trainer.max_steps=3")
+    assert code == 0, err
+    assert "another network" not in err
+    assert run_folder(out) == folder
 
 
 def test_the_other_commands(cli, tmp_path):
@@ -308,7 +337,7 @@ def test_quick_answers():
 def test_help_shows_the_docstrings(cli):
     code, out, _ = cli("fit", "--model.weighting.help", "SigmoidWeighting")
     assert code == 0
-    assert "Log-SNR at which the weight is one half" in out
+    assert "λ at which the weight is one half" in out
 
 
 def test_wandb_offline_file_is_in_the_run_folder(tmp_path):

@@ -315,7 +315,7 @@ def test_hiding():
     assert more["dropped"].tolist() == [True, True, False, True]
     assert torch.equal(label, torch.arange(n))  # not in place
     assert set(ld.drop_condition({"label": label, "angle": None}, dropped)) == {"label"}
-    with pytest.raises(TypeError, match=r"must be a tensor.* for 'text'"):
+    with pytest.raises(TypeError, match=r"Expected a tensor .* condition 'text'"):
         ld.drop_condition({"text": ["a"] * n}, dropped)
 
 

@@ -132,7 +132,7 @@ def test_its_own_tests_pass_on_what_is_installed(walk):
 def test_its_docstring_is_the_help(walk):
     said = walk("--model.weighting.help").stdout
     assert "The flow-matching loss under the density p" in said
-    assert "Whose density; None means" in said
+    assert "Schedule whose density is the weight; None means" in said
 
 
 def test_the_overlay_draws_its_objective(walk, desk):

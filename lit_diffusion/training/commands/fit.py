@@ -34,6 +34,7 @@ from lit_diffusion.training.run.folder import (
     last_checkpoint,
     new_run_folder,
     run_loggers,
+    with_public_paths,
 )
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.weights import refuse_weights_alone
@@ -153,7 +154,7 @@ class DiffusionCLI(LightningCLI):
         """Make model, data and trainer; the model records its config."""
         super().instantiate_classes()
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        model = yaml.safe_load(text)["model"]
+        model = yaml.safe_load(with_public_paths(text))["model"]
         model["image_shape"] = list(self.model.image_shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction

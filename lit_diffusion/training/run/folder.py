@@ -13,6 +13,8 @@ logged again, are removed, and the W&B run is the one that the checkpoint names.
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_diffusion.description import public_path
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.metrics_csv import RunLogger
@@ -32,6 +35,7 @@ __all__ = [
     "last_checkpoint",
     "new_run_folder",
     "run_loggers",
+    "with_public_paths",
 ]
 
 
@@ -84,6 +88,27 @@ def run_loggers(
     return loggers
 
 
+def with_public_paths(config: str) -> str:
+    """A config in which each class has the shortest path from which it can be imported.
+
+    The parser keeps a longer path as the user wrote it, which may name a file that moves.
+
+    Args:
+        config: The text of a config whose classes have been imported.
+
+    Example:
+        >>> with_public_paths("class_path: lit_diffusion.weightings.base.Weighting")
+        'class_path: lit_diffusion.Weighting'
+    """
+
+    def shortest(found: re.Match[str]) -> str:
+        module, _, name = found[2].rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        return found[1] + (public_path(cls) if isinstance(cls, type) else found[2])
+
+    return re.sub(r"(\bclass_path: )([\w.]+)", shortest, config)
+
+
 class SaveConfig(SaveConfigCallback):
     """Saves the whole config as config.yaml in the run folder, and to W&B."""
 
@@ -98,7 +123,7 @@ class SaveConfig(SaveConfigCallback):
             pl_module: The model.
             stage: fit, validate, test or predict.
         """
-        text = self.parser.dump(self.config, skip_none=False)
+        text = with_public_paths(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)
