@@ -145,7 +145,7 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     code = process.wait(timeout=60)
     log = (tmp_path / "log.txt").read_text()
     assert code == 128 + getattr(signal, name), log[-3000:]
-    told = re.search(rf"{name}: step (\d+) is saved, go on with --ckpt_path last", log)
+    told = re.search(rf"{name}: step (\d+) is saved; continue with --ckpt_path last", log)
     assert told, log[-3000:]
     assert step_of(tmp_path) == int(told[1])
     assert "Traceback" not in log
@@ -237,7 +237,7 @@ def test_a_run_survives_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatc
     monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", save)
     last = LastCheckpoint(2)
     run = trainer(tmp_path, max_steps=4, callbacks=[last], limit_val_batches=0)
-    with pytest.warns(UserWarning, match=r"No space left on device. Training goes on\."):
+    with pytest.warns(UserWarning, match=r"No space left on device. Training continues\."):
         run.fit(tiny_model(), tiny_data(steps_per_epoch=9))
     assert load_checkpoint(last._path)["global_step"] == 4
     run = trainer(tmp_path, max_steps=5, callbacks=[LastCheckpoint(2)], limit_val_batches=0)
