@@ -64,7 +64,7 @@ def estimators(steps: int, tolerance: float) -> list[Estimator]:
     """What there is to choose from."""
     schedule = CosineSchedule()
     bound = partial(variational_bound, schedule=schedule, decoder=SoftmaxDecoder(256))
-    flow = partial(log_likelihood, dequantise=UniformDequantiser(256))
+    flow = partial(log_likelihood, dequantiser=UniformDequantiser(256))
     adaptive = partial(flow, steps=None, tolerance=tolerance)
     return [
         Estimator("bound", bound, 1, False),

@@ -1,7 +1,7 @@
 """lit_diffusion: train diffusion models, and know what the objective does.
 
-The public names are those that each room of the house lists in its own ``__all__``; they are
-fetched when first asked for, so that ``lit-diffusion --version`` does not wait for torch.
+The public names are those that the modules and packages below list in their own ``__all__``. They
+are imported on first use, so that ``lit-diffusion --version`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lit_diffusion.times import *
     from lit_diffusion.weightings import *
 
-_ROOMS = (
+_MODULES = (
     "gaussian",
     "times",
     "schedules",
@@ -54,13 +54,13 @@ _ROOMS = (
 
 
 def __getattr__(name: str) -> Any:
-    """Look a public name up in the rooms, in the order of the theory."""
+    """Import a public name from the first module that lists it, in the order of the theory."""
     if name == "__all__":
         return [public for public in __dir__() if not public.startswith("_")]
     if not name.startswith("_"):
-        for room in _ROOMS:
-            module = importlib.import_module(f"lit_diffusion.{room}")
-            if name == room:
+        for path in _MODULES:
+            module = importlib.import_module(f"lit_diffusion.{path}")
+            if name == path:
                 return module
             if name in module.__all__:
                 return getattr(module, name)
@@ -68,6 +68,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names of every room."""
-    rooms = [importlib.import_module(f"lit_diffusion.{room}") for room in _ROOMS]
-    return sorted({"__version__", *_ROOMS, *(name for room in rooms for name in room.__all__)})
+    """List the public names of all modules."""
+    modules = [importlib.import_module(f"lit_diffusion.{path}") for path in _MODULES]
+    return sorted(
+        {"__version__", *_MODULES, *(name for module in modules for name in module.__all__)}
+    )

@@ -1,7 +1,7 @@
 """The command `lit-diffusion`, also `python -m lit_diffusion`.
 
-This file imports nothing heavy: `--version` and `--help` are immediate, `plugins` imports torch,
-and only commands that train or sample import Lightning.
+This file imports nothing expensive: `--version` and `--help` are immediate, `plugins` imports
+torch, and only commands that train or sample import Lightning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COMMANDS = (
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
 
-Train diffusion models, and understand their objectives.
+Train diffusion models, and know what the objective does.
 
 commands:
   fit       train                   lit-diffusion fit --config configs/digits.yaml
@@ -40,17 +40,17 @@ commands:
   plugins   list all schedules,     lit-diffusion plugins
             weightings, predictions, samplers and decoders
 
-  lit-diffusion COMMAND --help              all arguments of a command
-  lit-diffusion fit --model.weighting.help SigmoidWeighting    the arguments of a class
-  --version                                 the version
+  lit-diffusion COMMAND --help              arguments of a command
+  lit-diffusion fit --model.weighting.help SigmoidWeighting    arguments of a class
+  lit-diffusion --version                   version
 """
 
 
 def main() -> None:
     """Run the command line."""
-    # OpenMP's threads wait for each other in a busy loop. On a machine with other busy processes
-    # the awaited thread may not be running, and steps of 50 ms took up to 9 s; sleeping after a
-    # few microseconds of spinning bounds that, at no cost on an idle machine.
+    # OpenMP threads wait for each other in a busy loop. On a machine with other busy processes
+    # the awaited thread may not be running, and steps of 50 ms took up to 9 s. Sleeping after a
+    # few microseconds of spinning avoids this, at no cost on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # Unlike `python -m`, a console script does not have the working directory on its path, where
     # a local my_plugins.py is.

@@ -1,26 +1,26 @@
-"""Averages of the weights along a run, and how to make one of them from others afterwards.
+"""Averages of the weights over training, and post-hoc reconstruction of one from others.
 
 Letters: θ_n the weights after the n-th update, n = 1, 2, …; t the number of updates so far; θ̄ an
 average; σ its relative width.
 
-Every average here follows the weights by one rule, θ̄ ← θ̄ + step(n)·(θ_n − θ̄), and a profile is
-the choice of step(n). What matters of it is the share S_t(n) of θ_1 … θ_n in θ̄ at time t. With
+Every average here is updated by one rule, θ̄ ← θ̄ + step(n)·(θ_n − θ̄), and a profile is the choice
+of step(n). It determines S_t(n), the total weight of θ_1 … θ_n in θ̄ at time t. With
 
     1 − step(n) = (1 − 1/n)^p        S_t(n) = Π_{m = n+1…t} (1 − step(m)) = (n/t)^p
 
-since the product telescopes: θ_n counts in proportion to n^(p−1) (up to rounding to whole steps),
-exactly, from the first step on. The window grows with the run, and its standard deviation is a
-fixed fraction of it, σ² = p/((p + 1)²(p + 2)).
+since the product telescopes: the weight of θ_n is proportional to n^(p−1) (up to the
+discretisation in steps), exactly, from the first step on. The window grows with the run, and its
+standard deviation is a fixed fraction of the run, σ² = p/((p + 1)²(p + 2)).
 
-**Afterwards.** Let a mixture Σ c_i θ̄_i of such averages, of several times and widths, stand for
-another one, θ̄*. With Σ c_i = 1, summation by parts gives
+**Post-hoc reconstruction.** Let a linear combination Σ c_i θ̄_i of such averages, of several times
+and widths, approximate another one, θ̄*. With Σ c_i = 1, summation by parts gives
 
     Σ c_i θ̄_i − θ̄* = Σ_n D(n)·(θ_n − θ_{n+1})        D(n) = Σ c_i S_i(n) − S*(n)
 
-so D says how much of each step of the weights is wrongly in or out. If the steps are uncorrelated
-and of equal variance, the expected squared error is that variance times ∫ D². This is what
-`reconstruct` minimises. Karras et al. (2023) have least squares on the densities dS/dn instead,
-right for weights that fluctuate about a constant; this one suits weights that drift.
+so D(n) is the error in the contribution of each step of the weights. If the steps are uncorrelated
+and of equal variance, the expected squared error is that variance times ∫ D², which `reconstruct`
+minimises. Karras et al. (2023) fit the densities dS/dn by least squares instead, which is optimal
+for weights that fluctuate about a constant; this criterion suits weights that drift.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ __all__ = [
     "reconstruct",
 ]
 
-WIDEST = 12**-0.5  # of the plain mean of all steps
+WIDEST = 12**-0.5  # the relative width of the plain mean of all steps
 
 
 class Profile(ABC):
-    """How an average follows the weights: θ̄ ← θ̄ + step(n)·(θ_n − θ̄).
+    """The update rule of an average of the weights: θ̄ ← θ̄ + step(n)·(θ_n − θ̄).
 
-    A leaf is a frozen dataclass; as a string it is the name that stands beside every number.
+    A subclass is a frozen dataclass; its string is the name of the average in all results.
 
     Example:
         >>> print(ConstantProfile(0.99), PowerProfile(0.1))
@@ -60,7 +60,7 @@ class Profile(ABC):
 
     @abstractmethod
     def step(self, n: int) -> float:
-        """How far the n-th update goes from the average towards the weights, in (0, 1].
+        """The fraction of the way towards the weights in the n-th update, in (0, 1].
 
         Args:
             n: Number of the update, from 1.
@@ -71,8 +71,8 @@ class Profile(ABC):
 class ConstantProfile(Profile):
     """A constant decay d: step(n) = 1 − min(d, (1 + n)/(10 + n)).
 
-    It averages over the last 1/(1 − d) steps, however long the run is. The decay rises to d along
-    (1 + n)/(10 + n), so that the initial weights are forgotten.
+    It averages over about the last 1/(1 − d) steps, whatever the length of the run. The decay
+    increases to d as (1 + n)/(10 + n), so that the initial weights are forgotten.
 
     Args:
         decay: d, in [0, 1).
@@ -91,7 +91,7 @@ class ConstantProfile(Profile):
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        """Refuse what is no decay."""
+        """Reject a decay outside [0, 1)."""
         if not 0 <= self.decay < 1:
             raise ValueError(f"EMA: decay must be in [0, 1), got {self.decay}.")
 
@@ -109,15 +109,15 @@ class ConstantProfile(Profile):
 
 @dataclass(frozen=True)
 class PowerProfile(Profile):
-    """A power function of the step: step(n) = 1 − (1 − 1/n)^p, of relative width σ.
+    """The power-function profile of EDM2: step(n) = 1 − (1 − 1/n)^p, of relative width σ.
 
-    The window is always the last part of the run, as wide at a million steps as at a thousand in
-    proportion, so one σ suits runs of any length; the initial weights never count. Averages of a
-    few widths, kept along the run, contain those of all other widths (`reconstruct`).
+    The window covers a fixed fraction of the run, so one σ suits runs of any length, and the
+    initial weights have no influence. Averages of other widths can be reconstructed from a few
+    that were kept during training (`reconstruct`).
 
     Args:
-        sigma_rel: σ, the standard deviation of the window over the steps so far, in
-            (0, 12^(−1/2)]; 0.05 to 0.15 is usual, 12^(−1/2) = 0.2887 is the plain mean.
+        sigma_rel: σ, the standard deviation of the window divided by the number of steps so far,
+            in (0, 12^(−1/2)]; 0.05 to 0.15 is usual, 12^(−1/2) = 0.2887 is the plain mean.
 
     Raises:
         ValueError: If sigma_rel is outside that range.
@@ -135,7 +135,7 @@ class PowerProfile(Profile):
     sigma_rel: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a width that no power function has, or only one that forgets the present."""
+        """Reject a width that no power function has, or only one that favours early steps."""
         if not 0 < self.sigma_rel <= WIDEST:
             raise ValueError(
                 f"EMA: sigma_rel must be above 0 and at most {WIDEST:.4f}, the plain mean of all "
@@ -167,14 +167,14 @@ class PowerProfile(Profile):
 
 
 class RunningAverage:
-    """An average that follows some tensors, all of them in one call to a step.
+    """A running average of some tensors, all updated in one call.
 
-    It is kept in float32 or better: in bfloat16 a step of a thousandth would round to nothing.
+    It is kept in float32 or better: in bfloat16 an update by a thousandth would be rounded away.
 
     Args:
-        profile: How it follows.
-        start: Where it begins; copied.
-        updates: How many updates `start` has seen already.
+        profile: The update rule.
+        start: Initial values; copied.
+        updates: Number of updates that `start` has already received.
 
     Example:
         >>> average = RunningAverage(PowerProfile(12**-0.5), [torch.zeros(1)])
@@ -194,10 +194,10 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
-        """Follow the weights by one step.
+        """Update the average with the current weights.
 
         Args:
-            weights: As many as at the start, of the same shapes.
+            weights: As many tensors as at the start, of the same shapes.
         """
         self.updates += 1
         if self._narrow:
@@ -206,16 +206,16 @@ class RunningAverage:
 
 
 class Snapshot(NamedTuple):
-    """Which average something is: a power profile and its number t of updates."""
+    """An average at some time of the run: its power profile and its number t of updates."""
 
     profile: PowerProfile
     updates: int
 
 
 def overlaps(snapshots: Sequence[Snapshot]) -> Tensor:
-    """Inner products of the parts of the run that averages have not yet taken in: ∫ R_i R_j dn.
+    """Inner products of what averages have not yet absorbed of the run: ∫ R_i R_j dn.
 
-    R = 1 − S is 1 at the beginning and falls to 0 at the average's own time. For powers p and q
+    R = 1 − S decreases from 1 at the beginning to 0 at the average's own time. For powers p and q
     and times t ≤ u, with r = t/u::
 
         ∫₀ᵗ (1 − (n/t)^p)(1 − (n/u)^q) dn = t·p·(1/(p + 1) − r^q/((q + 1)(p + q + 1)))
@@ -227,7 +227,7 @@ def overlaps(snapshots: Sequence[Snapshot]) -> Tensor:
         result (len(snapshots), len(snapshots)), float64, symmetric.
 
     Example:
-        >>> mean = Snapshot(PowerProfile(12**-0.5), 100)  # R falls in a line from 1 to 0
+        >>> mean = Snapshot(PowerProfile(12**-0.5), 100)  # R falls linearly from 1 to 0
         >>> round(float(overlaps([mean])), 3)
         33.333
     """
@@ -242,15 +242,15 @@ def overlaps(snapshots: Sequence[Snapshot]) -> Tensor:
 
 
 class Reconstruction(NamedTuple):
-    """A mixture that stands for an average, and how far off it is.
+    """A linear combination that approximates an average, and its error.
 
-    Both errors are relative to the distance of the average from the last weights, for weights
-    that move in uncorrelated steps of equal variance.
+    Both errors are relative to the distance of the average from the last weights, assuming
+    that the weights move in uncorrelated steps of equal variance.
 
     Args:
         weights: c_i of each snapshot; their sum is 1.
-        misfit: √(∫ D²/∫ S*²), of the profile alone; below 1e-7 it is rounding.
-        error: The same with the noise in the snapshots.
+        misfit: √(∫ D²/∫ S*²), the error of the profile alone; below 1e-7 it is rounding.
+        error: The same, including the noise of the snapshots.
     """
 
     weights: Tensor
@@ -261,22 +261,22 @@ class Reconstruction(NamedTuple):
 def reconstruct(
     target: Snapshot, snapshots: Sequence[Snapshot], noise: float = 0.0
 ) -> Reconstruction:
-    """The mixture of averages that comes nearest to another: least ∫ D² + noise·Σ c_i², Σ c_i = 1.
+    """The best combination of averages: minimise ∫ D² + noise·Σ c_i² subject to Σ c_i = 1.
 
-    The noise is what keeps the c_i small: without it a narrow width is made from large numbers of
-    both signs, which multiply the rounding errors of the snapshots.
+    The noise regularises the c_i: without it a narrow width is composed of large coefficients of
+    both signs, which amplify the rounding errors of the snapshots.
 
     Args:
-        target: The average that is wanted.
-        snapshots: Those that there are, at least one; those of later times are of no use.
-        noise: Variance of the error of a snapshot, over the variance of one step of the weights.
+        target: The average to reconstruct.
+        snapshots: The averages available, at least one; those of later times do not help.
+        noise: Variance of a snapshot's error, relative to that of one step of the weights.
 
     Shapes:
         weights of the result (len(snapshots),), float64.
 
     References:
         Karras et al. (2023), arXiv:2312.02696, section 3.2, for the idea; the inner product and
-        the constraint are derived above.
+        the constraint are derived in this module.
 
     Example:
         >>> tracked = [Snapshot(PowerProfile(s), t) for t in (800, 900, 1000) for s in (0.05, 0.1)]
@@ -291,7 +291,7 @@ def reconstruct(
     system[:n, :n] = whole[:n, :n] + share * torch.eye(n, dtype=torch.float64)
     system[n, n] = 0
     right = torch.cat([whole[:n, n], torch.ones(1, dtype=torch.float64)])[:, None]
-    # Snapshots of nearby times are nearly the same function: the system is close to singular.
+    # Snapshots of nearby times are nearly linearly dependent: the system is close to singular.
     weights = torch.linalg.lstsq(system, right, driver="gelsd").solution[:n, 0]
     error = torch.cat([weights, -torch.ones(1, dtype=torch.float64)])
     square = float(error @ whole @ error)

@@ -1,9 +1,8 @@
-"""Decoders: the last step, from the cleanest z to the data themselves.
+"""Decoders: the distribution p(x | z) of the data given the cleanest z.
 
-The bound ends with −E log p(x | z) at λ_max, the price of naming the exact data when z is known.
-At high λ it is almost nothing; at low λ it is what the diffusion did not do, and it can be large:
-for 256 levels 1.8 bits per dimension at λ = 10. Which p is meant is part of the result, so it has
-a name here.
+The last term of the bound is −E log p(x | z) at λ_max, the cost of encoding the exact data when z
+is known. It is negligible at high λ but can be large at low λ: 1.8 bits per dimension at λ = 10
+for 256 levels. The choice of p is part of the result, so each choice has a name here.
 
 Letters: x data (B, *), z noisy data at λ (B,); v_k the levels of discrete data.
 """
@@ -36,9 +35,10 @@ __all__ = [
 
 
 class Decoder(ABC):
-    """The distribution p(x | z) of the data given their cleanest noisy version.
+    """The distribution p(x | z) of the data given the cleanest z.
 
-    A leaf is a frozen dataclass and gives `log_prob`; for discrete data it has a field `levels`.
+    A subclass is a frozen dataclass that defines `log_prob`; for discrete data it has a field
+    `levels`.
 
     Example:
         >>> round(SoftmaxDecoder(levels=256).cost(13.3), 4)  # bits per dimension
@@ -49,34 +49,34 @@ class Decoder(ABC):
     def log_prob(
         self, x: Tensor, z: Tensor, logsnr: Tensor, denoise: Callable[..., Denoised]
     ) -> Tensor:
-        """Log p(x_i | z) of each number of the data.
+        """Log p(x_i | z) of each dimension of the data.
 
         Args:
             x: Data.
             z: Noisy data at λ.
             logsnr: λ of each example.
-            denoise: Called as denoise(z, logsnr), by decoders that use the network.
+            denoise: Called as denoise(z, logsnr) by decoders that use the network.
 
         Shapes:
             x and z (B, *); logsnr (B,); result (B, *), float32 or better.
         """
 
     def __post_init__(self) -> None:
-        """Refuse levels that are none, here and not at their first use."""
+        """Reject invalid levels here and not at their first use."""
         levels = getattr(self, "levels", None)
         if isinstance(levels, list):
-            object.__setattr__(self, "levels", tuple(levels))  # so that it can be looked up
+            object.__setattr__(self, "levels", tuple(levels))  # hashable, for the caches
         if levels is not None:
             level_values(self.levels)  # type: ignore[attr-defined]
 
     def check(self, x: Tensor) -> None:
-        """Make sure that the data are what this decoder decodes.
+        """Check that the data are of the kind that this decoder describes.
 
         Args:
             x: Data.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If they are not on the grid of levels.
         """
         levels = getattr(self, "levels", None)
         if levels is not None:
@@ -90,14 +90,14 @@ class Decoder(ABC):
         eps: Tensor,
         **cond: Any,
     ) -> Tensor:
-        """The term of the bound, −log p(x | z) with z = αx + σε, in nats per dimension.
+        """The reconstruction term of the bound, −log p(x | αx + σε), in nats per dimension.
 
         Args:
             denoiser: Called as denoiser(z, logsnr, **cond).
             x: Data.
             logsnr: λ of each example.
             eps: Noise.
-            **cond: Handed to the denoiser.
+            **cond: Passed on to the denoiser.
 
         Shapes:
             x and eps (B, *); logsnr (B,); result (B,).
@@ -110,30 +110,29 @@ class Decoder(ABC):
         return -log_prob.flatten(1).mean(1)
 
     def cost(self, logsnr: float) -> float:
-        """Bits per dimension of the reconstruction at λ, were all levels equally frequent.
+        """Bits per dimension of the reconstruction at λ, assuming equally frequent levels.
 
-        For a decoder that uses the network, with the plain estimate z/α in its place.
+        A decoder that uses the network is given the estimate x̂ = z/α instead.
 
         Args:
             logsnr: λ.
 
         Raises:
-            TypeError: If the decoder has no levels: a density has no such cost.
+            TypeError: If the decoder has no levels: a density has no cost in bits.
         """
         if not hasattr(self, "levels"):
             raise TypeError(f"{type(self).__name__} is a density and has no cost in bits.")
         return _cost(self, float(logsnr))
 
     def warn_if_costly(self, logsnr: float) -> None:
-        """Say so if λ_max is too low to tell the levels apart: above 1 bit per dimension.
+        """Warn if λ_max is too low to distinguish the levels: above 1 bit per dimension.
 
         Args:
             logsnr: λ_max.
         """
         if hasattr(self, "levels") and (bits := self.cost(logsnr)) > 1:
-            enough = (
-                logsnr + 2 * math.log(2) * bits + 0.8
-            )  # 4 times the SNR for each bit, and some
+            # Four times the SNR for each bit, and a margin.
+            enough = logsnr + 2 * math.log(2) * bits + 0.8
             warnings.warn(
                 f"logsnr_max={logsnr:.4g} is too low for levels={self.levels!r:.40}: the "
                 f"reconstruction alone costs about {bits:.2f} bits per dimension; "
@@ -145,7 +144,7 @@ class Decoder(ABC):
 @lru_cache(maxsize=64)
 def _cost(decoder: Any, logsnr: float) -> float:
     values = level_values(decoder.levels)
-    noise = torch.linspace(-9, 9, 361, dtype=torch.float64)  # rare large noise is what costs
+    noise = torch.linspace(-9, 9, 361, dtype=torch.float64)  # the cost comes from rare large noise
     weight = torch.softmax(-0.5 * noise**2, 0)
     x = values.expand(len(noise), -1)
     levels = torch.full((len(noise),), logsnr, dtype=torch.float64)
@@ -161,8 +160,8 @@ def _cost(decoder: Any, logsnr: float) -> float:
 class SoftmaxDecoder(Decoder):
     """VDM's decoder: p(x = v_k | z) = softmax_k(−½ e^λ (z/α − v_k)²).
 
-    What Bayes' rule says of z if all levels are equally likely and the dimensions independent. It
-    needs no network, and is exact as λ grows.
+    The posterior by Bayes' rule if all levels are equally likely and the dimensions independent.
+    It needs no network and becomes exact as λ grows.
 
     Args:
         levels: Number of levels (see `level_values`), or their values.
@@ -188,7 +187,7 @@ class SoftmaxDecoder(Decoder):
         index = level_index(x, self.levels, check=False).flatten()
         values = level_values(self.levels).to(centre.device, centre.dtype)
         found = []
-        size = max(1, 2**22 // len(values))  # a few at a time: L numbers for each one
+        size = max(1, 2**22 // len(values))  # in parts: there are L logits for each number
         for c, s, k in zip(
             *(part.split(size) for part in (centre, sharpness, index)), strict=True
         ):
@@ -199,10 +198,10 @@ class SoftmaxDecoder(Decoder):
 
 @dataclass(frozen=True)
 class DiscretizedGaussianDecoder(Decoder):
-    """DDPM's decoder: p(x = v_k | z) = ∫ N(u; x̂(z), std²) du over the bin of v_k, ends open.
+    """DDPM's decoder: p(x = v_k | z) = ∫ N(u; x̂(z), std²) du over the bin of v_k.
 
-    Bins reach halfway to the neighbours, the first and the last to infinity. The mean is the
-    network's x̂, so the last step is learned as well.
+    Bins extend halfway to the neighbouring levels, the first and the last to infinity. The mean is
+    the network's x̂, so the last step is learned as well.
 
     Args:
         levels: Number of levels (see `level_values`), or their values.
@@ -245,7 +244,7 @@ class DiscretizedGaussianDecoder(Decoder):
         high = (borders[index.clamp(max=last - 1)] - mean) / broadcast_to_data(std, z)
         low = torch.where(index == 0, torch.full_like(low, -math.inf), low)
         high = torch.where(index == last, torch.full_like(high, math.inf), high)
-        # Φ(high) − Φ(low), taken in the tail where both are small, so that nothing cancels.
+        # Φ(high) − Φ(low), computed in the tail where both are small, to avoid cancellation.
         mirrored = low > 0
         low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
         log_high = torch.special.log_ndtr(high)
@@ -256,12 +255,12 @@ class DiscretizedGaussianDecoder(Decoder):
 class GaussianDecoder(Decoder):
     """The decoder of continuous data: p(x | z) = N(x; z/α, e^(−λ)).
 
-    A density, for data that were never rounded; it approaches the true one as λ grows. Its bound
-    is in nats relative to the unit of x, and may be negative.
+    A density, for data that were never quantised; it approaches the true one as λ grows. The bound
+    depends on the unit of x and may be negative.
 
     References:
-        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, section 3.3 (their
-        decoder for levels infinitely close).
+        Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, section 3.3 (the
+        limit of their decoder for ever finer levels).
 
     Example:
         >>> GaussianDecoder().log_prob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), None)

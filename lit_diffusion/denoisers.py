@@ -1,9 +1,8 @@
-"""Denoisers: the waist of the house.
+"""Denoisers: given noisy data z at λ, estimate the data x̂ and the noise ε̂.
 
-A denoiser answers one question: given z at λ, what were the data x̂ and the noise ε̂? The loss
-stands on it on one side, samplers and likelihood on the other; networks are guests behind it.
-Whatever changes an answer (preconditioning, guidance) is a denoiser around a denoiser, so that
-no sampler needs to know of it.
+This is the interface between networks on one side and losses, samplers and likelihoods on the
+other. Whatever changes an estimate (preconditioning, guidance, clipping) is a denoiser that wraps
+another, so that no sampler needs to know about it.
 
 Letters: z noisy data (B, *), logsnr = λ (B,), label (B,) with −1 for "no label".
 """
@@ -28,11 +27,11 @@ __all__ = [
 
 
 class Denoiser(nn.Module):
-    """A network and what it predicts: (z, λ) → (x̂, ε̂).
+    """A network together with what it predicts: (z, λ) → (x̂, ε̂).
 
     Args:
-        network: Called as network(z, logsnr, **cond), λ in float32; returns z's shape.
-        prediction: What it outputs; None means `VPrediction()`.
+        network: Called as network(z, logsnr, **cond), λ in float32; returns a tensor of z's shape.
+        prediction: What the network outputs; None means `VPrediction()`.
 
     Example:
         >>> class Network(torch.nn.Module):
@@ -54,7 +53,7 @@ class Denoiser(nn.Module):
         Args:
             z: Noisy data.
             logsnr: λ of each example.
-            **cond: Handed to the network (label=…).
+            **cond: Passed on to the network (label=…).
 
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *), float32 or better even under autocast.
@@ -68,15 +67,15 @@ class Denoiser(nn.Module):
 
 
 def drop_condition(cond: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
-    """The condition as a network is shown it where some examples must do without theirs.
+    """Remove the condition of some examples, as the network then receives it.
 
-    A dropped label is −1. The rows of any other tensor become zero; and since zero may also be
-    somebody's value, the network is told beside them which examples are dropped, by `dropped`. The
-    same in training, which hides a few examples, and in guidance, which hides all of them.
+    A dropped label becomes −1, and the rows of any other tensor become zero. As zero may also be a
+    valid value, the network receives the mask as a further input, `dropped`. Training drops the
+    condition of a few examples, guidance that of all.
 
     Args:
-        cond: The condition, tensors by their names; None counts as not given.
-        dropped: Which examples must do without.
+        cond: The condition, tensors by name; None counts as not given.
+        dropped: The examples whose condition is removed.
 
     Shapes:
         dropped (B,), bool; each condition (B, *).
@@ -97,8 +96,8 @@ def drop_condition(cond: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"To be dropped a condition must be a tensor, a row for each example, got "
-                f"{type(value).__name__} for {name!r}: encode it first."
+                f"Expected a tensor with one row per example for the condition {name!r}, which "
+                f"is dropped for some examples, got {type(value).__name__}: encode it first."
             )
         if name == "label":
             shown[name] = torch.where(dropped, -1, value)
@@ -113,14 +112,14 @@ def drop_condition(cond: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
 class GuidedDenoiser(nn.Module):
     """Classifier-free guidance: ε̂ = ε̂_u + scale·(ε̂_c − ε̂_u).
 
-    Pushes samples towards what the condition makes likely, at the price of variety. Scale 1 is
-    the plain conditional denoiser, 0 the unconditional one. An interval leaves the noisiest and
-    the cleanest levels alone, where guidance costs variety and helps nothing.
+    Moves samples towards what the condition makes likely, at the cost of diversity. Scale 1 is the
+    conditional denoiser, 0 the unconditional one. An interval excludes the noisiest and the
+    cleanest levels, where guidance reduces diversity without a benefit.
 
     Args:
-        denoiser: Trained with its condition dropped at times; called with it, and with all of it
-            dropped (see `drop_condition`).
-        scale: Strength of guidance, 1 for none.
+        denoiser: A denoiser trained with the condition dropped for some examples; called once with
+            the condition and once without (see `drop_condition`).
+        scale: Guidance scale, 1 for none.
         interval: Guide only where interval[0] ≤ λ ≤ interval[1]; None means everywhere.
 
     References:
@@ -150,12 +149,12 @@ class GuidedDenoiser(nn.Module):
         self.interval = interval
 
     def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
-        """Estimate data and noise, guided by `cond`.
+        """Estimate data and noise, guided by the condition.
 
         Args:
             z: Noisy data.
             logsnr: λ of each example.
-            **cond: The condition; the unconditional call has it dropped.
+            **cond: The condition; it is dropped in the unconditional call.
 
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
@@ -176,10 +175,10 @@ class GuidedDenoiser(nn.Module):
 
 
 class ClippedDenoiser(nn.Module):
-    """Another denoiser whose x̂ is kept within the range of the data: |x̂| ≤ limit.
+    """A denoiser whose x̂ is clipped to the range of the data: |x̂| ≤ limit.
 
-    At high noise an ε-network's x̂ = (z − σ ε̂)/α can leave the range by far, and a sampler would
-    follow it. ε̂ is made to agree: ε̂ = (z − α x̂)/σ.
+    At high noise the x̂ = (z − σ ε̂)/α of an ε-prediction can lie far outside the range and lead a
+    sampler astray. ε̂ is recomputed to be consistent: ε̂ = (z − α x̂)/σ.
 
     Args:
         denoiser: The denoiser to clip.
@@ -187,7 +186,7 @@ class ClippedDenoiser(nn.Module):
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239 (their
-        published sampler does so).
+        published sampler clips x̂).
 
     Example:
         >>> clipped = ClippedDenoiser(GaussianDenoiser(std=10.0))
@@ -208,7 +207,7 @@ class ClippedDenoiser(nn.Module):
         Args:
             z: Noisy data.
             logsnr: λ of each example.
-            **cond: Handed on.
+            **cond: Passed on.
 
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *).
@@ -216,17 +215,17 @@ class ClippedDenoiser(nn.Module):
         x, eps = self.denoiser(z, logsnr, **cond)
         alpha, sigma = alpha_sigma(logsnr)
         clipped = x.clamp(-self.limit, self.limit)
-        # Where nothing was clipped ε̂ stays as it came: (z − αx̂)/σ loses digits at high λ.
+        # Where nothing was clipped, keep ε̂: (z − αx̂)/σ loses digits at high λ.
         agreeing = (z - broadcast_to_data(alpha, z) * clipped) / broadcast_to_data(sigma, z)
         return Denoised(clipped, torch.where(clipped == x, eps, agreeing))
 
 
 class GaussianDenoiser(nn.Module):
-    """The exact denoiser of data x ~ N(mean, std²): what a perfect network would answer.
+    """The exact denoiser of data x ~ N(mean, std²): what a perfect network would output.
 
     With v = α² std² + σ² the variance of z: ε̂ = σ (z − α mean)/v and
-    x̂ = mean + α std² (z − α mean)/v. Everything about it is known in closed form, so the laws
-    of losses and samplers are tested on it.
+    x̂ = mean + α std² (z − α mean)/v. Everything about it is known in closed form, so losses and
+    samplers are tested on it.
 
     Args:
         std: Standard deviation of the data, above 0.

@@ -1,20 +1,20 @@
-"""The process: how data become noise.
+"""The Gaussian diffusion process that turns data into noise.
 
 Letters: x data, z noisy data, eps = ε standard normal noise, logsnr = λ. B is the batch, * the
 shape of one example; data are (B, *), λ is (B,).
 
-One frame serves the whole house, the variance-preserving one::
+The whole library uses one parameterisation, the variance-preserving one::
 
     z = α(λ) x + σ(λ) ε      α² = sigmoid(λ)      σ² = sigmoid(−λ)      λ = log α²/σ²
 
-λ, the log signal-to-noise ratio, is the only clock: high λ is clean data, low λ is noise. Every
-other Gaussian process in the literature is this one with z rescaled:
+λ, the log signal-to-noise ratio, is the only measure of the noise level: high λ is clean data, low
+λ is noise. Every other Gaussian process in the literature is this one with z rescaled:
 
     variance exploding, EDM    z / α                = x + e^(−λ/2) ε
     flow matching              z / (α + σ)          = (1 − t) x + t ε    with λ = 2 log((1 − t)/t)
 
-A rescaling known to both sides changes neither what a denoiser can know nor any loss on ε, so
-there is no second process class.
+A known rescaling changes neither what a denoiser can infer nor any loss on ε, so one process
+class is enough.
 
 For a cleaner level s and a noisier level t (λ_s > λ_t), with c = 1 − e^(λ_t − λ_s), Bayes' rule
 gives the posterior that ancestral sampling follows::
@@ -41,18 +41,18 @@ __all__ = [
 ]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""No generator (the global one), one for the batch, or one for each example of it."""
+"""None for the global generator, one generator for the batch, or one per example."""
 
 
 def broadcast_to_data(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Give a coefficient per example the trailing axes of the data: (B,) → (B, 1, …, 1).
+    """Reshape one coefficient per example to broadcast over the data: (B,) → (B, 1, …, 1).
 
-    This is the only place where broadcasting happens, so it cannot go wrong in another. The dtype
-    becomes the data's, but never less than float32: bfloat16 keeps only 190 of 1000 noise levels.
+    All broadcasting is done here. The result has the data's dtype, but at least float32: bfloat16
+    distinguishes only 190 of 1000 noise levels.
 
     Args:
         coefficient: One number per example, or one for all.
-        like: The data it will multiply.
+        like: The data to be multiplied.
 
     Shapes:
         coefficient (B,) or (); like (B, *); result (B, 1, …, 1), as many axes as `like`.
@@ -74,7 +74,7 @@ def broadcast_to_data(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale of the data and of the noise at λ: α = √sigmoid(λ), σ = √sigmoid(−λ).
+    """Scales of the data and of the noise at λ: α = √sigmoid(λ), σ = √sigmoid(−λ).
 
     Args:
         logsnr: λ, any real number.
@@ -114,10 +114,10 @@ def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
 
 
 def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of q(z_s | z_t, x), one step back towards the data.
+    """Mean and standard deviation of q(z_s | z_t, x), one step from noise towards data.
 
-    mean = α_s((1 − c) z/α_t + c x), std = σ_s √c, c = 1 − e^(λ_t − λ_s). With the levels of
-    DDPM's table these are its μ̃ and β̃.
+    mean = α_s((1 − c) z/α_t + c x), std = σ_s √c, c = 1 − e^(λ_t − λ_s). At the noise levels of
+    DDPM the mean is its μ̃ and std² its β̃.
 
     Args:
         z: Noisy data at the noisier level t.
@@ -149,13 +149,14 @@ def posterior(z: Tensor, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> tupl
 
 
 def prior_kl(x: Tensor, logsnr: Tensor) -> Tensor:
-    """What z at λ still knows of x: KL(q(z|x) ‖ N(0, I)) = ½ mean(α²x² + σ² − log σ² − 1).
+    """The prior term of the bound: KL(q(z|x) ‖ N(0, I)) = ½ mean(α²x² + σ² − log σ² − 1).
 
-    In nats per dimension. It is the price of starting a sampler from pure noise.
+    It is in nats per dimension and measures what z at λ still reveals about x, which a sampler
+    that starts from pure noise neglects.
 
     Args:
         x: Data.
-        logsnr: λ of each example, the smallest of the process.
+        logsnr: λ of each example, usually the smallest λ of the process.
 
     Shapes:
         x (B, *); logsnr (B,); result (B,), float64.
@@ -169,28 +170,29 @@ def prior_kl(x: Tensor, logsnr: Tensor) -> Tensor:
     """
     logsnr = logsnr.to(torch.float64)
     mean_square = x.to(torch.float64).square().flatten(1).mean(1)
-    # −log σ² = softplus(λ) and σ² − 1 = −α²: no difference of nearly equal numbers remains but
-    # softplus(λ) − α² ≈ α⁴/2, for which float64 has digits enough.
+    # −log σ² = softplus(λ) and σ² − 1 = −α²: the only difference of nearly equal numbers left is
+    # softplus(λ) − α² ≈ α⁴/2, for which float64 is accurate enough.
     alpha_squared = torch.sigmoid(logsnr)
     softplus = torch.nn.functional.softplus(logsnr)
     return 0.5 * (alpha_squared * mean_square + softplus - alpha_squared)
 
 
 def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise of the shape of z.
+    """Standard normal noise with the shape of z.
 
-    With one generator per example each example's noise depends on its own seed only, so a batch
-    cut differently, or spread over more devices, gives the same images.
+    With one generator per example, the noise of each example depends on its own seed only, so the
+    samples do not depend on the batch size or the number of devices.
 
     Args:
-        z: Gives shape, dtype and device.
-        generator: None, one generator, or a sequence of B on one device; any device.
+        z: Tensor that gives shape, dtype and device.
+        generator: None, one generator, or a sequence of B generators on one device; the device
+            may differ from that of z.
 
     Shapes:
         z (B, *); result (B, *).
 
     Raises:
-        ValueError: If a sequence has not B generators.
+        ValueError: If a sequence does not have B generators.
 
     Example:
         >>> generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -207,8 +209,8 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
         ).to(z.device)
     if len(generator) != len(z):
         raise ValueError(
-            f"Expected one generator for each of {len(z)} examples, got {len(generator)}."
+            f"Expected one generator for each of the {len(z)} examples, got {len(generator)}."
         )
     like: dict[str, Any] = {"dtype": z.dtype, "device": generator[0].device}
     rows = [torch.randn(z.shape[1:], generator=each, **like) for each in generator]
-    return torch.stack(rows).to(z.device)  # all rows at once: each copy may wait for the device
+    return torch.stack(rows).to(z.device)  # one copy: each may wait for the device

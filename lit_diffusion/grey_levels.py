@@ -1,11 +1,10 @@
-"""Levels: the grid of values that discrete data can take.
+"""Grey levels: the grid of values that discrete data can take.
 
-An image is not a point of a continuum: each number of it is one of a few, 256 bytes or 17 grey
-levels. A likelihood in bits per dimension counts how many bits it takes to name *those* values, so
-whatever turns a density into bits (a decoder, a dequantiser) must be told the grid, and the data
-must lie on it.
+Images are discrete: each value is one of 256 bytes or of 17 grey levels. A likelihood in bits per
+dimension is the number of bits needed to encode *those* values, so whatever turns a density into
+bits (a decoder, a dequantiser) needs the grid, and the data must lie on it.
 
-Letters: L number of levels, v_k their values in rising order, on [−1, 1].
+Letters: L number of levels, v_k their values in increasing order, on [−1, 1].
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 __all__ = ["Levels", "level_borders", "level_index", "level_values"]
 
 Levels = int | tuple[float, ...]
-"""A number of levels evenly spread from −1 to 1, or the values themselves."""
+"""A number of evenly spaced levels from −1 to 1, or their values."""
 
 _TOLERANCE = 1e-4  # of a value; bytes lie 8e-3 apart, float32 rounds at 6e-8
 
@@ -27,17 +26,17 @@ _TOLERANCE = 1e-4  # of a value; bytes lie 8e-3 apart, float32 rounds at 6e-8
 def level_values(levels: Levels) -> Tensor:
     """The values v_k of the grid.
 
-    A number means so many, evenly spread over the bytes 0 … 255 as image files store them and then
-    mapped to k/127.5 − 1; above 256, evenly spread from −1 to 1.
+    A number up to 256 means that many levels, evenly spaced over the bytes 0 … 255 of an image
+    file, rounded, and mapped to k/127.5 − 1; above 256, evenly spaced from −1 to 1.
 
     Args:
-        levels: How many, at least 2; or the values, rising, on [−1, 1].
+        levels: Number of levels, at least 2; or their values, increasing, on [−1, 1].
 
     Shapes:
         result (L,), float64.
 
     Raises:
-        ValueError: If there are fewer than two, or they do not rise, or leave [−1, 1].
+        ValueError: If there are fewer than two, or they do not increase or lie outside [−1, 1].
 
     Example:
         >>> level_values(3)  # the bytes 0, 128, 255
@@ -56,13 +55,13 @@ def level_values(levels: Levels) -> Tensor:
     values = torch.tensor(levels, dtype=torch.float64)
     if len(values) < 2 or not bool((values.diff() > 0).all()) or values.abs().max() > 1:
         raise ValueError(
-            f"Expected at least 2 levels, rising, on [−1, 1]; got {len(values)}: {levels!r:.60}."
+            f"Expected at least 2 increasing levels on [−1, 1], got {len(values)}: {levels!r:.60}."
         )
     return values
 
 
 def level_borders(levels: Levels) -> Tensor:
-    """The borders between neighbouring levels, halfway: (v_k + v_{k+1})/2.
+    """The borders halfway between neighbouring levels: (v_k + v_{k+1})/2.
 
     Args:
         levels: The grid.
@@ -79,18 +78,18 @@ def level_borders(levels: Levels) -> Tensor:
 
 
 def level_index(x: Tensor, levels: Levels, check: bool = True) -> Tensor:
-    """Which level each number is.
+    """The index of the level of each value.
 
     Args:
         x: Data on the grid.
         levels: The grid.
-        check: Whether to make sure of that, which on a GPU waits for the device.
+        check: Whether to check that they lie on it, which on a GPU synchronises with the device.
 
     Shapes:
         x any; result the same, int64.
 
     Raises:
-        ValueError: If x leaves [−1, 1], or does not lie on the grid.
+        ValueError: If x lies outside [−1, 1] or not on the grid.
 
     Example:
         >>> level_index(torch.tensor([-1.0, 1.0, 0.0]), (-1.0, 0.0, 1.0))
@@ -114,6 +113,6 @@ def level_index(x: Tensor, levels: Levels, check: bool = True) -> Tensor:
                 f"The data do not match levels={levels!r:.40}: "
                 f"{float(x.flatten()[distance.argmax()]):.6g} is not among the {count} values "
                 f"from {float(values[0]):.6g} to {float(values[-1]):.6g} (this batch has "
-                f"{len(x.unique())} different values); give their number, or the values."
+                f"{len(x.unique())} different values); give the number of levels, or their values."
             )
     return index

@@ -1,4 +1,4 @@
-"""The variational bound on −log p(x): how many bits the model needs for the data.
+"""The variational bound on −log p(x): how many bits the model needs to encode the data.
 
 Letters: x data (B, *); z_λ noisy data; λ_max the cleanest level (t = 0), λ_min the noisiest
 (t = 1).
@@ -6,13 +6,13 @@ Letters: x data (B, *); z_λ noisy data; λ_max the cleanest level (t = 0), λ_m
 A diffusion model is a chain of latent variables, so its likelihood has a variational bound of
 three terms, all in nats per dimension here (divide by ln 2 for bits)::
 
-    prior            KL(q(z_λmin | x) ‖ N(0, I))           what the noisiest latent has of x
-    diffusion        ½ ∫ E‖ε̂ − ε‖² dλ                       the error of the steps in between
+    prior            KL(q(z_λmin | x) ‖ N(0, I))           what the noisiest z reveals of x
+    diffusion        ½ ∫ E‖ε̂ − ε‖² dλ                       the error of the denoising steps
                      T/2 E_t[ expm1(λ_s − λ_t) ‖ε̂ − ε‖² ]   … of a chain of T steps
-    reconstruction   −E log p(x | z_λmax)                   decoding the data, see `decoders`
+    reconstruction   −E log p(x | z_λmax)                   the decoder's, see `decoders`
 
-The integral depends on the schedule only through its ends. The sum, for a good denoiser, is an
-upper one and falls to the integral as T grows.
+The integral depends on the schedule only through its ends. For a good denoiser the sum is an upper
+Riemann sum and decreases to the integral as T grows.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class BoundTerms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Their sum: −log p(x) is at most that."""
+        """The sum of the terms, an upper bound on −log p(x)."""
         return self.prior + self.diffusion + self.reconstruction
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """The sum in bits."""
+        """The sum in bits per dimension."""
         return self.total / math.log(2)
 
 
@@ -72,30 +72,30 @@ def variational_bound(
     t: Tensor | None = None,
     **cond: Any,
 ) -> BoundTerms:
-    """The bound in its denoising form, one sample of λ and ε for each example.
+    """Estimate the bound in its denoising form, with one sample of λ and ε per example.
 
-    Every term compares the model's step q(z_s | z_t, x = x̂) with the true posterior of that step,
-    a difference of two Gaussians of the same variance, so it is small where the model is good, and
-    in the limit of many steps a single sample of λ keeps a finite variance.
+    The diffusion term compares the model's step q(z_s | z_t, x = x̂) with the true posterior, two
+    Gaussians of the same variance. It is therefore small where the model is good, and its estimate
+    from a single λ has a finite variance even in the limit of infinitely many steps.
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond).
         x: Data.
-        schedule: Its ends are those of the process; between them it is where λ is sampled, and
-            with `num_timesteps` which levels the chain has.
-        decoder: The distribution of the data given the cleanest z; None leaves reconstruction out.
+        schedule: Its ends are those of the process. In between it is the density λ is sampled
+            from, and with `num_timesteps` it determines the levels of the chain.
+        decoder: The distribution of the data given the cleanest z; None omits the reconstruction.
         num_timesteps: Number T of steps, at least 1; None means continuous time. DDPM's own bound
-            is `BetaSchedule()` with 999.
-        generator: Source of all noise: None, one, or one per example (then give t).
+            is that of `BetaSchedule()` with 999.
+        generator: Source of all noise: None, one generator, or one per example (then pass t).
         t: Times; None samples them, stratified over the batch.
-        **cond: Handed to the denoiser (label=…).
+        **cond: Passed on to the denoiser (label=…).
 
     Shapes:
         x (B, *); t (B,); terms (B,).
 
     Raises:
-        ValueError: If the data are not what the decoder decodes, num_timesteps is below 1, or a
-            term is not finite (it is named, with its λ).
+        ValueError: If the data do not lie on the decoder's grid, num_timesteps is below 1, or a
+            term is not finite (the message names it and its λ).
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 11-17; Ho et al.
@@ -127,10 +127,10 @@ def variational_bound(
 def _prepare(
     schedule: NoiseSchedule, decoder: Decoder | None, x: Tensor, num_timesteps: int | None
 ) -> None:
-    """Refuse what would give a wrong number."""
+    """Reject arguments that would give a wrong number."""
     if num_timesteps is not None and (num_timesteps < 1 or num_timesteps != int(num_timesteps)):
         raise ValueError(
-            f"A chain has a whole number of steps, at least 1 step, got {num_timesteps}."
+            f"num_timesteps must be a whole number of at least 1 step, got {num_timesteps}."
         )
     if decoder is not None and not isinstance(decoder, Decoder):
         raise TypeError(f"Expected a Decoder, such as SoftmaxDecoder(256), got {decoder!r}.")
@@ -159,7 +159,7 @@ def _reconstruction(
 
 
 def _finite(terms: BoundTerms, noisiest: Tensor, sampled: Tensor, cleanest: Tensor) -> BoundTerms:
-    """The terms, in float64, or an error that names the first that is not finite and its λ."""
+    """The terms in float64, or an error that names the first non-finite term and its λ."""
     terms = BoundTerms(*(term.double() for term in terms))
     if not bool(terms.total.isfinite().all()):
         for name, term, logsnr in zip(
@@ -170,7 +170,6 @@ def _finite(terms: BoundTerms, noisiest: Tensor, sampled: Tensor, cleanest: Tens
                 raise ValueError(
                     f"The {name} term of the bound is {float(term[bad[0]])} at "
                     f"λ = {float(logsnr[bad[0]]):.6g} ({len(bad)} of {len(term)} examples): "
-                    "expected a finite number; look at the network's output there, and at the "
-                    "data."
+                    "expected a finite number; check the network's output there, and the data."
                 )
     return terms

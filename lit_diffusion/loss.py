@@ -1,14 +1,14 @@
-"""The loss: one estimator for every objective.
+"""The loss: one estimator for all objectives.
 
     L_w(x) = ½ ∫ w(λ) E‖ε̂ − ε‖² dλ = ½ E_{λ~p}[ w(λ)/p(λ) · E‖ε̂ − ε‖² ]
 
-The weighting w is what is optimised. The schedule's density p is only where the integral is
-sampled: it divides out, so the value and its gradient do not depend on it, but their variance
-does. What the network predicts does not enter at all, for the loss sees only x̂ and ε̂.
+The weighting w defines the objective. The schedule's density p only determines where the integral
+is sampled: it cancels in expectation, so it changes neither the loss nor its gradient but only
+their variance. What the network predicts does not enter at all, since the loss sees only x̂ and ε̂.
 
-A chain of T steps replaces the integral by a sum over its levels, each counted with the width
-expm1(λ_s − λ_t) of the step that leads from it, λ_t, to the next cleaner one, λ_s. There the
-levels do matter: for a good denoiser the sum is an upper one, and falls to the integral with T.
+A chain of T steps replaces the integral by a sum over its levels, each weighted by the width
+expm1(λ_s − λ_t) of the step from that level, λ_t, to the next cleaner one, λ_s. Here the levels do
+matter: for a good denoiser the sum is an upper Riemann sum, and decreases to the integral with T.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["DiffusionLoss", "LossTerms", "noise_error", "weighted_error"]
 
 
 class LossTerms(NamedTuple):
-    """The loss of each example, and what it was made of.
+    """The loss of each example, and the quantities it is computed from.
 
     `loss` is ½ w/p · eps_mse; at w = 1 it estimates the diffusion term of the bound in nats
     per dimension, or with a decoder the whole bound. `eps_mse` is the *mean* of (ε̂ − ε)² over
@@ -50,15 +50,15 @@ def noise_error(
 ) -> Tensor:
     """Mean squared error of the predicted noise, mean (ε̂ − ε)², at z = α x + σ ε.
 
-    All of a loss that is as large as the images, from the noise added to the error taken, and
-    nothing random: so it can be compiled as one piece.
+    Everything in the loss that operates on tensors as large as the images, without random numbers,
+    so that it can be compiled as one function.
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond).
         x: Data.
         eps: Noise.
         logsnr: λ of each example.
-        **cond: Handed to the denoiser.
+        **cond: Passed on to the denoiser.
 
     Shapes:
         x and eps (B, *); logsnr and result (B,).
@@ -82,7 +82,7 @@ def weighted_error(
     noise_error: Callable[..., Tensor] = noise_error,
     **cond: Any,
 ) -> LossTerms:
-    """The estimator itself: ½ w(λ)/p(λ) · mean (ε̂ − ε)², or T/2 · expm1(λ_s − λ) w(λ) · mean (…)².
+    """The estimator: ½ w(λ)/p(λ) · mean (ε̂ − ε)², or T/2 · expm1(λ_s − λ) w(λ) · mean (ε̂ − ε)².
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond).
@@ -90,10 +90,10 @@ def weighted_error(
         schedule: Gives λ.
         weighting: Gives w.
         num_timesteps: Number T of steps of a discrete chain; None means continuous time.
-        t: Times; in discrete time t stands for the end of the step that it falls into.
+        t: Times; in discrete time t is replaced by the noisier end of its step.
         eps: Noise.
-        noise_error: The function of this name, or the same compiled.
-        **cond: Handed to the denoiser.
+        noise_error: The function of that name, or its compiled version.
+        **cond: Passed on to the denoiser.
 
     Shapes:
         x and eps (B, *); t (B,); terms (B,).
@@ -109,11 +109,11 @@ def weighted_error(
         logsnr, log_prob, shape = schedule.at_with_shape(t)
         width = torch.exp(-log_prob)
     else:
-        # Here the value itself depends on the levels, so a learned shape follows the bound.
+        # Here the loss itself depends on the levels, so a learned shape follows its gradient.
         index = (t.double() * num_timesteps).floor().clamp(max=num_timesteps - 1)
         logsnr = schedule.logsnr((index + 1) / num_timesteps)
         width = num_timesteps * torch.expm1(schedule.logsnr(index / num_timesteps) - logsnr)
-    # λ is B numbers: rounding it once, to the precision of the error, is all that is lost.
+    # λ is computed in float64 and rounded only once, to the precision of the error.
     eps_mse = noise_error(denoiser, x, eps, logsnr, **cond)
     loss = 0.5 * broadcast_to_data(weighting(logsnr) * width, eps_mse) * eps_mse
     if shape:
@@ -122,7 +122,7 @@ def weighted_error(
 
 
 def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:
-    """Scale the gradient that reaches a schedule's shape by 2 L, so that it is that of E[L²].
+    """Scale the gradient with respect to a schedule's shape by 2 L, so that it is that of E[L²].
 
     E[L] does not depend on the shape, hence ∇Var(L) = ∇E[L²] = E[2 L ∇L].
     """
@@ -134,18 +134,17 @@ class DiffusionLoss(nn.Module):
     """The weighted loss ½ w(λ)/p(λ) · mean (ε̂ − ε)², with λ sampled from the schedule.
 
     Args:
-        schedule: Density p that λ is sampled from; None means `CosineSchedule()`. If its ends are
-            learned a decoder is needed, and w = 1.
-        weighting: Weight w on the error of ε; None means `ELBOWeighting()`.
-        num_timesteps: Number T of steps of a discrete chain, at least 1: then λ is one of its
-            levels and 1/p is T·expm1(λ_s − λ). None means continuous time.
-        decoder: Adds the two other terms of the bound, prior and reconstruction; None leaves them
-            out.
+        schedule: Density p that λ is sampled from; None means `CosineSchedule()`. Learned ends
+            require a decoder and w = 1.
+        weighting: Weight w on the squared error of ε; None means `ELBOWeighting()`.
+        num_timesteps: Number T of steps of a discrete chain, at least 1; λ is then one of its
+            levels, and T·expm1(λ_s − λ) replaces 1/p. None means continuous time.
+        decoder: Adds the other two terms of the bound, prior and reconstruction; None omits them.
 
     Raises:
-        TypeError: If one of them is something else, such as a class without its brackets.
-        ValueError: If num_timesteps is below 1 or not that of the weighting, or the ends of the
-            schedule are learned by a loss that is not the whole bound.
+        TypeError: If an argument has the wrong type, such as a class instead of an instance.
+        ValueError: If num_timesteps is below 1 or differs from that of the weighting, or the ends
+            of the schedule are learned and the loss is not the full bound.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -176,34 +175,34 @@ class DiffusionLoss(nn.Module):
         for part, family in [*parts, *([] if decoder is None else [(decoder, Decoder)])]:
             if not isinstance(part, family):
                 raise TypeError(
-                    f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}; "
-                    "was its pair of brackets forgotten?"
+                    f"DiffusionLoss: expected an instance of {family.__name__}, got {part!r}: "
+                    "if this is a class, call it."
                 )
         if num_timesteps is not None and (
             num_timesteps < 1 or num_timesteps != int(num_timesteps)
         ):
             raise ValueError(
-                f"A chain has a whole number of steps, at least 1 step, got {num_timesteps}."
+                f"num_timesteps must be a whole number of at least 1 step, got {num_timesteps}."
             )
         for each in self.weighting.modules():
             chain = getattr(each, "num_timesteps", None)
             if isinstance(each, Weighting) and chain is not None and chain != num_timesteps:
                 raise ValueError(
-                    f"{type(each).__name__} weighs a chain of {chain} steps, and the loss has "
-                    f"num_timesteps={num_timesteps}: give both the same."
+                    f"{type(each).__name__} is for a chain of {chain} steps, but the loss has "
+                    f"num_timesteps={num_timesteps}: give both the same number."
                 )
         if self.schedule.learns_ends:
             name = type(self.schedule).__name__
             if decoder is None:
                 raise ValueError(
-                    f"{name}: its ends are learned, and the diffusion term alone would make them "
-                    "collapse into one. Give a decoder, so that prior and reconstruction hold "
-                    "them apart, or fix the ends."
+                    f"{name}: under the diffusion term alone, its learned ends would collapse to "
+                    "one point. Give a decoder, so that prior and reconstruction keep them "
+                    "apart, or fix the ends."
                 )
             if not isinstance(self.weighting, ELBOWeighting):
                 raise ValueError(
-                    f"{name}: its ends are learned by the bound, which is w = 1; under "
-                    f"{self.weighting} they would run away. Use ELBOWeighting, or fix the ends."
+                    f"{name}: learned ends require the bound itself, w = 1; under "
+                    f"{self.weighting} they would diverge. Use ELBOWeighting, or fix the ends."
                 )
         elif decoder is not None:
             decoder.warn_if_costly(self.schedule.ends[1])
@@ -217,28 +216,28 @@ class DiffusionLoss(nn.Module):
         generator: Generators = None,
         **cond: Any,
     ) -> LossTerms:
-        """Estimate the loss of each example from one sample of λ and ε.
+        """Estimate the loss of each example from one sample of λ and of ε.
 
         Args:
             denoiser: Called as denoiser(z, logsnr, **cond).
             x: Data.
-            t: Times at which the schedule gives λ; None samples them, stratified over the batch.
+            t: Times t, with λ = λ(t); None samples them, stratified over the batch.
             eps: Noise; None samples it.
-            generator: Source of all randomness: None, one, or one per example (which cannot
-                share stratified times, so t must be given).
-            **cond: Handed to the denoiser (label=…).
+            generator: Source of all randomness: None, one generator, or one per example (which
+                cannot share stratified times, so t must be given).
+            **cond: Passed on to the denoiser (label=…).
 
         Shapes:
             x and eps (B, *); t (B,); terms (B,).
 
         Raises:
-            ValueError: If x has no dimension beside the batch, is not floating point, or is not
-                what the decoder decodes (checked on the CPU only).
+            ValueError: If x has no dimension besides the batch, is not floating point, or does not
+                lie on the decoder's grid (checked on the CPU only).
         """
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(
-                "Expected floating-point data of shape (B, *) with at least one dimension beside "
-                f"the batch, got {x.dtype} of shape {tuple(x.shape)}; images go to [−1, 1] first."
+                "Expected floating-point data of shape (B, *) with at least one dimension besides "
+                f"the batch, got {x.dtype} of shape {tuple(x.shape)}; scale images to [−1, 1]."
             )
         if t is None:
             t = sample_times(x, generator)
@@ -262,7 +261,7 @@ class DiffusionLoss(nn.Module):
         generator: Generators,
         cond: dict[str, Any],
     ) -> Tensor:
-        """Prior and reconstruction."""
+        """The prior and the reconstruction term."""
         if x.device.type == "cpu":
             decoder.check(x)
         ends = self.schedule.logsnr(torch.tensor([0.0, 1.0], device=x.device))
@@ -272,19 +271,19 @@ class DiffusionLoss(nn.Module):
         return prior_kl(x, noisiest) + reconstruction
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile in place what is as large as the images, `noise_error` with the network in it.
+        """Compile `noise_error`, the network included, for training.
 
-        For training; λ and its weights, a few numbers in float64, stay as they are. In evaluation
-        the network is called as it is, compiled in place or not.
+        λ and the weights, a few numbers in float64, are not compiled. Evaluation calls the network
+        as it is, whether it was compiled in place or not.
 
         Args:
-            *args: Of `torch.compile`.
-            **kwargs: Of `torch.compile`.
+            *args: Passed on to `torch.compile`.
+            **kwargs: Passed on to `torch.compile`.
         """
         self._compiled = torch.compile(noise_error, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not compiled: neither is a copied module."""
+        """A copy is not compiled, like a copied module."""
         return {**super().__getstate__(), "_compiled": None}
 
     def extra_repr(self) -> str:

@@ -1,18 +1,18 @@
 """Analyse an objective: its curves over λ, whether it is an ELBO, and its variance.
 
 Letters: logsnr = λ, w the weight, p the density λ is sampled from, h(λ) the mean squared error
-per dimension of the best denoiser there is for Gaussian data of variance c²,
+per dimension of the optimal denoiser for Gaussian data of variance c²,
 
     h(λ) = α²c²/(α²c² + σ²) = sigmoid(λ + 2 ln c)
 
-It stands for the share of the noise that cannot be seen at λ, so w h shows where the loss is. By
-parts, with B(λ) = ½∫h up to λ, the bound on data seen at λ,
+It is the fraction of the noise that cannot be predicted at λ, so w h shows where the loss is.
+Integration by parts, with B(λ) = ½∫h up to λ, the bound for data at noise level λ, gives
 
     ½∫ w h dλ = w(λ_max) B(λ_max) − w(λ_min) B(λ_min) + ∫ (−dw/dλ) B(λ) dλ
 
-Where w never rises all coefficients but the constant one are positive: a mixture of bounds over
-noise levels, that is, the bound of data with noise added (Kingma & Gao 2023, theorem 1). All of
-this is read off the curves; no class is looked up by name.
+If w never increases, all coefficients but the constant one are positive, and the objective is a
+mixture of bounds over noise levels, that is, the bound of noise-augmented data (Kingma & Gao 2023,
+theorem 1). All of this is computed from the curves, never from the names of classes.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from lit_diffusion.weightings import Weighting, chain_step
 __all__ = ["NoiseMixture", "NoisePart", "Objective", "gaussian_error"]
 
 _POINTS = 8001
-_FLAT = 1e-6  # a relative rise up to this is rounding
-_NAMED = 1e-2  # a density whose distribution function is closer than this has the name
+_FLAT = 1e-6  # a relative increase up to this is rounding
+_NAMED = 1e-2  # a density is named if its distribution function is closer than this
 
 
 class NoisePart(NamedTuple):
-    """One sign of the mixture: how much of it there is, and where on λ.
+    """The positive or the negative part of the mixture: its mass, and its mean and std in λ.
 
     Shapes:
-        mass, mean and std are numbers; mean and std are nan where there is no mass.
+        mass, mean and std are numbers; mean and std are nan if the mass is 0.
     """
 
     mass: float
@@ -49,11 +49,12 @@ class NoisePart(NamedTuple):
 
 
 class NoiseMixture(NamedTuple):
-    """The objective by parts: which noise levels the bound is taken at, with which sign.
+    """The objective as a signed mixture of bounds over noise levels.
 
-    `falls` is where w falls, −dw/dλ > 0; `rises` where it rises, which counts negatively; `clean`
-    is the point mass at λ_max. They are scaled so that `falls.mass + clean` is 1; if w is monotone
-    that divides by w(λ_min), `rises.mass` is 0, and the mixture is a distribution.
+    `falls` is the part where w decreases, −dw/dλ > 0; `rises` the part where it increases, which
+    counts negatively; `clean` the point mass at λ_max. They are scaled so that `falls.mass +
+    clean` is 1. If w is monotone, the scale is w(λ_min), `rises.mass` is 0, and the mixture is a
+    probability distribution.
     """
 
     falls: NoisePart
@@ -62,7 +63,7 @@ class NoiseMixture(NamedTuple):
 
 
 def gaussian_error(logsnr: Tensor, data_std: float = 0.5) -> Tensor:
-    """The least E(ε̂ − ε)² per dimension for Gaussian data: h(λ) = sigmoid(λ + 2 ln c).
+    """The minimal E(ε̂ − ε)² per dimension for Gaussian data: h(λ) = sigmoid(λ + 2 ln c).
 
     Args:
         logsnr: λ.
@@ -88,13 +89,13 @@ def _moments(mass: Tensor, logsnr: Tensor) -> NoisePart:
 
 
 def _number(value: float) -> str:
-    """Two digits after the point and no zeros at the end, with a proper minus sign."""
+    """At most two decimals without trailing zeros, and with a proper minus sign."""
     text = f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")
     return text.replace("-", "−")
 
 
 def _quantiles(share: Tensor, logsnr: Tensor, at: tuple[float, ...]) -> list[float]:
-    """Where a distribution function on the grid reaches each value, linearly in its cell."""
+    """Quantiles of a distribution function on the grid, by linear interpolation."""
     wanted = torch.tensor(at, dtype=share.dtype)
     after = torch.searchsorted(share, wanted).clamp(1, len(share) - 1)
     below, above = share[after - 1], share[after]
@@ -104,15 +105,16 @@ def _quantiles(share: Tensor, logsnr: Tensor, at: tuple[float, ...]) -> list[flo
 
 
 class Objective:
-    """A schedule, a weighting and a prediction, and what follows from them.
+    """Analyses a schedule, a weighting and a prediction as one objective.
 
-    Ask it before a GPU is asked: which errors it counts, whether it is a likelihood and of what,
-    the variance of its estimate (`published` names the paper). It works on copies of its parts
-    on the CPU, learned ones as they are now.
+    It answers, before anything is trained, which errors count, whether the objective is a
+    likelihood and of which data, and what the variance of its estimate is; `published` compares it
+    with the objectives of papers. It works on CPU copies of its parts, learned ones in their
+    current state.
 
     Args:
         schedule: Density p that λ is sampled from; its range is the range of all curves.
-        weighting: Weight w on the error of ε.
+        weighting: Weight w on the squared error of ε.
         prediction: What the network outputs.
         num_timesteps: Number T of steps of a discrete chain, at least 1; None means continuous
             time.
@@ -129,8 +131,8 @@ class Objective:
         >>> objective.monotone, round(objective.std_over_mean(), 2)
         (True, 0.84)
         >>> print(objective.meaning())
-        Training on this objective maximises the ELBO of data with Gaussian noise at
-            λ ~ Logistic(2, 1) added. A share of 1.5e-08 stays clean.
+        Training on this objective maximises the ELBO of the data with Gaussian noise added
+            at λ ~ Logistic(2, 1). A fraction of 1.5e-08 remains clean.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Objective:
     ) -> None:
         if num_timesteps is not None and num_timesteps < 1:
             raise ValueError(
-                f"Objective: a chain has at least 1 step, got num_timesteps={num_timesteps}."
+                f"Objective: a chain needs at least 1 step, got num_timesteps={num_timesteps}."
             )
         self.schedule = copy.deepcopy(schedule).cpu()
         self.weighting = copy.deepcopy(weighting).cpu()
@@ -153,7 +155,7 @@ class Objective:
 
     @cached_property
     def logsnr(self) -> Tensor:
-        """λ, 8001 values over the schedule's range, (N,), as are all curves."""
+        """λ at 8001 points of the schedule's range, (N,); all curves are given at these points."""
         return torch.linspace(*self.schedule.ends, _POINTS, dtype=torch.float64)
 
     @cached_property
@@ -175,12 +177,12 @@ class Objective:
 
     @cached_property
     def density(self) -> Tensor:
-        """p(λ), where λ is sampled; of a chain, the density of its levels."""
+        """p(λ), the density λ is sampled from; for a chain, the density of its levels."""
         return self.schedule.log_prob(self.logsnr).exp()
 
     @cached_property
     def ratio(self) -> Tensor:
-        """w/p, the factor of a sampled error; in a chain w·T·expm1(λ_s − λ)."""
+        """w/p, the factor on a sampled error; for a chain w·T·expm1(λ_s − λ)."""
         return self._ratio(self.logsnr)
 
     @torch.no_grad()
@@ -191,10 +193,10 @@ class Objective:
         return self.weight_at(logsnr) * self.num_timesteps * torch.expm1(step)
 
     def weight_on(self, prediction: Prediction) -> Tensor:
-        """The weight on the error of another target: w·`eps_error_scale`.
+        """The equivalent weight on the error of another target: w·`eps_error_scale`.
 
         Args:
-            prediction: Whose target.
+            prediction: The prediction that defines the target.
 
         Example:
             >>> objective = Objective(LinearSchedule(-2.0, 2.0), ELBOWeighting(), VPrediction())
@@ -204,7 +206,7 @@ class Objective:
         return self.weight * prediction.eps_error_scale(self.logsnr)
 
     def loss_density(self, data_std: float = 0.5) -> Tensor:
-        """Where the loss is, for Gaussian data and the best denoiser: w h/∫ w h.
+        """The density of the loss over λ, w h/∫ w h, for Gaussian data and the optimal denoiser.
 
         Args:
             data_std: Standard deviation c of the data, above 0.
@@ -215,9 +217,9 @@ class Objective:
     # Likelihood ----------------------------------------------------------------------------
 
     def rises(self) -> list[tuple[float, float]]:
-        """The intervals of λ in which w rises, none if it is monotone; to a 8000th of the range.
+        """The intervals of λ on which w increases, none if it is monotone; to 1/8000 of the range.
 
-        Rises by less than one part in a million are rounding: what is flat is monotone.
+        Increases by less than one part in a million are taken for rounding.
 
         Example:
             >>> rises = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction()).rises()
@@ -234,24 +236,24 @@ class Objective:
 
     @property
     def monotone(self) -> bool:
-        """Whether w never rises with λ, so that the loss is a bound on a likelihood."""
+        """Whether w never increases with λ, so that the loss is a bound on a likelihood."""
         return not self.rises()
 
     def augmentation_density(self) -> Tensor:
-        """−dw/dλ in the scale of `mixture`, at the middles of the grid's cells, (N − 1,).
+        """−dw/dλ in the scale of `mixture`, at the midpoints of the grid, (N − 1,).
 
-        If w is monotone it is, but for the point mass on clean data, the density of the noise
-        that the data are seen through; where w rises it is negative.
+        If w is monotone, this is the density of the augmentation noise, apart from the point mass
+        on clean data; where w increases it is negative.
         """
         return -self.weight.diff() / self._whole / self.logsnr.diff()
 
     @cached_property
     def _whole(self) -> float:
-        """What falls, and what is left at λ_max; w(λ_min) if w is monotone."""
+        """The total decrease of w, plus w(λ_max); equal to w(λ_min) if w is monotone."""
         return float((-self.weight.diff()).clamp(min=0).sum() + self.weight[-1])
 
     def mixture(self) -> NoiseMixture:
-        """The mixture of noise levels that the loss is a bound at; signed if w rises.
+        """The mixture of noise levels over which the loss is a bound; signed if w increases.
 
         Example:
             >>> mixture = Objective(CosineSchedule(), SigmoidWeighting(), VPrediction()).mixture()
@@ -268,10 +270,10 @@ class Objective:
         )
 
     def augmentation_name(self) -> str:
-        """The noise of a monotone objective, by the name of its density if it has one.
+        """The augmentation noise of a monotone objective, by the name of its density if known.
 
-        Named are Logistic(mean, scale), Normal(mean, std) and Exponential(scale) from λ_min up,
-        if the distribution functions are within 0.01 of each other; else mean and std are given.
+        Known are Logistic(mean, scale), Normal(mean, std) and λ_min + Exponential(scale), matched
+        if the distribution functions differ by less than 0.01; otherwise mean and std are given.
 
         Example:
             >>> objective = Objective(CosineSchedule(), ExponentialWeighting(), VPrediction())
@@ -300,17 +302,18 @@ class Objective:
         if away[name] < _NAMED:
             return f"λ ~ {name}"
         part = self.mixture().falls
-        return f"λ of mean {_number(part.mean)} and std {_number(part.std)}"
+        return f"λ with mean {_number(part.mean)} and std {_number(part.std)}"
 
     def meaning(self) -> str:
-        """What training on it does, in words: whose ELBO it maximises, or that it is none."""
+        """The objective in words: the ELBO that training maximises, or why it is not one."""
         mixture = self.mixture()
         if self.monotone and mixture.falls.mass < _FLAT:
             return "Training on this objective maximises the ELBO of the data themselves."
         if self.monotone:
             return (
-                "Training on this objective maximises the ELBO of data with Gaussian noise at "
-                f"{self.augmentation_name()} added. A share of {mixture.clean:.2g} stays clean."
+                "Training on this objective maximises the ELBO of the data with Gaussian noise "
+                f"added at {self.augmentation_name()}. A fraction of {mixture.clean:.2g} remains "
+                "clean."
             )
         where = ", ".join(f"[{_number(low)}, {_number(high)}]" for low, high in self.rises())
         parts = [
@@ -318,14 +321,14 @@ class Objective:
             for sign, part in (("+", mixture.falls), ("−", mixture.rises))
         ]
         return (
-            f"This objective is no ELBO of data with noise added: w rises with λ on {where}, "
-            f"where {self.share_of_rises():.1%} of the expected loss is. By parts it is a signed "
-            f"mixture of ELBOs, with noise at λ of {' and '.join(parts)}; the share of clean data "
-            f"is {mixture.clean:.2g}."
+            f"This objective is not an ELBO under noise augmentation: w increases on {where}, "
+            f"where {self.share_of_rises():.1%} of the expected loss is. Integration by parts "
+            "gives a signed mixture of ELBOs over the λ of added noise, with "
+            f"{' and '.join(parts)}; the fraction of clean data is {mixture.clean:.2g}."
         )
 
     def share_of_rises(self, data_std: float = 0.5) -> float:
-        """The share of the expected loss where w rises: Gaussian data, best denoiser.
+        """The fraction of the expected loss where w increases: Gaussian data, optimal denoiser.
 
         Args:
             data_std: Standard deviation c of the data, above 0.
@@ -345,11 +348,11 @@ class Objective:
     # The estimate --------------------------------------------------------------------------
 
     def std_over_mean(self, data_std: float = 0.5, dims: int = 192) -> float:
-        """Standard deviation over mean of the loss of one sample: Gaussian data, best denoiser.
+        """Standard deviation over mean of a single-sample loss: Gaussian data, optimal denoiser.
 
         The mean is ∫ w h dλ and the second moment (1 + 2/D) ∫ w²h²/p dλ, as D Gaussian errors are
-        averaged; of a chain they are means over its levels. No schedule gets below √(2/D). This
-        is what a schedule can change.
+        averaged; for a chain both are means over its levels. This is what a schedule can reduce,
+        to √(2/D) at best.
 
         Args:
             data_std: Standard deviation c of the data, above 0.
@@ -364,13 +367,13 @@ class Objective:
         if self.num_timesteps is None:
             loss = self.weight * gaussian_error(self.logsnr, data_std)
             mean = torch.trapezoid(loss, self.logsnr)
-            # Where p is 0 nothing is sampled; where w is, too, nothing is missed.
+            # Where w and p are both 0 the contribution is 0, not nan.
             square = torch.where(loss > 0, loss * self.ratio, 0.0)
             square = square * gaussian_error(self.logsnr, data_std)
             second = torch.trapezoid(square, self.logsnr)
         else:
             with torch.no_grad():
                 levels = self.schedule.grid(self.num_timesteps)[:-1]
-            draw = self._ratio(levels) * gaussian_error(levels, data_std)
-            mean, second = draw.mean(), draw.square().mean()
+            losses = self._ratio(levels) * gaussian_error(levels, data_std)
+            mean, second = losses.mean(), losses.square().mean()
         return math.sqrt(max(0.0, float(second * (1 + 2 / dims) / mean**2) - 1))

@@ -11,9 +11,9 @@ Together with z = αx + σε that is a two-by-two linear system. With det = aσ 
 
     x̂ = (σ·out − b z)/det        ε̂ = (a z − α·out)/det        ‖ε̂ − ε‖² = (α/det)² ‖out − target‖²
 
-so a new prediction costs one row, not a function per pair. The loss is always taken on ε, with
-the factor above; the choice of prediction changes what the network finds easy, never the
-objective.
+so a new prediction needs one row, not a conversion function for each pair. The loss is always on
+ε, through the factor above; the choice of prediction changes what is easy for the network to
+learn, but not the objective.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 
 class Denoised(NamedTuple):
-    """What a denoiser answers: its estimate of the data and of the noise, z = α x̂ + σ ε̂.
+    """The output of a denoiser: estimates of the data and of the noise, with z = α x̂ + σ ε̂.
 
     Shapes:
         x and eps (B, *).
@@ -55,8 +55,8 @@ class Denoised(NamedTuple):
 class Prediction(ABC):
     """A row (a, b): the network is trained to output a(λ)x + b(λ)ε.
 
-    A leaf gives `coefficients` (and `input_scale`, if its network wants a rescaled input) and is
-    a frozen dataclass: it carries a formula and no tensors. Everything else follows.
+    A subclass defines `coefficients`, and `input_scale` if its network needs a rescaled input. It
+    is a frozen dataclass that holds a formula and no tensors. Everything else is derived.
 
     Example:
         >>> class MyPrediction(Prediction):
@@ -78,7 +78,7 @@ class Prediction(ABC):
         """
 
     def input_scale(self, logsnr: Tensor) -> Tensor:
-        """What z is multiplied by before the network sees it; 1 unless the leaf says otherwise.
+        """The factor by which z is multiplied before it enters the network; 1 by default.
 
         Args:
             logsnr: λ.
@@ -89,7 +89,7 @@ class Prediction(ABC):
         return torch.ones_like(logsnr)
 
     def target(self, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-        """What the network should output: a(λ)x + b(λ)ε.
+        """The regression target of the network: a(λ)x + b(λ)ε.
 
         Args:
             x: Data.
@@ -103,7 +103,7 @@ class Prediction(ABC):
         return broadcast_to_data(a, x) * x + broadcast_to_data(b, x) * eps
 
     def decode(self, out: Tensor, z: Tensor, logsnr: Tensor) -> Denoised:
-        """Turn the network's output into estimates of data and noise.
+        """Convert the network's output into estimates of data and noise.
 
         Args:
             out: The network's output.
@@ -116,7 +116,7 @@ class Prediction(ABC):
         a, b = self.coefficients(logsnr)
         alpha, sigma = alpha_sigma(logsnr)
         det = a * sigma - b * alpha
-        return Denoised(  # z first: both are laid out in memory as z is, whatever the network's
+        return Denoised(  # z first: the results have the memory format of z, not of the network's
             x=broadcast_to_data(-b / det, z) * z + broadcast_to_data(sigma / det, z) * out,
             eps=broadcast_to_data(a / det, z) * z - broadcast_to_data(alpha / det, z) * out,
         )
@@ -139,8 +139,8 @@ class Prediction(ABC):
 class EpsPrediction(Prediction):
     """The noise: target = ε.
 
-    The choice of DDPM. Strong at high λ, where the noise is what is hard to see; at very low λ
-    its x̂ = (z − σ ε̂)/α divides a small error by a small α.
+    The choice of DDPM. Accurate at high λ, where the noise is hard to see; at very low λ its
+    x̂ = (z − σ ε̂)/α divides a small error by a small α.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 14.
@@ -159,7 +159,7 @@ class EpsPrediction(Prediction):
 class XPrediction(Prediction):
     """The data: target = x.
 
-    Natural where the data lie on a thin set and the noise does not; ‖x̂ − x‖² = e^(−λ)‖ε̂ − ε‖².
+    Natural where the data lie near a low-dimensional manifold; ‖x̂ − x‖² = e^(−λ)‖ε̂ − ε‖².
 
     References:
         Salimans & Ho (2022), Progressive Distillation, arXiv:2202.00512, section 4.
@@ -178,8 +178,8 @@ class XPrediction(Prediction):
 class VPrediction(Prediction):
     """The velocity along the circle z = cos φ x + sin φ ε: target v = αε − σx.
 
-    Close to ε on clean data (high λ) and to −x in noise (low λ): the output has unit scale and the
-    estimates are well conditioned at both ends. A safe default.
+    Close to ε on clean data (high λ) and to −x in noise (low λ), so the target has unit scale and
+    the estimates are well conditioned at both ends. A safe default.
 
     References:
         Salimans & Ho (2022), Progressive Distillation, arXiv:2202.00512, appendix D.
@@ -199,7 +199,7 @@ class VPrediction(Prediction):
 class FlowPrediction(Prediction):
     """The velocity of the straight path (1 − t)x + tε: target = ε − x.
 
-    The output of flow matching and rectified flow. The path itself is z/(α + σ), a rescaling.
+    The target of flow matching and rectified flow. Their path is z/(α + σ), a rescaling of z.
 
     References:
         Lipman et al. (2022), Flow Matching for Generative Modeling, arXiv:2210.02747, Eq. 23;
@@ -217,7 +217,7 @@ class FlowPrediction(Prediction):
 
 @dataclass(frozen=True)
 class ScorePrediction(Prediction):
-    """The score of z given x: target = −ε/σ, whose average over x is ∇ log q(z).
+    """The score of z given x: target = −ε/σ, whose posterior mean given z is ∇ log q(z).
 
     References:
         Song et al. (2020), Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 7.
@@ -237,8 +237,8 @@ class ScorePrediction(Prediction):
 class EDMPrediction(Prediction):
     """EDM's preconditioned output F, with R² = σ² + α² d²: target = (σx/d − αdε)/R.
 
-    Input and output have unit variance at every λ if the data have standard deviation d. With
-    d = 1 it is −v. Use it with the same data_std as `EDMWeighting`.
+    Input and target have unit variance at every λ if the data have standard deviation d. For
+    d = 1 the target is −v. Use the same data_std in `EDMWeighting`.
 
     Args:
         data_std: Standard deviation d of the data, above 0; 0.5 for images on [−1, 1].
@@ -248,7 +248,7 @@ class EDMPrediction(Prediction):
 
     References:
         Karras et al. (2022), Elucidating the Design Space of Diffusion-Based Generative Models,
-        arXiv:2206.00364, Eq. 7 and table 1 (there in variance-exploding coordinates z/α).
+        arXiv:2206.00364, Eq. 7 and table 1 (in variance-exploding coordinates z/α).
 
     Example:
         >>> EDMPrediction().eps_error_scale(torch.tensor([-2.0, 2.0]))
@@ -268,7 +268,7 @@ class EDMPrediction(Prediction):
         return sigma / self.data_std * scale, -alpha * self.data_std * scale
 
     def input_scale(self, logsnr: Tensor) -> Tensor:
-        """1/R, the inverse standard deviation of z."""
+        """1/R, the reciprocal standard deviation of z."""
         alpha, sigma = alpha_sigma(logsnr)
         return torch.rsqrt(sigma**2 + (alpha * self.data_std) ** 2)
 

@@ -1,20 +1,20 @@
-"""The probability flow: an exact density instead of a bound.
+"""The probability flow ODE: an exact density instead of a bound.
 
 Letters: x data (B, *) of D dimensions; z noisy data at λ; div the divergence, Σ_i ∂f_i/∂z_i.
 
-There is an ordinary differential equation whose solutions have the distribution of the noisy data
-at every level::
+The solutions of this ordinary differential equation have the distribution of the noisy data at
+every level::
 
     dz/dλ = f(z, λ) = ½ σ² z − ½ σ ε̂(z, λ)
 
-It is deterministic and can be followed from the data to pure noise, where the density is known.
-On the way the density changes by what the flow compresses::
+It can be integrated from the data to pure noise, where the density is known. Along a solution the
+log-density changes by the integral of the divergence::
 
     log p(z_λmax) = log N(z_λmin; 0, I) + ∫_{λmax → λmin} div f dλ
 
-which is the log-likelihood of *this* model, the one a deterministic sampler samples; the bound
-belongs to the ancestral one. It is a density, so discrete data must first be spread over their
-bins, see `Dequantiser`.
+This is the log-likelihood of the model that a deterministic sampler samples from; the variational
+bound is that of the ancestral sampler. It is a density, so discrete data must first be spread over
+their bins, see `Dequantiser`.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ Flow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Dequantiser(ABC):
-    """How discrete data are spread over their bins, so that they have a density.
+    """Spreads discrete data over their bins, so that they have a density.
 
-    A leaf is a frozen dataclass with a field `levels` and gives `draw`. For any density q(z | x)
-    within the bin of x, log P(x) ≥ E_q[log p(z) − log q(z | x)], so an estimate is a bound still.
+    A subclass is a frozen dataclass with a field `levels` that defines `sample`. For any density
+    q(z | x) on the bin of x, log P(x) ≥ E_q[log p(z) − log q(z | x)], so the result is a bound.
     """
 
     levels: Levels
 
     def __post_init__(self) -> None:
-        """Refuse levels that are none."""
+        """Reject invalid levels."""
         if isinstance(self.levels, list):
             object.__setattr__(self, "levels", tuple(self.levels))
         level_values(self.levels)
 
     @abstractmethod
-    def draw(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
-        """A z at λ within the bin of each number, and −log q(z | x).
+    def sample(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+        """Sample z at λ within the bin of each value, and return it with −log q(z | x).
 
         Args:
             x: Data on the grid of levels.
-            logsnr: λ where the flow begins.
-            generator: For the noise.
+            logsnr: λ at which the flow starts.
+            generator: Source of the noise.
 
         Shapes:
             x (B, *); logsnr (B,); z and −log q (B, *).
         """
 
     def _bins(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The borders of each number's bin; the outermost levels stand in the middle of theirs."""
+        """The borders of each value's bin; the outermost levels are at the centres of theirs."""
         values, borders = level_values(self.levels), level_borders(self.levels)
         low = torch.cat([2 * values[:1] - borders[:1], borders]).to(x.device, x.dtype)
         high = torch.cat([borders, 2 * values[-1:] - borders[-1:]]).to(x.device, x.dtype)
@@ -77,10 +77,10 @@ class Dequantiser(ABC):
 
 @dataclass(frozen=True)
 class UniformDequantiser(Dequantiser):
-    """Uniform noise over the bin: q(y | x) = 1/width, and the flow begins at z = α y.
+    """Uniform noise over the bin: q(y | x) = 1/width, and the flow starts at z = α y.
 
-    The usual choice, and what "bits per dimension" of older tables means. In bits it adds
-    log₂(1/width) to the density's: 6.994 for bytes on [−1, 1], whose bins are 1/127.5 wide.
+    The usual choice, and the meaning of "bits per dimension" in older tables. To the bits of the
+    density it adds log₂(1/width): 6.994 for bytes on [−1, 1], whose bins are 1/127.5 wide.
 
     Args:
         levels: Number of levels (see `level_values`), or their values.
@@ -90,14 +90,14 @@ class UniformDequantiser(Dequantiser):
         section 3.1.
 
     Example:
-        >>> z, weight = UniformDequantiser(256).draw(torch.ones(1, 1), torch.tensor([15.0]), None)
+        >>> z, weight = UniformDequantiser().sample(torch.ones(1, 1), torch.tensor([15.0]), None)
         >>> weight / math.log(2)  # log₂ of the width
         tensor([[-6.9943]])
     """
 
     levels: Levels = 256
 
-    def draw(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+    def sample(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """Z = α (x + u)."""
         low, high = self._bins(x)
         uniform = torch.special.ndtr(noise_like(x, generator))
@@ -107,12 +107,12 @@ class UniformDequantiser(Dequantiser):
 
 @dataclass(frozen=True)
 class TruncatedNormalDequantiser(Dequantiser):
-    """The process's own noise, cut at the borders of the bin: z = α x + σ ε, ε ~ N(0, 1) in it.
+    """The noise of the process, truncated to the bin: z = α x + σ ε, ε truncated normal.
 
-    The flow begins where the network has seen data in training, on z at λ_max, and not on clean
-    data, which it never sees. For a model that has learned where the levels are the bound is
-    tighter than with uniform noise, and for one whose density is flat across a bin it is looser;
-    choose λ_max so that σ/α is about a third of half a bin, 13.3 for bytes.
+    The flow starts from noisy data z at λ_max, as seen in training, and not from clean data, which
+    the network never sees. Compared with uniform noise the bound is tighter for a model that has
+    learned the levels, and looser for one whose density is flat across a bin. Choose λ_max so that
+    σ/α is about a third of half a bin, 13.3 for bytes.
 
     Args:
         levels: Number of levels (see `level_values`), or their values.
@@ -123,22 +123,22 @@ class TruncatedNormalDequantiser(Dequantiser):
 
     Example:
         >>> dequantiser = TruncatedNormalDequantiser(256)
-        >>> z, weight = dequantiser.draw(torch.zeros(1, 1) + 1, torch.tensor([13.3]), None)
+        >>> z, weight = dequantiser.sample(torch.zeros(1, 1) + 1, torch.tensor([13.3]), None)
         >>> bool((z - 1).abs() < 1 / 255)
         True
     """
 
     levels: Levels = 256
 
-    def draw(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
-        """Z = α x + σ ε, ε by inversion of its distribution function."""
+    def sample(self, x: Tensor, logsnr: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+        """Z = α x + σ ε, with ε by inversion of its distribution function."""
         low, high = self._bins(x)
         alpha, sigma = (broadcast_to_data(c, x).double() for c in alpha_sigma(logsnr))
         first, last = (alpha * (border.double() - x.double()) / sigma for border in (low, high))
         below, inside = torch.special.ndtr(first), torch.special.ndtr(last)
         inside = inside - below
         uniform = torch.special.ndtr(noise_like(x, generator)).double()
-        # From the lower tail for the lower half and mirrored for the upper: full accuracy in both.
+        # The lower half from the lower tail, the upper half mirrored: full accuracy in both.
         upper = uniform > 0.5
         mass = torch.where(
             upper, torch.special.ndtr(-last) + (1 - uniform) * inside, below + uniform * inside
@@ -154,7 +154,7 @@ def log_likelihood(
     x: Tensor,
     logsnr_min: float = -15.0,
     logsnr_max: float = 15.0,
-    dequantise: Dequantiser | None = None,
+    dequantiser: Dequantiser | None = None,
     steps: int | None = 100,
     tolerance: float = 1e-5,
     probes: int | None = 1,
@@ -162,34 +162,35 @@ def log_likelihood(
     generator: Generators = None,
     **cond: Any,
 ) -> Tensor:
-    """Log p(x) by the probability flow, in nats per dimension; divide by −ln 2 for bits.
+    """Log p(x) by the probability flow ODE, in nats per dimension; divide by −ln 2 for bits.
 
     Args:
         denoiser: Called as denoiser(z, logsnr, **cond); differentiable in z.
         x: Data.
-        logsnr_min: λ where the flow ends, in noise.
-        logsnr_max: λ where it begins, at the data; both within what the denoiser was trained on.
-        dequantise: How discrete data are spread over their bins; the result is then a lower bound
-            on the log-probability of the discrete x. None means continuous data, and a density.
-        steps: Number of steps of the classical Runge-Kutta method (4 network calls each), evenly
-            in λ; None means adaptive steps (Dormand and Prince, 6 calls each), each example at its
-            own pace, so that no result depends on the batch.
-        tolerance: Of the adaptive steps: error of z, and of the divergence per dimension, in one.
-        probes: Random vectors of ±1 that estimate the divergence (Hutchinson), the same along the
-            whole path; None means exactly, by D backward passes instead of one per vector.
-        samples: Draws K of the dequantiser for each example, combined as log(1/K Σ e^…), a tighter
-            bound than their mean. With random probes it is one only approximately, because the
-            exponential of an unbiased estimate is not unbiased.
-        generator: Source of all noise: None, one, or one per example.
-        **cond: Handed to the denoiser (label=…).
+        logsnr_min: λ at the end of the flow, in noise.
+        logsnr_max: λ at its start, at the data; both within the range of the denoiser's training.
+        dequantiser: Spreads discrete data over their bins; the result is then a lower bound on the
+            log-probability of the discrete x. None means continuous data, and a density.
+        steps: Number of steps of the classical Runge-Kutta method (4 network calls each), uniform
+            in λ; None means adaptive steps (Dormand and Prince, 6 calls each), with a step size
+            of its own for each example, so that no result depends on the batch.
+        tolerance: Error per adaptive step, of z and of the divergence per dimension, above 0.
+        probes: Number of random vectors of ±1 that estimate the divergence (Hutchinson), constant
+            along the path; None computes it exactly, with D backward passes instead of one per
+            vector.
+        samples: Number K of samples of the dequantiser per example, combined as log(1/K Σ e^…),
+            a tighter bound than their mean. With random probes it is a bound only approximately,
+            because the exponential of an unbiased estimate is biased.
+        generator: Source of all noise: None, one generator, or one per example.
+        **cond: Passed on to the denoiser (label=…).
 
     Shapes:
         x (B, *); result (B,), float64.
 
     Raises:
-        ValueError: If a number is out of its range, the data do not lie on the dequantiser's grid,
-            there are several samples and no dequantiser, or the flow is not finite.
-        RuntimeError: If adaptive steps become too small to go on.
+        ValueError: If a number is out of range, the data do not lie on the dequantiser's grid,
+            there are several samples and no dequantiser, or the result is not finite.
+        RuntimeError: If the adaptive steps become too small or too many.
 
     References:
         Song et al. (2020), Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 39;
@@ -203,19 +204,19 @@ def log_likelihood(
         >>> bool((found - exact).abs().max() < 1e-4)
         True
     """
-    _check(logsnr_min, logsnr_max, dequantise, steps, tolerance, probes, samples)
+    _check(logsnr_min, logsnr_max, dequantiser, steps, tolerance, probes, samples)
     dims = x[0].numel()
     first = torch.full((len(x),), float(logsnr_max), dtype=torch.float64, device=x.device)
     estimates = []
-    # The divergence needs gradients, also where evaluation has switched them off.
+    # The divergence needs gradients, even where they are disabled for evaluation.
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone()
         for _ in range(samples):
-            if dequantise is None:
+            if dequantiser is None:
                 alpha = broadcast_to_data(alpha_sigma(first)[0], x)
                 z, weight = alpha * x, torch.log(alpha).expand_as(x)
             else:
-                z, weight = dequantise.draw(x, first, generator)
+                z, weight = dequantiser.sample(x, first, generator)
             vectors = None
             if probes is not None:
                 ones = torch.ones_like(x)
@@ -234,9 +235,9 @@ def log_likelihood(
     if not bool(total.isfinite().all()):
         bad = int((~total.isfinite()).nonzero()[0])
         raise ValueError(
-            f"The log-likelihood of example {bad} is {float(total[bad])} after following the flow "
-            f"from λ = {logsnr_max:.6g} to {logsnr_min:.6g}: expected a finite number; look at "
-            "the network's output there, and at the data."
+            f"The log-likelihood of example {bad} is {float(total[bad])} after integrating the "
+            f"flow from λ = {logsnr_max:.6g} to {logsnr_min:.6g}: expected a finite number; check "
+            "the network's output there, and the data."
         )
     return total / dims
 
@@ -244,15 +245,15 @@ def log_likelihood(
 def _check(
     logsnr_min: float,
     logsnr_max: float,
-    dequantise: Dequantiser | None,
+    dequantiser: Dequantiser | None,
     steps: int | None,
     tolerance: float,
     probes: int | None,
     samples: int,
 ) -> None:
-    if dequantise is not None and not isinstance(dequantise, Dequantiser):
+    if dequantiser is not None and not isinstance(dequantiser, Dequantiser):
         raise TypeError(
-            f"Expected a Dequantiser, such as UniformDequantiser(256), got {dequantise!r}."
+            f"Expected a Dequantiser, such as UniformDequantiser(256), got {dequantiser!r}."
         )
     if not logsnr_min < logsnr_max:
         raise ValueError(
@@ -263,10 +264,10 @@ def _check(
             raise ValueError(f"log_likelihood: {name} must be at least 1, got {count}.")
     if not tolerance > 0:
         raise ValueError(f"log_likelihood: tolerance must be above 0, got {tolerance}.")
-    if samples > 1 and dequantise is None:
+    if samples > 1 and dequantiser is None:
         raise ValueError(
-            f"log_likelihood: samples={samples} draws of a dequantiser are to be combined, and "
-            "there is none: give dequantise=…, or samples=1."
+            f"log_likelihood: samples={samples} requires a dequantiser to sample from: "
+            "pass dequantiser=…, or samples=1."
         )
 
 
@@ -300,7 +301,7 @@ def _flow(
 
 
 def _fixed(flow: Flow, z: Tensor, first: Tensor, last: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Follow the flow by the classical method of fourth order."""
+    """Integrate the flow by the classical Runge-Kutta method of fourth order."""
     total = torch.zeros_like(first)
     h = (last - float(first[0])) / steps
     for i in range(steps):
@@ -331,7 +332,7 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 def _adaptive(
     flow: Flow, z: Tensor, first: Tensor, last: float, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Follow the flow by steps as long as the error allows, each example for itself."""
+    """Integrate the flow with adaptive steps, of a size of its own for each example."""
     dims = z[0].numel()
     logsnr, total = first.clone(), torch.zeros_like(first)
     h = torch.full_like(first, -0.1)
@@ -342,7 +343,7 @@ def _adaptive(
         remaining = last - logsnr
         if not bool((remaining < 0).any()):
             return z, total
-        h = torch.maximum(h, remaining)  # both negative; an example that has arrived stays
+        h = torch.maximum(h, remaining)  # both negative; a finished example stays
         step = broadcast_to_data(h, z)
         for i in range(1, 7):
             moved = z + step * sum(c * k[j] for j, c in enumerate(_STAGES[i]))
@@ -357,17 +358,17 @@ def _adaptive(
         good = error <= 1
         if bool((~good & (h > -1e-9)).any()):
             raise RuntimeError(
-                f"The flow cannot be followed at λ = {float(logsnr[~good][0]):.6g}: steps of 1e-9 "
-                f"have an error above {tolerance}. Raise the tolerance, or use fixed steps."
+                f"The flow cannot be integrated at λ = {float(logsnr[~good][0]):.6g}: steps of "
+                f"1e-9 have an error above {tolerance}. Raise the tolerance, or use fixed steps."
             )
         chosen = broadcast_to_data(good, z).bool()
         z = torch.where(chosen, moved, z)
         total = torch.where(good, total + gained, total)
         logsnr = torch.where(good, logsnr + h, logsnr)
-        # The last stage of a step that was taken is the first of the next.
+        # The last stage of an accepted step is the first of the next.
         k[0], d[0] = torch.where(chosen, k[6], k[0]), torch.where(good, d[6], d[0])
         h = h * (0.9 * error.clamp(min=1e-8) ** -0.2).clamp(0.2, 5.0)
     raise RuntimeError(
-        f"The flow was not followed to its end within 10,000 steps: λ is still "
+        f"The flow did not reach its end within 10,000 steps: λ is still "
         f"{float(logsnr.max()):.6g}. Raise the tolerance, or use fixed steps."
     )

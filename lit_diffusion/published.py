@@ -1,10 +1,10 @@
-"""Whose objective it is: the published ones, and the distance to them.
+"""Published objectives, and the distance of an objective to them.
 
-Letters: logsnr = λ, w the weight, p the density that λ is sampled from, h the error of the best
-denoiser for Gaussian data (`gaussian_error`).
+Letters: logsnr = λ, w the weight, p the density that λ is sampled from, h the error of the
+optimal denoiser for Gaussian data (`gaussian_error`).
 
-Two objectives are compared by their curves, whatever their classes are called: a wrapper or a
-plug-in with the same curves is the same objective. See `objective` for the curves.
+Objectives are compared by their curves and not by the names of their classes: a wrapper or a
+plug-in with the same curves is the same objective. The curves are defined in `objective`.
 """
 
 from __future__ import annotations
@@ -47,18 +47,17 @@ from lit_diffusion.weightings import (
 
 __all__ = ["PUBLISHED", "ObjectiveDistance", "nearest_published", "objective_distance"]
 
-_DATA_STD = 0.5  # of the Gaussian data that the distance is measured on
+_DATA_STD = 0.5  # of the Gaussian data for which the distance is computed
 _POINTS = 8001
 
 
 class ObjectiveDistance(NamedTuple):
-    """How far two objectives are apart: three numbers from 0 to 1, and `total`.
+    """The distance between two objectives: three numbers from 0 to 1, and their `total`.
 
-    `weight` is ½∫|f − f'| dλ for f = w h/∫w h on the common range: factors of w drop out, and
-    levels where nothing is at stake do not count. `density` is ½∫|p − p'| dλ over both ranges.
-    `prediction` is the mean, under the first one's f, of ‖r − r'‖/(‖r‖ + ‖r'‖) for the rows
-    r = (a c, b) of their targets, the sign of a target being free. h and c are those of Gaussian
-    data of standard deviation c = 0.5.
+    `weight` is ½∫|f − f'| dλ for f = w h/∫w h on the common range: constant factors of w cancel,
+    and levels without loss do not count. `density` is ½∫|p − p'| dλ over both ranges. `prediction`
+    is the mean, under the first objective's f, of ‖r − r'‖/(‖r‖ + ‖r'‖) for the rows r = (a c, b)
+    of the targets, up to the sign of a target. h and c are those of Gaussian data with c = 0.5.
     """
 
     weight: float
@@ -77,7 +76,7 @@ def _loss_density(objective: Objective, logsnr: Tensor) -> Tensor:
 
 
 def _density(objective: Objective, logsnr: Tensor) -> Tensor:
-    """p, linear between the points of the objective's own grid: a learned one is dear to ask."""
+    """Interpolate p on the objective's own grid: a learned density is expensive to evaluate."""
     low, high = objective.schedule.ends
     place = (logsnr - low) / (high - low) * (len(objective.logsnr) - 1)
     left = place.floor().clamp(0, len(objective.logsnr) - 2).long()
@@ -86,11 +85,11 @@ def _density(objective: Objective, logsnr: Tensor) -> Tensor:
 
 
 def objective_distance(objective: Objective, other: Objective) -> ObjectiveDistance:
-    """How far two objectives are apart in weight, density and prediction.
+    """The distance between two objectives in weight, density and prediction.
 
     Args:
-        objective: The one.
-        other: The other. If the two ranges have nothing in common, weight and prediction are 1.
+        objective: The first objective.
+        other: The second one. If the ranges are disjoint, weight and prediction are 1.
 
     Example:
         >>> v = Objective(CosineSchedule(), ExponentialWeighting(), VPrediction())
@@ -117,13 +116,13 @@ def objective_distance(objective: Objective, other: Objective) -> ObjectiveDista
 
 
 def nearest_published(objective: Objective, n: int = 3) -> list[tuple[str, ObjectiveDistance]]:
-    """The names of the nearest of `PUBLISHED` by the total distance, and how far they are.
+    """The nearest of the `PUBLISHED` objectives, with their distances.
 
-    Below a total of 0.001 an objective is the published one.
+    With a total below 0.001 the objective is the published one.
 
     Args:
         objective: Any objective.
-        n: How many, the nearest first.
+        n: Number of objectives to return, the nearest first.
 
     Example:
         >>> mine = Objective(CosineSchedule(), SigmoidWeighting(bias=1.0), EpsPrediction())
@@ -134,7 +133,7 @@ def nearest_published(objective: Objective, n: int = 3) -> list[tuple[str, Objec
     return sorted(found.items(), key=lambda item: item[1].total)[:n]
 
 
-#: Name → objective, on the ranges of the overlays of the same names in `configs/objective/`.
+#: Name → objective, with the ranges of the overlays of that name in `configs/objective/`.
 PUBLISHED: dict[str, Objective] = {
     "ddpm": Objective(
         BetaSchedule(),

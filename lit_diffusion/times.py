@@ -1,10 +1,10 @@
-"""Where times are sampled: for a loss, for the parts of a training step, for a fixed data set.
+"""Sampling of times: for a loss, for the parts of a training step, for a fixed data set.
 
 Letters: t ∈ [0, 1] from clean data to noise; a schedule turns t into a noise level λ(t).
 
-A loss averaged over B independent times has a variance that comes from t alone. Stratified times
-remove most of it: each single time is uniform on [0, 1], and together they cover it evenly. In
-training, all ranks and accumulated micro-batches share one stratified set; in validation, all
+Part of the variance of a loss averaged over B independent times is due to t alone. Stratified
+times remove most of that part: each time is uniform on [0, 1], and together they cover it evenly.
+In training, all ranks and accumulated micro-batches share one stratified set; in validation, all
 examples of the data set do, so that the result depends on neither batch size nor ranks.
 """
 
@@ -23,13 +23,13 @@ __all__ = ["fixed_times", "sample_times", "stratified_times"]
 def stratified_times(n: int, offset: Tensor, part: int = 0, parts: int = 1) -> Tensor:
     """Evenly spaced times with one random offset: t_i = (offset + i/(n·parts)) mod 1.
 
-    The batch is one of `parts` batches of equal size, which together are one stratified set:
-    every rank and every accumulated micro-batch of a training step uses the same offset.
+    The batch is one of `parts` batches of equal size that together form one stratified set: every
+    rank and every accumulated micro-batch of a training step uses the same offset.
 
     Args:
         n: Number of times, the size of the batch.
-        offset: One uniform number in [0, 1).
-        part: Index of this batch among all, from 0.
+        offset: One random number, uniform on [0, 1).
+        part: Index of this batch among them, from 0.
         parts: Number of batches.
 
     Shapes:
@@ -68,26 +68,26 @@ def sample_times(x: Tensor, generator: Generators = None) -> Tensor:
     """
     if not isinstance(generator, torch.Generator | None):
         raise ValueError(
-            "Expected one generator, which gives the offset that all times share, got one per "
-            "example: give t."
+            "Expected one generator, for the offset that all times share, got one per example: "
+            "pass t instead."
         )
     device = x.device if generator is None else generator.device
     offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)
     return stratified_times(len(x), offset)
 
 
-def fixed_times(index: Tensor, total: int, draw: int = 0, draws: int = 1) -> Tensor:
-    """The same time for an example in every evaluation: one example in each of `total` strata.
+def fixed_times(index: Tensor, total: int, sample: int = 0, samples: int = 1) -> Tensor:
+    """Fixed stratified times for evaluation: one example in each of `total` strata.
 
     Neighbours get distant strata (index · k mod total with k near total/φ), so that in a data set
-    sorted by class the noise level does not depend on the class. With several draws per example,
-    each draw shifts all times by another fraction of a stratum.
+    sorted by class the noise level does not depend on the class. With several samples per example,
+    each sample shifts all times by another fraction of a stratum.
 
     Args:
         index: Index of each example in the data set, from 0.
         total: Size of the data set.
-        draw: Index of this draw, from 0.
-        draws: Number of draws per example.
+        sample: Index of this sample, from 0.
+        samples: Number of samples of the time per example.
 
     Shapes:
         index (B,), integer; result (B,), float64, in [0, 1).
@@ -95,11 +95,11 @@ def fixed_times(index: Tensor, total: int, draw: int = 0, draws: int = 1) -> Ten
     Example:
         >>> fixed_times(torch.arange(4), 4).sort().values
         tensor([0.1250, 0.3750, 0.6250, 0.8750], dtype=torch.float64)
-        >>> fixed_times(torch.arange(4), 4, draw=1, draws=2).sort().values
+        >>> fixed_times(torch.arange(4), 4, sample=1, samples=2).sort().values
         tensor([0.0000, 0.2500, 0.5000, 0.7500], dtype=torch.float64)
     """
     stride = max(1, round(total * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, total) != 1:
         stride += 1
     t = ((index * stride) % total + 0.5).to(torch.float64) / total
-    return (t + draw / (draws * total)) % 1
+    return (t + sample / (samples * total)) % 1

@@ -46,7 +46,7 @@ def exact(weighting):
 
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize(
-    ("weighting", "floor", "most"),
+    ("weighting", "share", "most"),
     [
         (ld.SigmoidWeighting(2.0), 0.1, 0.31),
         (ld.SigmoidWeighting(2.0), 0.0, 0.13),
@@ -54,8 +54,8 @@ def exact(weighting):
         (ld.ExponentialWeighting(), 0.1, 0.27),
     ],
 )
-def test_the_published_scatter_and_an_unmoved_mean(weighting, floor, most, rms):
-    schedule = adapted(weighting, floor=floor, rms=rms)
+def test_the_published_variance_and_an_unmoved_mean(weighting, share, most, rms):
+    schedule = adapted(weighting, uniform_share=share, rms=rms)
     mean, ratio = moments(schedule, weighting)
     assert ratio < most
     assert mean == pytest.approx(exact(weighting), rel=2e-3)
@@ -87,7 +87,7 @@ def test_the_loss_and_its_gradient_stay_what_they_are():
 
 def test_a_bin_is_the_mean_of_what_it_saw():
     # v/(1 − decayⁿ): no trace of a starting value, whatever the sizes of the batches.
-    schedule = ld.AdaptiveSchedule(0.0, 3.0, bins=3, decay=0.9, floor=0.0)
+    schedule = ld.AdaptiveSchedule(0.0, 3.0, bins=3, decay=0.9, uniform_share=0.0)
     for values in ([1.0, 1.0], [1.0]):
         schedule.update(torch.full((len(values),), 0.5), torch.tensor(values))
     schedule.update(torch.tensor([1.5, 1.5, 1.5]), torch.tensor([2.0, 3.0, 4.0]))
@@ -120,7 +120,7 @@ def test_not_finite_losses_are_counted_and_left_out():
 
 def test_warmup_and_initial():
     initial = ld.CosineSchedule()
-    schedule = ld.AdaptiveSchedule(bins=400, floor=0.0, warmup=2, initial=initial)
+    schedule = ld.AdaptiveSchedule(bins=400, uniform_share=0.0, warmup=2, initial=initial)
     logsnr = torch.tensor([-3.03, 0.01, 4.07])
     for _ in range(3):
         told = schedule.log_prob(logsnr).exp()
@@ -129,12 +129,12 @@ def test_warmup_and_initial():
     assert torch.allclose(schedule.log_prob(logsnr).exp(), torch.full((3,), 1 / 40, dtype=F64))
 
 
-def test_the_floor_keeps_every_level():
-    schedule = ld.AdaptiveSchedule(bins=4, floor=0.2)
+def test_the_uniform_share_keeps_every_level():
+    schedule = ld.AdaptiveSchedule(bins=4, uniform_share=0.2)
     schedule.update(torch.tensor([-15.0, -5.0, 5.0, 15.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     density = schedule.log_prob(torch.tensor([-15.0, 15.0])).exp() * 40
     assert density.tolist() == pytest.approx([0.2, 0.2 + 0.8 * 4])
-    bare = ld.AdaptiveSchedule(bins=4, floor=0.0)
+    bare = ld.AdaptiveSchedule(bins=4, uniform_share=0.0)
     bare.update(torch.tensor([-15.0, -5.0, 5.0, 15.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     assert bool(bare.at(torch.tensor([0.999999]))[1].isfinite())  # even then a density
 
@@ -148,15 +148,18 @@ def test_state_survives():
     for each in (again, schedule):
         each.update(torch.tensor([1.0]), torch.tensor([5.0]))
     assert torch.equal(again.beyond, schedule.beyond)
-    with pytest.raises(ValueError, match="set bins to 100"):
+    with pytest.raises(ValueError, match="set bins=100"):
         ld.AdaptiveSchedule(bins=50).load_state_dict(schedule.state_dict())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"floor": 1.0}, r"decay and floor must be in \[0, 1\), got 0.999 and 1.0"),
-        ({"floor": -0.1}, "floor"),
+        (
+            {"uniform_share": 1.0},
+            r"decay and uniform_share must be in \[0, 1\), got 0.999 and 1.0",
+        ),
+        ({"uniform_share": -0.1}, "uniform_share"),
         ({"decay": 1.0}, "decay"),
         ({"bins": 0}, "bins must be at least 1"),
         ({"warmup": -1}, "warmup"),
@@ -172,7 +175,7 @@ def test_levels_outside_are_refused():
     schedule = ld.AdaptiveSchedule(-10.0, 10.0)
     with pytest.raises(ValueError, match=r"λ = 12 is outside its range \[-10"):
         schedule.update(torch.tensor([0.0, 12.0]), torch.ones(2))
-    with pytest.raises(ValueError, match="as many values as λ"):
+    with pytest.raises(ValueError, match="values and λ of the same shape"):
         schedule.update(torch.zeros(3), torch.ones(2))
     schedule.update(torch.tensor([10.0, -10.0]), torch.ones(2))  # the ends belong to it
 

@@ -36,6 +36,15 @@ def blocks(page, *languages):
     return [(mark, code) for mark, language, code in found if language in languages]
 
 
+def write_files(page, folder):
+    """Write the files that a page makes, some of them in several blocks; return their marks."""
+    made = [(mark, code) for mark, code in blocks(page, "python", "yaml") if "file: " in mark]
+    for mark, code in made:
+        with (folder / mark.removeprefix("file: ")).open("a", encoding="utf-8") as file:
+            file.write(code)
+    return {mark for mark, _ in made}
+
+
 def commands(page):
     """The words of every shell command, continued lines joined."""
     for _, code in blocks(page, "bash", "console", "sh", "shell"):
@@ -61,15 +70,13 @@ def test_yaml_parses(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_marked_python_runs(page, tmp_path):
-    script = []
-    for mark, code in blocks(page, "python"):
-        if mark == "run" or page.name == "README.md":
-            script.append(re.sub(r"\bmax_steps=[\d_]+", "max_steps=2", code))
-        elif mark.startswith("file: "):
-            with (tmp_path / mark.removeprefix("file: ")).open("a", encoding="utf-8") as file:
-                file.write(code)
-        else:
-            assert not mark, f"unknown mark {mark!r}"
+    unknown = {mark for mark, _ in blocks(page, "python", "yaml")} - {"", "run"}
+    assert not unknown - write_files(page, tmp_path)
+    script = [
+        re.sub(r"\bmax_steps=[\d_]+", "max_steps=2", code)
+        for mark, code in blocks(page, "python")
+        if mark == "run" or page.name == "README.md"
+    ]
     if not script:
         pytest.skip("nothing to run on this page")
     (tmp_path / "page.py").write_text("\n".join(script), encoding="utf-8")
@@ -104,6 +111,7 @@ def test_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
+    made = {mark.removeprefix("file: ") for mark, _ in blocks(page, "yaml")}
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in commands(page):
         if words[0].endswith("make"):
@@ -113,11 +121,19 @@ def test_commands_exist(page):
         assert words[1] in (*COMMANDS, "--help", "--version"), words
         for flag, value in pairwise(words):
             if flag == "--config":
-                assert (ROOT / value).is_file(), value
+                assert value in made or (ROOT / value).is_file(), value
 
 
 def test_commands_are_found():
     assert {"fit", "validate", "test", "predict", "sample", "plugins"} <= set(COMMANDS)
+
+
+def test_every_module_of_the_mathematics_has_its_page():
+    text = (ROOT / "docs/api/index.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "lit_diffusion").rglob("[!_]*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not re.search(r"\.(training|testing|conftest)\b", module):
+            assert f"   {module}\n" in text, f"docs/api/index.md does not name {module}"
 
 
 def test_every_objective_is_documented():

@@ -80,9 +80,7 @@ DOCUMENTED |= {
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS: set[str] = {
-    "lit_diffusion.training.evaluation.reference._measure",
-}
+LONG_FUNCTIONS: set[str] = set()
 PRIVATE: set[tuple[str, str]] = set()
 
 

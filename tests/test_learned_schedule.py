@@ -290,9 +290,9 @@ def test_the_variance_falls_and_the_mean_stays():
 def test_ends_that_would_collapse_are_refused(make):
     with pytest.raises(ValueError, match=r"collapse.*Give a decoder"):
         ld.DiffusionLoss(make())
-    with pytest.raises(ValueError, match=r"learned by the bound, which is w = 1"):
+    with pytest.raises(ValueError, match=r"require the bound itself, w = 1"):
         ld.DiffusionLoss(make(), ld.SigmoidWeighting(), decoder=ld.SoftmaxDecoder())
-    with pytest.raises(ValueError, match="is learned, which includes its shift"):
+    with pytest.raises(ValueError, match="is learned, so it learns its shift"):
         ld.ShiftedSchedule(make(), shift=1.0)
     ld.DiffusionLoss(make(), decoder=ld.SoftmaxDecoder())
     ld.DiffusionLoss(make().requires_grad_(False))  # frozen, it is a schedule like any other

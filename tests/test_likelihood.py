@@ -357,7 +357,7 @@ def test_data_that_do_not_match(decoder):
 
 @pytest.mark.parametrize("levels", [1, 0, (0.5,), (0.0, 0.0), (0.5, -0.5), (0.0, 2.0)])
 def test_levels_that_are_none(levels):
-    with pytest.raises(ValueError, match="at least 2 levels"):
+    with pytest.raises(ValueError, match=r"at least 2 (increasing )?levels"):
         ld.level_values(levels)
 
 
@@ -403,7 +403,7 @@ def test_a_bound_that_is_not_finite_names_term_and_level():
 def test_one_generator_for_each_example_needs_times():
     x, schedule = torch.zeros(2, 3), ld.LinearSchedule(-5.0, 13.3)
     noise = [torch.Generator().manual_seed(i) for i in range(2)]
-    with pytest.raises(ValueError, match="give t"):
+    with pytest.raises(ValueError, match="pass t"):
         ld.variational_bound(ld.GaussianDenoiser(), x, schedule, generator=noise)
     whole = [
         ld.variational_bound(
@@ -511,7 +511,7 @@ def test_importance_weights_close_the_gap(cls, levels):
             ld.GaussianDenoiser(c),
             x,
             logsnr_max=logsnr_max,
-            dequantise=dequantiser,
+            dequantiser=dequantiser,
             steps=12,
             probes=None,
             samples=samples,
@@ -526,7 +526,7 @@ def test_importance_weights_close_the_gap(cls, levels):
 def test_uniform_dequantisation_has_the_right_offset():
     x = ld.level_values(256)[torch.randint(256, (200, 4))]
     found = ld.log_likelihood(
-        ld.GaussianDenoiser(0.5), x, dequantise=ld.UniformDequantiser(256), probes=None, steps=20
+        ld.GaussianDenoiser(0.5), x, dequantiser=ld.UniformDequantiser(256), probes=None, steps=20
     )
     truth = discrete_truth(x, 256, 0.5)
     assert float((found - truth).abs().max()) < 0.02
@@ -538,7 +538,7 @@ def test_dequantisers_stay_in_their_bin_and_know_their_density(cls):
     x = ld.level_values(17)[torch.randint(17, (40_000, 2))]
     logsnr = torch.full((len(x),), 7.0, dtype=F64)
     dequantiser = cls(17)
-    z, weight = dequantiser.draw(x, logsnr, torch.Generator().manual_seed(0))
+    z, weight = dequantiser.sample(x, logsnr, torch.Generator().manual_seed(0))
     alpha, _ = alpha_sigma(logsnr)
     low, high = dequantiser._bins(x)
     assert bool(
@@ -554,12 +554,12 @@ def test_dequantisers_stay_in_their_bin_and_know_their_density(cls):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples": 4}, "give dequantise"),
+        ({"samples": 4}, "requires a dequantiser"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"probes": 0}, "probes must be at least 1"),
         ({"tolerance": 0.0}, "tolerance must be above 0"),
         ({"logsnr_min": 3.0, "logsnr_max": 2.0}, "must be below"),
-        ({"dequantise": ld.UniformDequantiser(17)}, "do not match levels=17"),
+        ({"dequantiser": ld.UniformDequantiser(17)}, "do not match levels=17"),
     ],
 )
 def test_flow_errors(arguments, message):
@@ -576,5 +576,5 @@ def test_a_flow_that_breaks_is_an_error():
 
     with pytest.raises(ValueError, match="log-likelihood of example 0 is nan"):
         ld.log_likelihood(Breaks(), torch.zeros(2, 3), steps=5)
-    with pytest.raises(RuntimeError, match="cannot be followed at λ ="):
+    with pytest.raises(RuntimeError, match="cannot be integrated at λ ="):
         ld.log_likelihood(Breaks(), torch.zeros(2, 3), steps=None)

@@ -374,14 +374,14 @@ def test_plain_words(run):
     code, out, _ = run("--model.weighting", "SigmoidWeighting", "--model.weighting.bias", "1")
     text = " ".join(out.split())
     assert code == 0
-    assert "maximises the ELBO of data with Gaussian noise at λ ~ Logistic(1, 1) added" in text
+    assert "the ELBO of the data with Gaussian noise added at λ ~ Logistic(1, 1)" in text
     assert "Nearest published objective: sigmoid, distance 0.17 (weight 0.12," in text
 
 
 def test_a_signed_mixture_is_called_one(run, configs):
     _, out, _ = run("-c", configs / "objective/edm.yaml")
     text = " ".join(out.split())
-    assert "no ELBO of data with noise added: w rises with λ on [−20, −3.31]" in text
+    assert "not an ELBO under noise augmentation: w increases on [−20, −3.31]" in text
     assert "signed mixture" in text
 
 
@@ -406,7 +406,7 @@ def test_plug_ins(run, tmp_path):
     words = ("--plugins", "plug_in_of_objective", "--model.weighting", "OnesWeighting")
     code, out, err = run(*words, "--model.schedule", "LearnedSchedule")
     assert code == 0, err
-    assert "Objective: OnesWeighting(), drawn from LearnedSchedule(" in out
+    assert "Objective: OnesWeighting(), sampled from LearnedSchedule(" in out
     assert "the ELBO of the data themselves" in out
     assert "Nearest published objective: vdm" in out
 

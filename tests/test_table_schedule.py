@@ -57,13 +57,13 @@ def test_a_chain_of_the_table_visits_its_levels_only():
     [(), (1.0,), (1.0, 1.0), (1.0, 2.0), (1.0, -math.inf), (math.nan, 0.0), (3.0, 1.0, 2.0)],
 )
 def test_what_is_no_table_is_refused(levels):
-    with pytest.raises(ValueError, match="at least two levels of λ, finite and falling"):
+    with pytest.raises(ValueError, match="at least two finite levels of λ, decreasing"):
         ld.TableSchedule(levels)
 
 
 @pytest.mark.parametrize("betas", [[0.0, 0.5], [0.5, 1.0], [-0.1], [math.nan]])
 def test_what_are_no_betas_is_refused(betas):
-    with pytest.raises(ValueError, match="betas above 0 and below 1"):
+    with pytest.raises(ValueError, match="betas of a chain must be above 0 and below 1"):
         ld.chain_levels(betas)
 
 

@@ -22,7 +22,7 @@ def test_each_time_alone_is_uniform():
 
 
 def test_generators_per_example_share_no_offset():
-    with pytest.raises(ValueError, match="one per example: give t"):
+    with pytest.raises(ValueError, match="one per example: pass t"):
         ld.sample_times(torch.zeros(2, 1), [torch.Generator(), torch.Generator()])
 
 
@@ -40,5 +40,5 @@ def test_fixed_times_do_not_follow_the_order_of_the_data():
 
 
 def test_the_draws_of_a_data_set_are_even_together():
-    t = torch.cat([ld.fixed_times(torch.arange(10), 10, draw, 4) for draw in range(4)])
+    t = torch.cat([ld.fixed_times(torch.arange(10), 10, sample, 4) for sample in range(4)])
     assert torch.allclose(t.sort().values.diff(), torch.full((39,), 1 / 40).double())

@@ -1,8 +1,8 @@
-"""Noise schedules: a family of densities p(λ), one for each way of choosing noise levels.
+"""Noise schedules: densities p(λ) from which noise levels are sampled.
 
-`base` defines a schedule, `textbook` has the published formulas, `learned` and `adaptive`
-those that change during training, `table` a list of noise levels. A class of your own joins the
-registry by subclassing `NoiseSchedule`.
+`base` defines a schedule, `textbook` contains the published formulas, `learned` and `adaptive` the
+schedules that change during training, and `table` the one given by a list of noise levels. A
+subclass of `NoiseSchedule` registers itself.
 """
 
 from lit_diffusion.registry import Registry

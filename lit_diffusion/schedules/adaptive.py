@@ -1,15 +1,15 @@
 """The adaptive schedule: sample noise levels in proportion to their loss.
 
-Letters: logsnr = λ; h = w(λ)·mean (ε̂ − ε)², what an example contributes before it is divided by
-the density p(λ) that it was sampled from.
+Letters: logsnr = λ; h = w(λ)·mean (ε̂ − ε)², the contribution of an example before the division by
+the density p(λ) from which λ was sampled.
 
-The objective ½∫ E[h] dλ does not depend on p, the variance of its estimate h/p does. If p ∝ E[h]
-every noise level contributes the same on average, and every batch is as informative as
-another. E[h] is not known, but it is observed at every step, so the schedule keeps a histogram of
-it and samples from that: a density that is constant on each bin, hence a λ(t) of straight pieces.
+The objective ½∫ E[h] dλ does not depend on p, but the variance of its estimate h/p does. If
+p ∝ E[h], every noise level contributes equally on average, and all batches are about equally
+informative. E[h] is unknown but observed at every step, so the schedule keeps a histogram of it
+and samples from that: p is piecewise constant, hence λ(t) piecewise linear.
 
-The weighting does not enter anywhere else, so what is trained for stays what it was, even if the
-schedule is exchanged for this one in the middle of a run.
+Only the density depends on the losses, so the objective stays the same, even if this schedule
+replaces another one in the middle of a run.
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = ["AdaptiveSchedule"]
 
-_LEAST = 1e-6  # of the mass of a uniform bin: below it 1/p would be no number to work with
+_LEAST = 1e-6  # smallest mass of a bin, relative to a uniform one: bounds 1/p
 
 
 class AdaptiveSchedule(NoiseSchedule):
-    """A histogram of the loss as density: p(λ) = (1 − floor)·E[h]/∫E[h] + floor·uniform.
+    """A histogram of the loss as density: p(λ) = (1 − u)·E[h]/∫E[h] + u·uniform.
 
-    Efficient for any weighting without having to be chosen for it. `update` feeds it, in training
-    through the callback `AdaptiveScheduleUpdate`. Each bin forgets at its own pace, by `decay` for
-    each example that falls into it, and starts empty: v/(1 − decayⁿ) after n examples is an
-    average of what was seen and of nothing else. A bin that was never hit counts as the mean of
-    the others.
+    Efficient for any weighting, without being tuned to it. `update` adds the losses of a batch; in
+    training the callback `AdaptiveScheduleUpdate` calls it. Each bin keeps a running average that
+    decays by `decay` with each example that falls into it, and is corrected for its empty start:
+    v/(1 − decayⁿ) after n examples. A bin without examples counts as the mean of the others.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
         logsnr_max: Largest λ; None means 20.
         bins: Number of bins of equal width, at least 1.
-        decay: What a bin keeps of its average at each new example, in [0, 1).
-        floor: Share of uniform samples, in [0, 1), so that no noise level is forgotten.
-        warmup: Updates to wait for before the density follows them, 0 or more.
+        decay: Decay of a bin's average with each new example, in [0, 1).
+        uniform_share: Fraction u of uniform samples, in [0, 1), so that no level is neglected.
+        warmup: Number of updates before the density follows them, 0 or more.
         initial: Density until then; None means uniform.
         rms: Follow √E[h²], which minimises the variance of a single sample, instead of E[h].
 
     Raises:
-        ValueError: If a number is out of its range, or a state has another number of bins.
+        ValueError: If a number is out of range, or a state has another number of bins.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -56,7 +55,7 @@ class AdaptiveSchedule(NoiseSchedule):
         arXiv:2602.18647.
 
     Example:
-        >>> schedule = AdaptiveSchedule(-10.0, 10.0, bins=4, floor=0.0)
+        >>> schedule = AdaptiveSchedule(-10.0, 10.0, bins=4, uniform_share=0.0)
         >>> logsnr = torch.tensor([-7.5, -2.5, 2.5, 7.5])
         >>> schedule.update(logsnr, torch.tensor([0.0, 1.0, 2.0, 1.0]))
         >>> schedule.log_prob(logsnr[1:]).exp()
@@ -76,7 +75,7 @@ class AdaptiveSchedule(NoiseSchedule):
         logsnr_max: float | None = None,
         bins: int = 100,
         decay: float = 0.999,
-        floor: float = 0.1,
+        uniform_share: float = 0.1,
         warmup: int = 0,
         initial: NoiseSchedule | None = None,
         rms: bool = False,
@@ -89,23 +88,24 @@ class AdaptiveSchedule(NoiseSchedule):
                 "AdaptiveSchedule: bins must be at least 1 and warmup 0 or more, "
                 f"got {bins} and {warmup}."
             )
-        if not (0 <= decay < 1 and 0 <= floor < 1):
+        if not (0 <= decay < 1 and 0 <= uniform_share < 1):
             raise ValueError(
-                f"AdaptiveSchedule: decay and floor must be in [0, 1), got {decay} and {floor}."
+                "AdaptiveSchedule: decay and uniform_share must be in [0, 1), "
+                f"got {decay} and {uniform_share}."
             )
         self.bins = bins
         self.decay = decay
-        self.floor = floor
+        self.uniform_share = uniform_share
         self.warmup = warmup
         self.initial = initial
         self.rms = rms
         zeros = torch.zeros(bins, dtype=torch.float64)
         self.register_buffer("first", zeros.clone())  # decayed sum of h in each bin
         self.register_buffer("second", zeros.clone())  # … and of h²
-        self.register_buffer("weight", zeros.clone())  # 1 − decayⁿ, what these sums weigh
+        self.register_buffer("weight", zeros.clone())  # 1 − decayⁿ, the total weight of these sums
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("rejected", torch.zeros((), dtype=torch.int64))
-        # Mass beyond each border, from the clean end to the noisy one: t of the borders.
+        # Mass on the clean side of each border, from the clean end on: the t of the borders.
         self.register_buffer("beyond", torch.zeros(bins + 1, dtype=torch.float64))
         self._settle()
 
@@ -122,7 +122,7 @@ class AdaptiveSchedule(NoiseSchedule):
 
         Args:
             logsnr: λ of each example.
-            values: h = w(λ)·eps_mse of each; not finite ones are counted and left out.
+            values: h = w(λ)·eps_mse of each example; non-finite values are counted and left out.
 
         Shapes:
             logsnr and values (B,).
@@ -134,22 +134,22 @@ class AdaptiveSchedule(NoiseSchedule):
 
     @torch.no_grad()
     def tally(self, logsnr: Tensor, values: Tensor) -> Tensor:
-        """Sums of a batch, which may be added to those of others before they are absorbed.
+        """The sums of a batch, which can be added to those of others before `absorb`.
 
         Args:
             logsnr: λ of each example.
             values: h of each.
 
         Shapes:
-            logsnr and values (B,); result (4, bins), float64: number, Σh, Σh², and how many were
-            not finite.
+            logsnr and values (B,); result (4, bins), float64: count, Σh, Σh², and the number
+            of non-finite values.
 
         Raises:
             ValueError: If a λ is outside the range (checked on the CPU only), or shapes differ.
         """
         if logsnr.shape != values.shape or logsnr.ndim != 1:
             raise ValueError(
-                f"Expected as many values as λ, both (B,), got {tuple(values.shape)} and "
+                f"Expected values and λ of the same shape (B,), got {tuple(values.shape)} and "
                 f"{tuple(logsnr.shape)}."
             )
         logsnr, values = logsnr.detach().to(torch.float64), values.detach().to(torch.float64)
@@ -157,7 +157,7 @@ class AdaptiveSchedule(NoiseSchedule):
             worst = logsnr[self._outside(logsnr)][0]
             raise ValueError(
                 f"AdaptiveSchedule: λ = {float(worst):.6g} is outside its range "
-                f"{list(self.ends)}; it can only learn from levels that it covers."
+                f"{list(self.ends)}, and it can learn only from levels within it."
             )
         index = ((logsnr - self.ends[0]) / self.width).long().clamp_(0, self.bins - 1)
         finite = values.isfinite()
@@ -170,14 +170,14 @@ class AdaptiveSchedule(NoiseSchedule):
         """Update each bin with the mean of its examples, weighted by their number.
 
         Args:
-            sums: Of `tally`, added up over batches and ranks.
+            sums: Results of `tally`, summed over batches and ranks.
 
         Shapes:
             sums (4, bins).
         """
         count, total, square, rejected = sums.to(self.first.device).unbind()
         kept = self.decay**count
-        share = (1 - kept) / count.clamp(min=1)  # of each example: their mean, weighed 1 − decayⁿ
+        share = (1 - kept) / count.clamp(min=1)  # per example: 1 − decayⁿ in all
         self.first.mul_(kept).add_(share * total)
         self.second.mul_(kept).add_(share * square)
         self.weight.mul_(kept).add_(1 - kept)
@@ -186,7 +186,7 @@ class AdaptiveSchedule(NoiseSchedule):
         self._settle()
 
     def _settle(self) -> None:
-        """The masses of the bins, and t at their borders."""
+        """Compute the masses of the bins, and t at their borders."""
         seen = self.weight > 0
         average = (self.second if self.rms else self.first) / self.weight.clamp(min=1e-300)
         height = torch.where(seen, average.sqrt() if self.rms else average, 0.0)
@@ -196,7 +196,8 @@ class AdaptiveSchedule(NoiseSchedule):
         total = height.sum()
         mass = torch.where(total > 0, height / total.clamp(min=1e-300), flat)
         mass = torch.where(self.updates > self.warmup, mass, self._initial_mass(flat))
-        mass = ((1 - self.floor) * mass + self.floor * flat).clamp(min=_LEAST / self.bins)
+        mass = (1 - self.uniform_share) * mass + self.uniform_share * flat
+        mass = mass.clamp(min=_LEAST / self.bins)
         beyond = mass.flip(0).cumsum(0) / mass.sum()
         beyond[-1] = 1
         self.beyond.copy_(torch.cat([torch.zeros_like(beyond[:1]), beyond]))
@@ -212,8 +213,8 @@ class AdaptiveSchedule(NoiseSchedule):
         kept = state.get(f"{prefix}first")
         if kept is not None and len(kept) != self.bins:
             raise ValueError(
-                f"AdaptiveSchedule: the checkpoint has {len(kept)} bins, and bins={self.bins}: "
-                f"set bins to {len(kept)} to go on with them."
+                f"AdaptiveSchedule: the checkpoint has {len(kept)} bins, not {self.bins}: "
+                f"set bins={len(kept)} to continue from it."
             )
         super()._load_from_state_dict(state, prefix, *args)
 

@@ -1,24 +1,25 @@
-"""The noise schedule: a probability density over the noise level.
+"""The base class of noise schedules: a probability density over noise levels.
 
 Letters: logsnr = λ; t ∈ [0, 1] runs from clean data (t = 0) to noise (t = 1).
 
-Every diffusion objective is ½∫ w(λ) E‖ε̂ − ε‖² dλ. A noise schedule decides only where that
-integral is sampled: it is a probability density p(λ) on [logsnr_min, logsnr_max]. Three
+Every diffusion objective is ½∫ w(λ) E‖ε̂ − ε‖² dλ. A noise schedule only determines where this
+integral is sampled: it is a probability density p(λ) on [logsnr_min, logsnr_max]. There are three
 equivalent descriptions::
 
     λ = logsnr(t)     decreasing; the quantile function: for uniform t, λ has density p
     t = time(λ)       its inverse; the survival function of p
-    p(λ) = |dt/dλ|    so that t-integrals and λ-integrals agree
+    p(λ) = |dt/dλ|    the density, so that integrals over t and λ agree
 
-Training samples from it; a sampler follows it. The family is in `schedules`.
+Training samples from it; a sampler takes its levels from it. The package `schedules` lists them
+all.
 
-A textbook formula often reaches λ = ±∞. It is truncated by running t over the part that falls
-into the range, never by clipping λ, which would pile probability up at both ends::
+A textbook formula often reaches λ = ±∞. It is truncated by restricting t to the part within the
+range, never by clipping λ, which would put probability mass on both ends::
 
     logsnr(t) = f(t₀ + (t₁ − t₀) t)      t₀ = f⁻¹(logsnr_max),  t₁ = f⁻¹(logsnr_min)
 
-λ is B numbers, so all of this is done in float64. Near t = 1 even float64 cannot hold 1 − t, so
-quantiles there are computed from the other tail, s = 1 − t.
+There are only B values of λ, so everything is computed in float64. Near t = 1 even float64 cannot
+represent 1 − t accurately, so quantiles there are computed from the other tail, s = 1 − t.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ __all__ = ["NoiseSchedule"]
 class NoiseSchedule(nn.Module, ABC):
     """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
 
-    A leaf gives `_logsnr`, the untruncated textbook formula, and, if there is a closed form, its
-    inverse `_time`. If its density is symmetric it names the `centre`, and the noisy tail becomes
-    as accurate as the clean one. Truncation, density, samples and grids follow.
+    A subclass defines `_logsnr`, the untruncated textbook formula, and its inverse `_time` if
+    there is a closed form. For a symmetric density it also sets `centre`, which makes the noisy
+    tail as accurate as the clean one. Truncation, density, samples and grids are derived.
 
     Args:
-        logsnr_min: Smallest λ (most noise); None means the formula's own end, else −20.
-        logsnr_max: Largest λ (least noise); None means the formula's own end, else 20.
-        support: The range of λ that the formula itself covers, from the leaf.
-        learn_ends: Whether both ends are parameters, to be learned; a leaf whose formula follows
-            its ends may offer that.
+        logsnr_min: Smallest λ (most noise); None means the formula's own end if finite, else −20.
+        logsnr_max: Largest λ (least noise); None means the formula's own end if finite, else 20.
+        support: The range of λ that the formula itself covers, given by the subclass.
+        learn_ends: Whether both ends are learned parameters, for a subclass whose formula depends
+            on its ends.
 
     Raises:
         ValueError: If the range is empty, infinite, or wider than the formula's own.
@@ -65,7 +66,7 @@ class NoiseSchedule(nn.Module, ABC):
     """
 
     centre: float | None = None
-    """Where a symmetric density is symmetric about; None for the others."""
+    """The centre of a symmetric density; None for the others."""
 
     logsnr_min: float | Tensor
     logsnr_max: float | Tensor
@@ -93,11 +94,11 @@ class NoiseSchedule(nn.Module, ABC):
             raise ValueError(
                 f"{name}: logsnr_min must be below logsnr_max, got {logsnr_min} and {logsnr_max}."
             )
-        slack = 1e-9  # a range read back from a printed one is still the same range
+        slack = 1e-9  # tolerates the rounding of a printed range
         if logsnr_min < low - slack or logsnr_max > high + slack:
             raise ValueError(
                 f"{name}: its formula covers λ in [{low:.6g}, {high:.6g}] only, got "
-                f"logsnr_min={logsnr_min} and logsnr_max={logsnr_max}; stay inside or choose "
+                f"logsnr_min={logsnr_min} and logsnr_max={logsnr_max}; stay within it or choose "
                 "another schedule."
             )
         self.support = support
@@ -109,14 +110,14 @@ class NoiseSchedule(nn.Module, ABC):
                 for end in (self.logsnr_min, self.logsnr_max)
             )
 
-    # What a leaf gives ---------------------------------------------------------------------
+    # What a subclass defines ---------------------------------------------------------------------
 
     @abstractmethod
     def _logsnr(self, t: Tensor) -> Tensor:
         """The textbook formula f(t), decreasing, on (0, 1), before truncation."""
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        """Its inverse; by bisection in logit t, so that t near 0 keeps its digits."""
+        """Its inverse; by default by bisection in logit t, which is accurate near t = 0."""
         low = torch.full_like(logsnr, -700.0)
         high = -low
         for _ in range(64):
@@ -126,9 +127,9 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.sigmoid((low + high) / 2)
 
     def _slope(self, t: Tensor, s: Tensor) -> Tensor | None:
-        """The derivative of f, if there is a closed form: it spares each step a differentiation.
+        """The derivative f'(t) if there is a closed form, which saves automatic differentiation.
 
-        t and s = 1 − t, each of them accurate where it is small.
+        It receives t and s = 1 − t, each of them accurate where it is small.
         """
         return None
 
@@ -144,22 +145,22 @@ class NoiseSchedule(nn.Module, ABC):
             return 1 - self._time(logsnr)
         return self._time(2 * self.centre - logsnr)
 
-    # What follows --------------------------------------------------------------------------
+    # What is derived --------------------------------------------------------------------------
 
     @property
     def learns_ends(self) -> bool:
-        """Whether the ends of the range are learned, and not frozen."""
+        """Whether the ends of the range are learned and not frozen."""
         return isinstance(self.logsnr_min, nn.Parameter) and self.logsnr_min.requires_grad
 
     @property
     def learns_shape(self) -> bool:
-        """Whether any other parameter is learned, and so what lies between the ends."""
+        """Whether any other parameter is learned, and thus the shape between the ends."""
         ends = {"logsnr_min", "logsnr_max"}
         return any(p.requires_grad for name, p in self.named_parameters() if name not in ends)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """(logsnr_min, logsnr_max) as numbers, of today if they are learned."""
+        """(logsnr_min, logsnr_max) as numbers; the current values if they are learned."""
         if isinstance(self.logsnr_min, Tensor) and isinstance(self.logsnr_max, Tensor):
             return float(self.logsnr_min.detach()), float(self.logsnr_max.detach())
         return self.logsnr_min, self.logsnr_max  # type: ignore[return-value]
@@ -172,14 +173,14 @@ class NoiseSchedule(nn.Module, ABC):
 
     @cached_property
     def _window(self) -> tuple[float, float]:
-        """The probability the formula puts beyond logsnr_max, and below logsnr_min."""
+        """The probability of the formula above logsnr_max, and below logsnr_min."""
         if isinstance(self.logsnr_min, nn.Parameter) or self.ends == self.support:
             return 0.0, 0.0
         ends = torch.tensor([self.logsnr_max, self.logsnr_min], dtype=torch.float64)
         return float(self._time(ends)[0]), float(self._tail_time(ends)[1])
 
     def _quantile(self, t: Tensor, s: Tensor) -> Tensor:
-        """Give f(t), t = 1 − s, from the nearer tail (the other is fed a harmless ½)."""
+        """Compute f(t), t = 1 − s, from the nearer tail; the other one is evaluated at ½."""
         if not self._has_tail:
             return self._logsnr(t)
         clean = t <= 0.5
@@ -191,7 +192,7 @@ class NoiseSchedule(nn.Module, ABC):
         )
 
     def _inner(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Where t falls in the formula's own time, and how far from its end."""
+        """The time t of the truncated schedule in the formula's own time, and 1 − that time."""
         above, below = self._window
         inside = 1 - above - below
         return above + inside * t, below + inside * (1 - t)
@@ -209,10 +210,10 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.where(t >= 1, self.logsnr_min, logsnr)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """λ and log p(λ) at time t: what training uses.
+        """λ and log p(λ) at time t, as used in training.
 
-        Both come from t, without an inversion. They carry gradients to the schedule's own
-        parameters if it has any that learn, and are detached otherwise.
+        Both are computed from t, without an inversion. They carry gradients to the learned
+        parameters of the schedule if it has any, and are detached otherwise.
 
         Args:
             t: Time in [0, 1].
@@ -227,7 +228,7 @@ class NoiseSchedule(nn.Module, ABC):
             above, below = self._window
             logsnr = self._truncated(t).clamp(*self.ends)
             return logsnr, -torch.log(slope * (above + below - 1))
-        # Validation runs in inference mode, where nothing can be differentiated: step out of it.
+        # Validation runs in inference mode, which does not allow differentiation: leave it.
         with torch.inference_mode(False), torch.enable_grad():
             t = t.clone().requires_grad_()
             logsnr = self._truncated(t)
@@ -285,10 +286,10 @@ class NoiseSchedule(nn.Module, ABC):
         return self._pinned(self._truncated(t), t)
 
     def time(self, logsnr: Tensor) -> Tensor:
-        """Time t at which the schedule passes λ: the survival function of p.
+        """The time t at which λ(t) = λ: the survival function of p.
 
         Args:
-            logsnr: λ; beyond the range it gives 0 or 1.
+            logsnr: λ; outside the range the result is 0 or 1.
 
         Shapes:
             logsnr (B,); result (B,), float64.
@@ -306,7 +307,7 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.where(logsnr <= self.logsnr_min, torch.ones_like(t), t)
 
     def log_prob(self, logsnr: Tensor) -> Tensor:
-        """Log p(λ) = log|dt/dλ|, for reports and tests; −∞ outside the range.
+        """Log p(λ) = log|dt/dλ|, for analysis and tests; −∞ outside the range.
 
         Args:
             logsnr: λ.
@@ -327,7 +328,7 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.where(self._outside(logsnr), -math.inf, log_prob.detach())
 
     def _outside(self, logsnr: Tensor) -> Tensor:
-        """Whether λ is beyond an end by more than its rounding to float32."""
+        """Whether λ is outside the range by more than rounding to float32."""
         low, high = self.ends
         slack = 1e-6 * max(1.0, abs(low), abs(high))
         return (logsnr < low - slack) | (logsnr > high + slack)
@@ -336,8 +337,8 @@ class NoiseSchedule(nn.Module, ABC):
         """Sample n noise levels, stratified over the density.
 
         Args:
-            n: How many.
-            generator: Source of the one random number that is needed; None is the global one.
+            n: Number of noise levels.
+            generator: Source of the one random offset; None means the global generator.
 
         Shapes:
             result (n,), float64.
@@ -351,7 +352,7 @@ class NoiseSchedule(nn.Module, ABC):
         return self.logsnr(stratified_times(n, offset))
 
     def grid(self, steps: int) -> Tensor:
-        """A grid of levels for a sampler, from noise to data, at equal steps of t.
+        """A grid of noise levels for a sampler, from noise to data, uniform in t.
 
         Args:
             steps: Number of intervals, at least 1.
@@ -371,5 +372,5 @@ class NoiseSchedule(nn.Module, ABC):
         return self.logsnr(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
     def extra_repr(self) -> str:
-        """The arguments, as they would be written."""
+        """The arguments, as in the constructor call."""
         return plain_arguments(self)

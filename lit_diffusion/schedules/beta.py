@@ -1,4 +1,4 @@
-"""DDPM's schedule: a chain of linear betas, made continuous."""
+"""DDPM's schedule: a chain with linear betas in continuous time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ __all__ = ["BetaSchedule"]
 
 
 class BetaSchedule(NoiseSchedule):
-    """DDPM's chain with linear betas, made continuous: α² = Π(1 − β_i), β_i linear in i.
+    """DDPM's chain with linear betas in continuous time: α² = Π(1 − β_i), β_i linear in i.
 
-    At t = (i − 1)/(num_levels − 1) it passes the i-th level of the published table (to 1e-11), and
-    between two levels it is the smooth sum −log α² = Σ −log(1 − β), summed by Euler-Maclaurin.
+    At t = (i − 1)/(num_levels − 1) it equals the i-th level of the published table (to 1e-11), and
+    in between it interpolates −log α² = Σ −log(1 − β_i) by the Euler-Maclaurin formula.
     `grid(num_levels - 1)` is therefore DDPM's own list of levels, from the last to the first, and
     a loss on this chain has num_timesteps = num_levels − 1.
 
     Args:
         beta_min: First beta, in (0, beta_max).
         beta_max: Last beta, in (beta_min, 1).
-        num_levels: Number of betas and so of noise levels, at least 2.
-        logsnr_min: Smallest λ; None means that of the last step, −10.12 for DDPM's values.
-        logsnr_max: Largest λ; None means that of the first step, 9.21 for DDPM's values.
+        num_levels: Number of betas, and thus of noise levels, at least 2.
+        logsnr_min: Smallest λ; None means the last level, −10.12 for DDPM's values.
+        logsnr_max: Largest λ; None means the first level, 9.21 for DDPM's values.
 
     Raises:
-        ValueError: If the betas are not 0 < beta_min < beta_max < 1, or num_levels is below 2.
+        ValueError: If not 0 < beta_min < beta_max < 1, or num_levels is below 2.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, section 4.
@@ -76,7 +76,7 @@ class BetaSchedule(NoiseSchedule):
         return -torch.log(torch.expm1(self._decay(t)))
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        # −log α² is a parabola in t up to O(β³): start there, then Newton's method.
+        # −log α² is quadratic in t up to O(β³): start from that solution, then Newton's method.
         decay = torch.nn.functional.softplus(-logsnr)
         step = (self.beta_max - self.beta_min) / (self.num_levels - 1)
         first = self.beta_min - step / 2

@@ -1,17 +1,18 @@
-"""The learned schedule: its ends follow the bound, its shape the variance of the estimate.
+"""The learned schedule: its ends minimise the bound, its shape the variance of the estimate.
 
-Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; u = share of the way from λ_max to λ_min.
+Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; u = the fraction of the way from λ_max to
+λ_min.
 
-In continuous time the bound depends on the two ends of the schedule and on nothing in between. So
-there are two things to learn, by two different gradients:
+In continuous time the bound depends on the schedule only through its two ends. So there are two
+things to learn, with two different gradients:
 
-    the ends     by the bound itself: λ_max trades reconstruction for diffusion, λ_min the prior
-    the shape    by the *variance* of the estimate, which is all that it changes
+    the ends     from the bound itself: λ_max trades reconstruction for diffusion, λ_min the prior
+    the shape    from the *variance* of the estimate, the only thing that it changes
 
-For the second, E[L] does not depend on the shape η, hence ∇Var(L) = ∇E[L²] = E[2 L ∇L]: the
-ordinary gradient, scaled for each example by twice its own loss. That is one multiplication in the
-backward pass, not a second pass, and it must reach the shape only: network and ends follow the
-gradient of L itself. `at_with_shape` returns the tensors at which the loss multiplies.
+As E[L] does not depend on the shape η, ∇Var(L) = ∇E[L²] = E[2 L ∇L]: the ordinary gradient, scaled
+for each example by twice its own loss. This takes one multiplication in the backward pass and no
+second pass, but it must affect the shape only: network and ends follow the gradient of L itself.
+`at_with_shape` returns the tensors whose gradient the loss scales.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ def _raw(value: Tensor) -> Tensor:
 
 
 class LearnedSchedule(NoiseSchedule):
-    """A monotone network pinned at its ends: λ = (1 − u) λ_max + u λ_min, u = Δg(t)/Δg(1).
+    """A monotone network with exact ends: λ = (1 − u) λ_max + u λ_min, u = Δg(t)/Δg(1).
 
     Δg(t) = g(t) − g(0), g(t) = a t + mean_j h_j sigmoid(r_j a t + b_j) with positive a, h and r:
-    1024 sigmoids, so that it can take any shape, and the ends hold exactly whatever the network
-    does. It learns the density that minimises the variance of the loss estimate, at little
-    cost, and remains a valid schedule throughout. It is nearly linear at initialisation.
+    1024 sigmoids approximate any shape, and the ends are exact for all parameters. It learns the
+    density that minimises the variance of the loss estimate, at little cost, and is a valid
+    schedule at every step. It is nearly linear at initialisation.
 
     Args:
-        logsnr_min: Smallest λ, its initial value if the ends are learned; None means −20.
-        logsnr_max: Largest λ, its initial value if the ends are learned; None means 20.
-        learn: "shape" between fixed ends; "endpoints" (the loss then needs a decoder, without
-            which they would collapse); or "both".
+        logsnr_min: Smallest λ, or its initial value if the ends are learned; None means −20.
+        logsnr_max: Largest λ, or its initial value if the ends are learned; None means 20.
+        learn: "shape" between fixed ends, "endpoints", or "both"; learned ends require a loss with
+            a decoder, without which they would collapse.
 
     Raises:
-        ValueError: If `learn` is something else.
+        ValueError: If `learn` is none of these.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix H (Eq. 59)
@@ -72,8 +73,8 @@ class LearnedSchedule(NoiseSchedule):
             )
         super().__init__(logsnr_min, logsnr_max, learn_ends=learn != "shape")
         self.learn = learn
-        # Sigmoids of all widths, from a quarter of the range to a 256th, everywhere in it; spread
-        # by the golden ratio, not sampled, so that every run starts from the same schedule.
+        # Sigmoids of all widths, from 1/4 to 1/256 of the range, at all places; distributed by the
+        # golden ratio and not at random, so that every run starts from the same schedule.
         place = (torch.arange(_UNITS) + 0.5) / _UNITS
         rate = 4 * 64 ** ((torch.arange(_UNITS) * 0.6180339887) % 1)
         learns = learn != "endpoints"
@@ -83,7 +84,7 @@ class LearnedSchedule(NoiseSchedule):
         self.height = nn.Parameter(_raw(torch.ones(_UNITS)), learns)
 
     def _shape(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Share of the way u(t), and its slope du/dt."""
+        """The fraction u(t), and its derivative du/dt."""
         slope, rate, height = (softplus(p.double()) for p in (self.slope, self.rate, self.height))
         steepness = slope * rate
 
@@ -97,7 +98,7 @@ class LearnedSchedule(NoiseSchedule):
         return (value - start) / (end - start), rise / (end - start)
 
     def _between(self, share: Tensor) -> Tensor:
-        # Learned ends are float32 numbers: each meets a float64 one before they meet one another.
+        # Learned ends are float32: multiply each by a float64 tensor before the sum.
         return self.logsnr_max * (1 - share) + self.logsnr_min * share
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ class LearnedSchedule(NoiseSchedule):
 
     @torch.no_grad()
     def _time(self, logsnr: Tensor) -> Tensor:
-        # A table, with a cell to spare on each side of an answer (beyond 0 and 1, too, where the
-        # formula goes on), then Newton's method, kept within these cells.
+        # A table brackets the solution, with one more cell on each side (also beyond 0 and 1,
+        # where the formula continues); then Newton's method within these cells.
         low, high = self.ends
         target = (high - logsnr) / (high - low)
         table = torch.arange(-2, 2051, dtype=torch.float64, device=logsnr.device) / 2048
@@ -116,7 +117,7 @@ class LearnedSchedule(NoiseSchedule):
         away = (target - values[after - 1]) / (values[after] - values[after - 1])
         t = table[after - 1] + away / 2048
         for _ in range(3):
-            parts = [self._shape(part) for part in t.split(512)]  # 4 MB each: fits a cache
+            parts = [self._shape(part) for part in t.split(512)]  # 4 MB each, to fit the cache
             value, rise = (torch.cat(column) for column in zip(*parts, strict=True))
             left, right = (
                 torch.where(value < target, t, left),
@@ -129,7 +130,7 @@ class LearnedSchedule(NoiseSchedule):
 
     @torch.no_grad()
     def log_prob(self, logsnr: Tensor) -> Tensor:
-        """Log p(λ), by the slope at time(λ); −∞ outside the range.
+        """Log p(λ), from the derivative at time(λ); −∞ outside the range.
 
         Args:
             logsnr: λ.
@@ -155,7 +156,7 @@ class LearnedSchedule(NoiseSchedule):
         return self.at_with_shape(t)[:2]
 
     def at_with_shape(self, t: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """λ and log p(λ) at time t, and what in them depends on the shape alone: u and du/dt.
+        """λ and log p(λ) at time t, and u and du/dt, which depend on the shape alone.
 
         Args:
             t: Time in [0, 1].
@@ -165,7 +166,7 @@ class LearnedSchedule(NoiseSchedule):
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         share, rise = self._shape(t.detach().to(torch.float64))
-        # From here on the ends come in, which follow the gradient of the loss itself.
+        # From here on the ends enter, which follow the gradient of the loss itself.
         slope = self.logsnr_max * rise - self.logsnr_min * rise
         logsnr, log_prob = self._between(share), -torch.log(slope)
         if not learns:

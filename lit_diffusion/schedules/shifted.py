@@ -1,4 +1,4 @@
-"""The shifted schedule: another schedule moved along λ, for images of another size."""
+"""The shifted schedule: another schedule shifted in λ, for images of another size."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["ShiftedSchedule"]
 
 
 class ShiftedSchedule(NoiseSchedule):
-    """Another schedule moved along λ, then truncated: λ → λ + shift.
+    """Another schedule shifted in λ, then truncated: λ → λ + shift.
 
-    In a larger image the same noise hides less detail, because neighbouring pixels are alike. For
-    images of side d, relative to 64, the shift is 2 ln(64/d), negative above 64.
+    The same noise hides less detail in a larger image, because neighbouring pixels are similar.
+    For images of side d, relative to 64, the shift is 2 ln(64/d), negative above 64.
 
     Args:
-        base: The schedule to move; None means `CosineSchedule()`.
-        shift: What is added to λ.
-        logsnr_min: Smallest λ; None means the base's own (moved, if its formula ends there).
-        logsnr_max: Largest λ; None means the base's own (moved, if its formula ends there).
+        base: The schedule to shift; None means `CosineSchedule()`.
+        shift: Added to λ.
+        logsnr_min: Smallest λ; None means that of the base, shifted if its formula ends there.
+        logsnr_max: Largest λ; None means that of the base, shifted if its formula ends there.
 
     Raises:
         ValueError: If the base is learned.
@@ -46,8 +46,8 @@ class ShiftedSchedule(NoiseSchedule):
         base = CosineSchedule() if base is None else base
         if any(p.requires_grad for p in base.parameters()):
             raise ValueError(
-                f"ShiftedSchedule: {type(base).__name__} is learned, which includes its shift: "
-                "give it the shifted ends instead."
+                f"ShiftedSchedule: {type(base).__name__} is learned, so it learns its shift, "
+                "too: give it shifted ends instead."
             )
         low, high = (end + shift for end in base.support)
         if logsnr_min is None:

@@ -1,12 +1,12 @@
-"""The table schedule: the levels of a chain, as they were published.
+"""The table schedule: the noise levels of a chain, as published.
 
 Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; β the variance that a step of a chain
-adds, ᾱ = Π(1 − β) what is left of the data's.
+adds, ᾱ = Π(1 − β) the remaining variance of the data.
 
-A chain of N levels is defined by N numbers, most often given as betas, and there is not always a
-smooth formula that passes all of them. This schedule is the table itself. Time t = i/(N − 1) is
-level i, and between two levels λ goes straight from the one to the other, so that p(λ) is a
-histogram with one bin from each level to the next, all of the same mass.
+A chain of N levels is defined by N numbers, usually given as betas, and there is not always a
+smooth formula through all of them. This schedule is the table itself. Time t = i/(N − 1) is level
+i, and λ is interpolated linearly between levels, so p(λ) is a histogram with one bin of equal mass
+between any two neighbouring levels.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = ["TableSchedule", "chain_levels"]
 
-_SHOWN = 6  # levels that `repr` shows; a table has a thousand
+_SHOWN = 6  # a longer table is abbreviated in `repr`
 
 
 def chain_levels(betas: Tensor | Sequence[float]) -> tuple[float, ...]:
     """The noise levels of a chain: λ_i = log ᾱ_i/(1 − ᾱ_i), ᾱ_i = (1 − β_0) ⋯ (1 − β_i).
 
     Args:
-        betas: The variance that each step adds, in (0, 1), from the first step on.
+        betas: Variance added by each step, in (0, 1), in the order of the steps.
 
     Raises:
-        ValueError: If one is outside (0, 1): at β = 1 nothing of the data is left, λ = −∞.
+        ValueError: If a beta is outside (0, 1): at β = 1 no signal is left, λ = −∞.
 
     Example:
         >>> [round(level, 4) for level in chain_levels([0.2, 0.5])]
@@ -40,15 +40,15 @@ def chain_levels(betas: Tensor | Sequence[float]) -> tuple[float, ...]:
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(
-            "A chain needs betas above 0 and below 1, got some from "
+            "The betas of a chain must be above 0 and below 1, got values from "
             f"{float(betas.min()):.6g} to {float(betas.max()):.6g}."
         )
-    decay = -torch.log1p(-betas).cumsum(0)  # −log ᾱ, without taking ᾱ from 1
+    decay = -torch.log1p(-betas).cumsum(0)  # −log ᾱ, without computing 1 − ᾱ
     return tuple((-torch.log(torch.expm1(decay))).tolist())
 
 
 def _improved_ddpm() -> tuple[float, ...]:
-    """The thousand levels of improved DDPM: ᾱ(t) = cos², a little off zero, with β ≤ 0.999."""
+    """The thousand levels of improved DDPM: ᾱ(t) = cos² with an offset, and β ≤ 0.999."""
 
     def kept(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -58,20 +58,21 @@ def _improved_ddpm() -> tuple[float, ...]:
 
 
 class TableSchedule(NoiseSchedule):
-    """A chain's own levels, at equal steps of t, with straight lines between them.
+    """The levels of a chain, uniform in t, with linear interpolation in between.
 
     For a model that was trained on a chain without a formula: with `num_timesteps` = N − 1 the
-    loss, the bound and the samplers visit exactly its levels. (DDPM's own chain has a formula,
+    loss, the bound and the samplers use exactly its levels. (DDPM's own chain has a formula,
     `BetaSchedule`.)
 
     Args:
-        levels: λ of each level, at least two of them, falling, the cleanest first; None means the
-            thousand of improved DDPM, from 10.09 to −19.84. `chain_levels` makes them from betas.
+        levels: λ of each level, at least two, decreasing from clean data to noise; None means the
+            thousand levels of improved DDPM, from 10.09 to −19.84. `chain_levels` computes them
+            from betas.
         logsnr_min: Smallest λ; None means the last level.
         logsnr_max: Largest λ; None means the first level.
 
     Raises:
-        ValueError: If the levels are fewer than two, do not fall, or are not finite.
+        ValueError: If there are fewer than two levels, or they do not decrease or are not finite.
 
     References:
         Nichol & Dhariwal (2021), Improved DDPM, arXiv:2102.09672, Eq. 17 and section 3.2.
@@ -94,12 +95,12 @@ class TableSchedule(NoiseSchedule):
         falls = bool(table.isfinite().all() and (table.diff() < 0).all())
         if len(table) < 2 or not falls:
             raise ValueError(
-                "TableSchedule: expected at least two levels of λ, finite and falling from clean "
+                "TableSchedule: expected at least two finite levels of λ, decreasing from clean "
                 f"data to noise, got {_shown(levels)}."
             )
         super().__init__(logsnr_min, logsnr_max, support=(float(table[-1]), float(table[0])))
         self.levels = levels
-        self.register_buffer("table", table, persistent=False)  # its arguments say it already
+        self.register_buffer("table", table, persistent=False)  # given by the arguments
 
     def _logsnr(self, t: Tensor) -> Tensor:
         place = t * (len(self.table) - 1)
@@ -112,7 +113,7 @@ class TableSchedule(NoiseSchedule):
         return (after - 1 + (start - logsnr) / (start - end)) / (len(self.table) - 1)
 
     def extra_repr(self) -> str:
-        """The arguments; of a long table its first and last levels."""
+        """The arguments; a long table is abbreviated to its first and last levels."""
         low, high = self.ends
         return f"levels={_shown(self.levels)}, logsnr_min={low!r}, logsnr_max={high!r}"
 

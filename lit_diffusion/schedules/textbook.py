@@ -1,7 +1,7 @@
 """The published noise schedules that have a closed form.
 
-Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; see `noise_schedule` for what all of
-them share. As densities over λ the well-known names are::
+Letters: logsnr = λ; t ∈ [0, 1] from clean data to noise; see `schedules.base` for what they share.
+As densities over λ they are::
 
     uniform              LinearSchedule     VDM's fixed schedule
     hyperbolic secant    CosineSchedule     improved DDPM, and most image models since
@@ -13,9 +13,9 @@ them share. As densities over λ the well-known names are::
     learned              LearnedSchedule    VDM
     a histogram          AdaptiveSchedule   VDM++
     a published table    TableSchedule      improved DDPM's chain, and any other
-    any of them, moved   ShiftedSchedule    larger images
+    any of them, shifted ShiftedSchedule    larger images
 
-To add one: subclass `NoiseSchedule`, give `_logsnr`, and test it with `testing.check_schedule`.
+To add one, subclass `NoiseSchedule`, define `_logsnr`, and test it with `testing.check_schedule`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ __all__ = [
 
 
 class LinearSchedule(NoiseSchedule):
-    """Linear in λ, the uniform density: λ = logsnr_max + (logsnr_min − logsnr_max) t.
+    """Linear in t, the uniform density: λ = logsnr_max + (logsnr_min − logsnr_max) t.
 
-    Every noise level is visited equally: the plain estimate of the integral, and the natural
-    start where nothing is known about the loss.
+    All noise levels are sampled equally: the plain estimate of the integral, and the natural
+    choice where nothing is known about the loss.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
         logsnr_max: Largest λ; None means 20.
-        learn: Whether both ends are learned, from the values above (the "scalar" schedule of VDM);
-            the loss then needs a decoder.
+        learn: Whether both ends are learned, with these initial values (the "scalar" schedule of
+            VDM); the loss then needs a decoder.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, appendix H.
@@ -69,7 +69,7 @@ class LinearSchedule(NoiseSchedule):
         self.learn = learn
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        # Learned ends are float32 numbers: each meets a float64 one before they meet one another.
+        # Learned ends are float32: multiply each by a float64 tensor before the sum.
         return self.logsnr_max * (1 - t) + self.logsnr_min * t
 
     def _time(self, logsnr: Tensor) -> Tensor:
@@ -78,14 +78,14 @@ class LinearSchedule(NoiseSchedule):
 
     def _slope(self, t: Tensor, s: Tensor) -> Tensor | None:
         if isinstance(self.logsnr_min, Tensor) or isinstance(self.logsnr_max, Tensor):
-            return None  # to read learned ends would be to wait for the device
+            return None  # reading learned ends would synchronise with the device
         return torch.full_like(t, self.logsnr_min - self.logsnr_max)
 
 
 class CosineSchedule(NoiseSchedule):
     """Cosine, p(λ) = sech(λ/2)/2π: λ = −2 log tan(πt/2), so that α = cos(πt/2).
 
-    The standard for images: most effort near λ = 0, where shapes are decided.
+    The standard for images: most samples are near λ = 0, where the shapes are decided.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
@@ -118,8 +118,8 @@ class CosineSchedule(NoiseSchedule):
 class FlowSchedule(NoiseSchedule):
     """Flow matching with uniform t, p(λ) = sech²(λ/4)/8: λ = 2 log((1 − t)/t).
 
-    The path of rectified flow and of optimal transport, (1 − t)x + tε, in λ: a logistic density
-    of scale 2.
+    The path (1 − t)x + tε of rectified flow and conditional optimal transport, in λ: a logistic
+    density of scale 2.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
@@ -152,9 +152,9 @@ class FlowSchedule(NoiseSchedule):
 class NormalSchedule(NoiseSchedule):
     """Normal, p(λ) = N(λ; mean, std²): λ = mean − std·Φ⁻¹(t).
 
-    The defaults are EDM's training density (ln σ of its z/α frame is N(−1.2, 1.2²)). The
-    logit-normal density of Stable Diffusion 3 is the same family: t = sigmoid(N(m, s²)) on the
-    flow path is mean = −2m, std = 2s.
+    The defaults are EDM's training density (ln σ ~ N(−1.2, 1.2²) in its coordinates z/α). The
+    logit-normal density of Stable Diffusion 3 belongs to the same family: t = sigmoid(N(m, s²)) on
+    the flow path is mean = −2m, std = 2s.
 
     Args:
         mean: Mean of λ.
@@ -199,11 +199,11 @@ class NormalSchedule(NoiseSchedule):
 class LaplaceSchedule(NoiseSchedule):
     """Laplace, p(λ) = e^(−|λ − mean|/scale)/(2 scale): a sharp peak at one noise level.
 
-    Chosen for fast training of images: effort is concentrated where signal and noise are equal.
+    Proposed for fast training on images: samples concentrate where signal and noise are equal.
 
     Args:
-        mean: Log-SNR of the peak.
-        scale: Width b, above 0.
+        mean: λ of the peak.
+        scale: Scale parameter, above 0.
         logsnr_min: Smallest λ; None means −20.
         logsnr_max: Largest λ; None means 20.
 
@@ -246,15 +246,15 @@ class LaplaceSchedule(NoiseSchedule):
 
 
 class KarrasSchedule(NoiseSchedule):
-    """EDM's sampling grid, linear in σ^(1/ρ) of the z/α frame: σ = e^(−λ/2).
+    """EDM's sampling grid, linear in σ^(1/ρ) in its coordinates z/α: σ = e^(−λ/2).
 
-    Steps grow shorter towards clean data, where the sampler's error would show. Meant for
+    Steps become shorter towards clean data, where the sampler's error would be visible. Meant for
     sampling; as a training density it is p(λ) ∝ e^(−λ/2ρ).
 
     Args:
         sigma_min: Smallest noise level σ, above 0.
         sigma_max: Largest noise level σ, above sigma_min.
-        rho: Curvature ρ, above 0; larger means more steps at low noise.
+        rho: Curvature ρ, above 0; a larger value means more steps at low noise.
         logsnr_min: Smallest λ; None means −2 ln sigma_max.
         logsnr_max: Largest λ; None means −2 ln sigma_min.
 

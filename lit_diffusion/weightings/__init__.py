@@ -1,8 +1,8 @@
-"""Weightings: a family of functions w(λ), one for each published objective.
+"""Weightings: functions w(λ), one for each published objective.
 
-`base` defines a weighting, `continuous` has those in continuous time, `chain` those of a
-discrete chain, `derived` those made from another weighting or from a schedule. A class of your
-own joins the registry by subclassing `Weighting`.
+`base` defines a weighting, `continuous` contains those in continuous time, `chain` those of a
+discrete chain, and `derived` those made from another weighting or from a schedule. A subclass of
+`Weighting` registers itself.
 """
 
 from lit_diffusion.registry import Registry

@@ -1,14 +1,15 @@
-"""What a weighting is: how much each noise level counts.
+"""The base class of weightings: how much each noise level counts.
 
-Letters: logsnr = λ, w the weight. One convention holds everywhere: w(λ) weighs the squared error
-of the noise in
+Letters: logsnr = λ, w the weight. One convention holds everywhere: w(λ) is the weight on the
+squared error of the noise in
 
     L_w(x) = ½ ∫ w(λ) E‖ε̂ − ε‖² dλ
 
-so w says *what* is optimised, whatever the network predicts and whatever the schedule.
+so w defines *what* is optimised, whatever the network predicts and whatever the schedule.
 
-If w never rises with λ the loss is the ELBO of data with Gaussian noise added (Kingma & Gao
-2023, theorem 1); w = 1 is the ELBO of the data themselves. The family is in `weightings`.
+If w never increases with λ, the loss is the ELBO of the data with Gaussian noise added (Kingma &
+Gao 2023, theorem 1); w = 1 is the ELBO of the data themselves. The package `weightings` lists them
+all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["Weighting"]
 class Weighting(nn.Module, ABC):
     """The weight w(λ) > 0 on ‖ε̂ − ε‖² in ½ ∫ w(λ) … dλ.
 
-    A leaf gives `forward`.
+    A subclass defines `forward`.
 
     Example:
         >>> class MyWeighting(Weighting):
@@ -50,5 +51,5 @@ class Weighting(nn.Module, ABC):
         """
 
     def extra_repr(self) -> str:
-        """The arguments, as they would be written."""
+        """The arguments, as in the constructor call."""
         return plain_arguments(self)

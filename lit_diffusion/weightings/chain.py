@@ -1,21 +1,21 @@
-"""Weightings of the discrete chain: DDPM's other losses.
+"""Weightings of a discrete chain: the losses of DDPM besides L_simple.
 
 Letters: t and s = t − 1/T the ends of a step of a chain of T steps, λ_t < λ_s; β the variance that
-it adds going forward, β̃ that of its posterior q(z_s | z_t, x).
+the forward step adds, β̃ the variance of its posterior q(z_s | z_t, x).
 
-DDPM regresses on the noise, on the posterior mean μ̃, or on the bound itself, with a variance σ²
-of its choice for the model's step. All are weighted losses of the same chain. In its discrete form
+DDPM regresses on the noise, on the posterior mean μ̃, or minimises the bound itself, with a fixed
+variance σ² of the model's step. All are weighted losses of the same chain. In the discrete form
 
     L_w = T/2 E_t[ expm1(λ_s − λ_t) w(λ_t) ‖ε̂ − ε‖² ]
 
-a step of the bound with σ² = β̃ has w = 1, because with c = 1 − e^(λ_t − λ_s)
+the bound with σ² = β̃ has w = 1, because with c = 1 − e^(λ_t − λ_s)
 
     ‖μ̃ − μ‖² = α_s² c² ‖x̂ − x‖² = α_s² c² e^(−λ_t) ‖ε̂ − ε‖²      β̃ = σ_s² c
     ‖μ̃ − μ‖² / 2β̃ = ½ c e^(λ_s − λ_t) ‖ε̂ − ε‖² = ½ expm1(λ_s − λ_t) ‖ε̂ − ε‖²
 
-From there the others are one factor away: w = β̃/σ² for a step of variance σ², w = β̃ for the mean
-itself, and L_simple is 1/(T expm1(λ_s − λ_t)), which is the density p(λ) where steps are short
-(`DensityWeighting`, given the steps).
+The others differ by one factor: w = β̃/σ² for steps of variance σ², w = β̃ for regression on the
+mean (up to a factor), and w = 1/(T expm1(λ_s − λ_t)) for L_simple, which is the density p(λ) in
+the limit of short steps (`DensityWeighting` with num_timesteps).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ __all__ = ["PosteriorMeanWeighting", "VariationalWeighting", "chain_step"]
 
 
 def chain_step(schedule: NoiseSchedule, num_timesteps: int, logsnr: Tensor) -> Tensor:
-    """How far λ rises in the step that starts at λ: λ_s − λ_t, s = t − 1/T.
+    """The increase of λ over the step that starts at λ_t: λ_s − λ_t, s = t − 1/T.
 
-    Beyond the first and the last step of the chain the nearest step counts.
+    Outside the chain the nearest step counts.
 
     Args:
-        schedule: Whose levels; DDPM's own table is `BetaSchedule()` with 999 steps.
+        schedule: Schedule of the chain; DDPM's own is `BetaSchedule()` with 999 steps.
         num_timesteps: Number T of steps, at least 1.
         logsnr: λ_t.
 
@@ -54,15 +54,15 @@ def chain_step(schedule: NoiseSchedule, num_timesteps: int, logsnr: Tensor) -> T
 class VariationalWeighting(Weighting):
     """The bound of a chain whose steps have variance σ²: w(λ) = β̃/σ².
 
-    log σ² goes from log β̃ to log β as `variance` goes from 0 to 1, as in `AncestralSampler`. At 0
-    it is w = 1, VDM's bound; at 1 it is DDPM's, what the network can do about it (the variances
-    themselves cost a constant more).
+    log σ² varies linearly from log β̃ to log β as `variance` goes from 0 to 1, as in
+    `AncestralSampler`. 0 gives w = 1, VDM's bound; 1 gives DDPM's, up to a constant that the
+    network does not influence.
 
     Args:
-        schedule: Whose levels; None means `BetaSchedule()`.
-        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels are 999
-            steps apart.
-        variance: From 0, the posterior's, to 1, the forward step's.
+        schedule: Schedule of the chain; None means `BetaSchedule()`.
+        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels have
+            999 steps between them.
+        variance: From 0, the posterior variance β̃, to 1, the forward variance β.
 
     Raises:
         ValueError: If num_timesteps is below 1 or variance outside [0, 1].
@@ -101,13 +101,13 @@ class VariationalWeighting(Weighting):
 class PosteriorMeanWeighting(Weighting):
     """Regression on the posterior mean, ‖μ̃ − μ‖²: w(λ) = β̃ = σ_s² (1 − e^(λ_t − λ_s)).
 
-    The plainest way to train a chain, and DDPM's first: predict the mean of the next, cleaner,
-    image. It counts noisy levels most, and by this measure the clean ones hardly at all.
+    The most direct way to train a chain, and the first of DDPM: predict the mean of the next,
+    cleaner image. Noisy levels dominate, and clean ones hardly count.
 
     Args:
-        schedule: Whose levels; None means `BetaSchedule()`.
-        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels are 999
-            steps apart.
+        schedule: Schedule of the chain; None means `BetaSchedule()`.
+        num_timesteps: Number T of steps of the chain, at least 1; DDPM's thousand levels have
+            999 steps between them.
 
     Raises:
         ValueError: If num_timesteps is below 1.

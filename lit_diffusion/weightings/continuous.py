@@ -1,10 +1,11 @@
-"""The family of weightings: which published objective is which w(λ).
+"""The weightings in continuous time: the w(λ) of each published objective.
 
-Letters: logsnr = λ, w the weight; see `weighting` for the one convention. To read a published loss
-as a weighting, multiply its weight on its own target by the target's error in units of ε
-(`Prediction.eps_error_scale`, inverted) and by the density p(λ) it drew from; the constants
-dropped here scale the loss and nothing else. In particular a plain ε-loss under the density p has
-w = p (`DensityWeighting`). Those that only a discrete chain has are in `chain_weightings`.
+Letters: logsnr = λ, w the weight; see `weightings.base` for the convention. To convert a published
+loss to a weighting, divide its weight on its own target by `Prediction.eps_error_scale` and
+multiply by the density p(λ) from which it samples; constant factors are dropped here, since they
+only scale the loss. In particular an unweighted ε-loss under the density p has w = p
+(`DensityWeighting`). The weightings that exist for a discrete chain only are in
+`weightings.chain`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ELBOWeighting(Weighting):
     """The likelihood: w(λ) = 1.
 
     The loss is then the diffusion term of the variational bound, in nats: the choice for
-    compression and density estimation. Most of it is spent on detail the eye cannot see.
+    compression and density estimation. Most of it is due to detail that the eye cannot see.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630, Eq. 17.
@@ -60,7 +61,8 @@ class ELBOWeighting(Weighting):
 class SechWeighting(Weighting):
     """The ε-loss under a cosine schedule: w(λ) = sech(λ/2).
 
-    What improved DDPM and most ε-models train on. Not monotone: it falls at high noise too.
+    The objective of improved DDPM and most ε-models. Not monotone: it decreases at high noise,
+    too.
 
     References:
         Nichol & Dhariwal (2021), Improved DDPM, arXiv:2102.09672;
@@ -79,8 +81,8 @@ class SechWeighting(Weighting):
 class ExponentialWeighting(Weighting):
     """The v-loss under a cosine schedule, and flow matching: w(λ) = e^(−λ/2).
 
-    Two famous objectives that are one: they differ only in what the network outputs and where λ
-    is drawn. Monotone.
+    These two objectives are the same: they differ only in what the network outputs and in the
+    density of λ. Monotone.
 
     References:
         Salimans & Ho (2022), arXiv:2202.00512; Lipman et al. (2022), arXiv:2210.02747;
@@ -99,7 +101,7 @@ class ExponentialWeighting(Weighting):
 class InDIWeighting(Weighting):
     """The x-loss on the flow path with uniform t: w(λ) = e^(−λ) sech²(λ/4).
 
-    Regression on the clean image at every degree of damage, as in inversion by direct iteration.
+    Regression on the clean image from every degree of degradation (inversion by direct iteration).
 
     References:
         Delbracio & Milanfar (2023), Inversion by Direct Iteration, arXiv:2303.11435;
@@ -118,11 +120,12 @@ class InDIWeighting(Weighting):
 class EDMWeighting(Weighting):
     """EDM's loss: w(λ) = N(λ; mean, std²) (e^(−λ) + data_std²).
 
-    The F-loss with unit weight at initialisation under EDM's normal density. Not monotone below
-    λ = −3.31 (for the defaults); `MonotoneWeighting(EDMWeighting())` is the monotone variant.
+    EDM's loss on F, whose weight is one at initialisation, under its normal density. With the
+    defaults it increases below λ = −3.31; `MonotoneWeighting(EDMWeighting())` is the monotone
+    variant.
 
     Args:
-        data_std: Standard deviation of the data, above 0; the same as `EDMPrediction`'s.
+        data_std: Standard deviation of the data, above 0; the same as in `EDMPrediction`.
         mean: Mean of λ in EDM's training density.
         std: Standard deviation of λ in EDM's training density, above 0.
 
@@ -156,7 +159,7 @@ class EDMWeighting(Weighting):
 class P2Weighting(Weighting):
     """Perception-prioritised, cosine schedule: w(λ) = sech(λ/2) / (1 + e^λ)^gamma.
 
-    Takes weight from the clean end, where errors are invisible.
+    Reduces the weight at the clean end, where errors are invisible.
 
     Args:
         gamma: Strength, 0 or more; the paper uses 0.5 and 1.
@@ -187,8 +190,8 @@ class P2Weighting(Weighting):
 class MinSNRWeighting(Weighting):
     """Min-SNR, cosine schedule: w(λ) = sech(λ/2) min(1, gamma e^(−λ)).
 
-    The ε-loss with its weight on x clamped at gamma, so that clean levels do not crowd out the
-    rest. Because the weight is always on ε here, it is the same for every prediction.
+    The ε-loss with its weight on x clamped at gamma, so that clean levels do not dominate. As w is
+    always the weight on ε, it is the same for every prediction.
 
     Args:
         gamma: Largest weight on the error of x, above 0.
@@ -219,10 +222,10 @@ class MinSNRWeighting(Weighting):
 class SoftMinSNRWeighting(Weighting):
     """Soft Min-SNR, EDM's density: w(λ) = N(λ; mean, std²) sigmoid(ln gamma − λ).
 
-    Min-SNR without its corner: the weight on x is SNR·gamma/(SNR + gamma).
+    A smooth version of Min-SNR: the weight on x is SNR·gamma/(SNR + gamma).
 
     Args:
-        gamma: Where the weight on x saturates, above 0; 1/data_std², 4 for images.
+        gamma: Value at which the weight on x saturates, above 0; 1/data_std², 4 for images.
         mean: Mean of λ in the training density.
         std: Standard deviation of λ in the training density, above 0.
 
@@ -256,11 +259,11 @@ class SoftMinSNRWeighting(Weighting):
 class SigmoidWeighting(Weighting):
     """Sigmoid: w(λ) = sigmoid(bias − λ).
 
-    1 at high noise and e^(bias − λ) at low noise: capacity is not spent on invisible detail.
-    Monotone: the ELBO of images seen through noise at λ ~ Logistic(bias, 1).
+    It approaches 1 at high noise and e^(bias − λ) at low noise, so capacity is not spent on
+    invisible detail. Monotone: the ELBO of images with noise added at λ ~ Logistic(bias, 1).
 
     Args:
-        bias: Log-SNR at which the weight is one half; 2 was best on ImageNet 64.
+        bias: λ at which the weight is one half; 2 was best on ImageNet 64.
 
     References:
         Kingma & Gao (2023), arXiv:2303.00848, section 5; Hoogeboom et al. (2024), Simpler

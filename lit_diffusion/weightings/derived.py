@@ -19,12 +19,13 @@ __all__ = ["DensityWeighting", "MonotoneWeighting", "ShiftedWeighting"]
 class MonotoneWeighting(Weighting):
     """Another weighting made monotone: w(λ) = sup of base(λ') over λ' ≥ λ.
 
-    The smallest weighting above the base that never rises with λ, hence a likelihood objective.
-    `MonotoneWeighting(EDMWeighting())` is the paper's EDM-monotonic: flat below the peak. The
-    supremum is taken on a grid of 0.01 over [−40, 40], peaks refined by a parabola (1e-8).
+    The smallest weighting above the base that never increases with λ, hence a likelihood
+    objective. `MonotoneWeighting(EDMWeighting())` is the paper's EDM-monotonic: constant below the
+    peak. The supremum is computed on a grid of spacing 0.01 on [−40, 40], with peaks refined by a
+    parabola (to 1e-8).
 
     Args:
-        base: The weighting to bound; None means `EDMWeighting()`.
+        base: The weighting to make monotone; None means `EDMWeighting()`.
 
     References:
         Kingma & Gao (2023), arXiv:2303.00848, section 5.
@@ -43,29 +44,29 @@ class MonotoneWeighting(Weighting):
         grid = torch.linspace(-40, 40, 8001, dtype=torch.float64, device=logsnr.device)
         height = self.base(grid)
         left, top, right = height[:-2], height[1:-1], height[2:]
-        # Where the grid has a peak, move that point to the vertex of the parabola through three.
+        # Move each peak of the grid to the vertex of the parabola through it and its neighbours.
         peak = (top > left) & (top >= right)
         bend = torch.where(peak, 2 * top - left - right, torch.ones_like(top))
         away = torch.where(peak, (right - left) / (2 * bend), torch.zeros_like(top))
         grid = grid + 0.01 * torch.nn.functional.pad(away, (1, 1))
         height = height + torch.nn.functional.pad(away**2 * bend / 2, (1, 1))
-        beyond = height.flip(0).cummax(0).values.flip(0)  # supremum over grid points from here on
+        beyond = height.flip(0).cummax(0).values.flip(0)  # supremum from each grid point on
         beyond = torch.cat([beyond, beyond.new_zeros(1)])
         after = torch.searchsorted(grid, logsnr.detach().to(torch.float64).contiguous())
         return torch.maximum(self.base(logsnr), beyond[after].to(logsnr.dtype))
 
 
 class DensityWeighting(Weighting):
-    """The density of a schedule as weight: w(λ) = p(λ), the plain ε-loss sampled from p.
+    """The density of a schedule as weight: w(λ) = p(λ), the unweighted ε-loss under p.
 
     DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is sampled from the same schedule,
-    w/p = 1 and the loss is literally the mean squared error; under any other it is the
-    same objective still. With num_timesteps=T it is the density of the discrete chain,
-    1/(T expm1(λ_s − λ)), and the mean squared error is that of a `DiffusionLoss` with the same
-    num_timesteps.
+    w/p = 1 and the loss is literally half the mean squared error; under any other schedule the
+    objective remains the same. With num_timesteps=T the weight is the density of the discrete
+    chain, 1/(T expm1(λ_s − λ)), and the loss of a `DiffusionLoss` with the same num_timesteps is
+    again half the mean squared error.
 
     Args:
-        schedule: Whose density; None means `CosineSchedule()`.
+        schedule: Schedule whose density is the weight; None means `CosineSchedule()`.
         num_timesteps: Number T of steps of the chain; None means continuous time.
 
     Raises:
@@ -100,13 +101,13 @@ class DensityWeighting(Weighting):
 
 
 class ShiftedWeighting(Weighting):
-    """Another weighting moved along λ: w(λ) = base(λ − shift).
+    """Another weighting shifted in λ: w(λ) = base(λ − shift).
 
     For images of side d, relative to 64, the shift is 2 ln(64/d), as for the schedule.
 
     Args:
-        base: The weighting to move; None means `SigmoidWeighting()`.
-        shift: How far it moves towards higher λ.
+        base: The weighting to shift; None means `SigmoidWeighting()`.
+        shift: Shift towards higher λ.
 
     References:
         Hoogeboom et al. (2023), Simple Diffusion, arXiv:2301.11093;

@@ -337,7 +337,7 @@ def test_quick_answers():
 def test_help_shows_the_docstrings(cli):
     code, out, _ = cli("fit", "--model.weighting.help", "SigmoidWeighting")
     assert code == 0
-    assert "Log-SNR at which the weight is one half" in out
+    assert "λ at which the weight is one half" in out
 
 
 def test_wandb_offline_file_is_in_the_run_folder(tmp_path):
@@ -414,7 +414,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, mistake, tmp_path):
 
 def test_another_objective_on_resume_is_said_and_recorded(cli):
     _, out, err = fit(cli, CONFIGS / "digits.yaml")
-    assert "Objective: ELBOWeighting(), drawn from LinearSchedule" in err
+    assert "Objective: ELBOWeighting(), sampled from LinearSchedule" in err
     folder = run_folder(out)
     before = (folder / "config.yaml").read_text()
     code, _, err = fit(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lit_diffusion as ld
+from lit_diffusion import __main__ as command_line
 from lit_diffusion import training
 from lit_diffusion.training import LitDiffusion, compare, ema, objective, plugins, report, sample
 from lit_diffusion.training.cli import COMMANDS
@@ -30,6 +32,14 @@ def modules_after(*words):
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_three_lists_of_commands_agree():
+    of_trainer = {"fit", "validate", "test", "predict"}
+    assert set(COMMANDS) | of_trainer == set(command_line.COMMANDS)
+    described = re.findall(r"^  (\w+) +\S", command_line.HELP, re.MULTILINE)
+    assert set(described) == set(command_line.COMMANDS)
+    assert set(FUNCTIONS) <= set(training.__all__)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -93,7 +103,7 @@ def test_an_objective_from_python():
     described = objective(ld.CosineSchedule(), ld.SigmoidWeighting(bias=1.0), ld.EpsPrediction())
     assert described.objective.monotone
     assert described.figure is None
-    assert str(described).startswith("Objective: SigmoidWeighting(bias=1), drawn from Cosine")
+    assert str(described).startswith("Objective: SigmoidWeighting(bias=1), sampled from Cosine")
     with pytest.raises(ValueError, match="data_std"):
         objective(weighting=ld.EDMWeighting(0.3), prediction=ld.EDMPrediction(0.5))
 

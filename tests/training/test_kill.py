@@ -146,7 +146,7 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     code = process.wait(timeout=60)
     log = (tmp_path / "log.txt").read_text()
     assert code == 128 + getattr(signal, name), log[-3000:]
-    told = re.search(rf"{name}: step (\d+) is saved, go on with --ckpt_path last", log)
+    told = re.search(rf"{name}: step (\d+) is saved; continue with --ckpt_path last", log)
     assert told, log[-3000:]
     assert step_of(tmp_path) == int(told[1])
     assert "Traceback" not in log

@@ -31,7 +31,8 @@ class RectifiedFlowWeighting(Weighting):
     `NormalSchedule(0, 2)` the logit-normal of Stable Diffusion 3.
 
     Args:
-        schedule: Whose density; None means `ModeSchedule()`. Beyond its range the weight is 0.
+        schedule: Schedule whose density is the weight; None means `ModeSchedule()`. Outside its
+            range the weight is 0.
 
     References:
         Esser et al. (2024), Scaling Rectified Flow Transformers for High-Resolution Image
