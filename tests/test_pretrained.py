@@ -151,7 +151,7 @@ def test_a_sampler_beyond_the_trained_range_is_refused():
         tiny(schedule=ld.LinearSchedule(-5.0, 5.0), sampler=beyond)
     inside = tiny(schedule=ld.LinearSchedule(-5.0, 5.0))
     assert inside.sampler.schedule.ends == (-5.0, 5.0)
-    with pytest.raises(ValueError, match="give its schedule that range"):
+    with pytest.raises(ValueError, match="restrict its schedule to that range"):
         inside.sample(1, sampler=beyond)
 
 

@@ -193,7 +193,7 @@ def test_the_overlay_works_on_top(cli, base, overlay, grey, rgb, rgb64):
     adaptive = ["--config", CONFIGS / "with" / "adaptive.yaml"]
     code, out, err = cli("fit", *words, *adaptive, "--trainer.callbacks.every_n_steps=1")
     assert code == 0, err
-    assert "drawn from AdaptiveSchedule" in err
+    assert "sampled from AdaptiveSchedule" in err
     folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     model = LitDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
     schedule = model.loss.schedule

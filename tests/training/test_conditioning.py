@@ -530,7 +530,7 @@ def test_the_interval_of_a_grid_without_conditions_counts():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
     def draw(**arguments):
-        return SampleGrid(rows=1, columns=3, **arguments).draw(model)
+        return SampleGrid(rows=1, columns=3, **arguments).sample(model)
 
     plain, guided = draw(), draw(guidance=5.0)
     assert not torch.allclose(plain, guided)

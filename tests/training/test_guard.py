@@ -172,7 +172,7 @@ def test_the_end_and_a_validation_are_looked_at(tmp_path, first):
 
 
 def test_a_run_that_never_logs_does_not_remember_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_diffusion.training.callbacks.guard.KEPT", 5)
+    monkeypatch.setattr("lit_diffusion.training.callbacks.guard.MAX_STEPS", 5)
     guard = Guard()
     lengths = []
     note = L.pytorch.callbacks.LambdaCallback(

@@ -82,8 +82,9 @@ def _how(protocol: dict[str, Any]) -> str:
             "" if protocol.get("num_timesteps") is None else f", {protocol['num_timesteps']} steps"
         )
         low, high = protocol["λ"]
+        levels = "noise level" if protocol["draws"] == 1 else "noise levels"
         return (
-            f"{protocol['examples']} examples, {protocol['draws']} draws{chain}, λ in "
+            f"{protocol['examples']} examples, {protocol['draws']} {levels} each{chain}, λ in "
             f"[{low:.4g}, {high:.4g}], {protocol['decoder']}"
         )
     if "split" in protocol:
