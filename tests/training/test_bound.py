@@ -251,7 +251,7 @@ def test_it_trains_is_averaged_and_resumes_exactly(tmp_path):
 
 def test_a_sampler_with_ends_of_its_own_cannot_follow():
     sampler = ld.DDIMSampler(schedule=ld.CosineSchedule(-5.0, 5.0))
-    with pytest.raises(ValueError, match="leave the sampler's schedule out"):
+    with pytest.raises(ValueError, match="leave out the sampler's schedule"):
         learned_model(sampler=sampler)
     learned_model(learn="shape", sampler=sampler)
 

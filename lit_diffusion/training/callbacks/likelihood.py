@@ -251,8 +251,9 @@ class Likelihood(L.Callback):
         what = ", of a density in units of x, not of grey levels" if density else ""
         return (
             f"{stage}/bpd: at most {bits.value:.4f} ± {bits.error:.4f} bits per dimension{what} "
-            f"({parts}), over {bits.protocol['examples']} examples, {self.samples_per_example} noise "
-            f"level(s) each, {chain}, λ in [{low:.4g}, {high:.4g}], {decoder}"
+            f"({parts}), over {bits.protocol['examples']} examples, "
+            f"{self.samples_per_example} noise level(s) each, {chain}, "
+            f"λ in [{low:.4g}, {high:.4g}], {decoder}"
         )
 
     on_validation_epoch_start = on_test_epoch_start = _start

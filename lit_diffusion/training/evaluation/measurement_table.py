@@ -85,8 +85,8 @@ def _how(protocol: dict[str, Any]) -> str:
         low, high = protocol["λ"]
         levels = "noise level" if protocol["samples per example"] == 1 else "noise levels"
         return (
-            f"{protocol['examples']} examples, {protocol['samples per example']} {levels} each{chain}, λ in "
-            f"[{low:.4g}, {high:.4g}], {protocol['decoder']}"
+            f"{protocol['examples']} examples, {protocol['samples per example']} {levels} "
+            f"each{chain}, λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
         )
     if "split" in protocol:
         return f"split {protocol['split']}"
