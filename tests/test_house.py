@@ -81,9 +81,7 @@ UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.data.table", "_fingerprint"),
-}
+PRIVATE: set[tuple[str, str]] = set()
 
 
 @cache

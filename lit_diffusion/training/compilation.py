@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.models import SamplingModel
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["compile_in_place", "why_not"]
 
@@ -45,7 +45,7 @@ def compile_in_place(
                 f"nothing can be compiled for {device} ({reason}): install what is missing, or do "
                 "not ask for it."
             )
-        rank_zero_warn(
+        warn(
             f"nothing can be compiled for {device} ({reason}): going on without, slower and "
             "otherwise the same."
         )

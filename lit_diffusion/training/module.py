@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,7 +42,7 @@ from lit_diffusion.training.optimizers import (
 )
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -197,10 +196,8 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         return [] if any(isinstance(one, BatchFit) for one in callbacks) else [BatchFit()]
 
     def setup(self, stage: str) -> None:
-        """Have checkpoints written whole or not at all, and settle what the device cannot do."""
+        """Settle a precision that the device does not have."""
         settle_precision(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_fit_start(self) -> None:
         """Refuse to lose the average of a run that is resumed."""

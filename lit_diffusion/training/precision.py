@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["has_bfloat16", "settle_precision"]
 
@@ -53,7 +53,5 @@ def settle_precision(trainer: Any) -> None:
             f"trainer.precision={precision}: {lacks}; set trainer.precision=16-mixed, which is "
             "its half precision, or 32-true."
         )
-    rank_zero_warn(
-        f"{lacks}: training in float32 (trainer.precision=16-mixed is its half precision)."
-    )
+    warn(f"{lacks}: training in float32 (trainer.precision=16-mixed is its half precision).")
     trainer.strategy.precision_plugin = Precision()

@@ -13,7 +13,14 @@ import warm
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import EMA, ImageDataModule, LastCheckpoint, Likelihood, LitDiffusion
+from lit_diffusion.training import (
+    EMA,
+    ImageDataModule,
+    LastCheckpoint,
+    Likelihood,
+    LitDiffusion,
+    WholeCheckpointIO,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = ld.SoftmaxDecoder(17)
@@ -49,6 +56,7 @@ def trainer(folder, callbacks=(), **arguments):
         "enable_model_summary": False,
         "use_distributed_sampler": False,
         "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in callbacks),
+        "plugins": [WholeCheckpointIO()],
         "max_epochs": -1,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,

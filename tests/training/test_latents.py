@@ -273,8 +273,8 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
 def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkeypatch):
     from pyarrow import parquet
 
-    Path("latents.partial").mkdir()
-    Path("latents.partial/train-00000.parquet").write_bytes(b"of a process that was killed")
+    Path(".latents.1.tmp").mkdir()
+    Path(".latents.1.tmp/train-00000.parquet").write_bytes(b"of a process that was killed")
 
     def full(*words, **options):
         raise OSError(28, "No space left on device")

@@ -21,6 +21,7 @@ from lit_diffusion.training import (
     LitDiffusion,
     SampleGrid,
     WarmupDecayLR,
+    WholeCheckpointIO,
 )
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
@@ -58,7 +59,7 @@ def trainer(folder, **arguments):
     }
     arguments = {**defaults, **arguments}
     if any(isinstance(c, LastCheckpoint) for c in arguments.get("callbacks", [])):
-        arguments["enable_checkpointing"] = True
+        arguments = {"plugins": [WholeCheckpointIO()], **arguments, "enable_checkpointing": True}
     return L.Trainer(**arguments)
 
 

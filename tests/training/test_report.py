@@ -401,6 +401,7 @@ def test_the_report_is_named_before_the_run_folder(cli):
     assert len(list(Path("runs").glob("*/*/report.html"))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the environment of", "ignore:the report of")
 def test_a_failing_report_fails_no_run(cli, monkeypatch):
     def broken(*args):
         raise OSError("no room")

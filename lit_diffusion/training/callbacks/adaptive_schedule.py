@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.schedules import AdaptiveSchedule
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class AdaptiveScheduleUpdate(L.Callback):
         """Report the losses that were left out."""
         rejected = int(pl_module.loss.schedule.rejected)
         if rejected:
-            rank_zero_warn(f"AdaptiveSchedule: {rejected} non-finite losses were left out.")
+            warn(f"AdaptiveSchedule: {rejected} non-finite losses were left out.")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

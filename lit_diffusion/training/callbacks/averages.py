@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
 from lit_diffusion.training.callbacks.ema import name_of, trained_weights
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.snapshots import folder_of, next_step, write_snapshot
 from lit_diffusion.training.run.trainer import output_folder
 
@@ -94,7 +94,7 @@ class Averages(L.Callback):
         step = self._last_step = trainer.global_step
         late = [str(one.profile) for one in self._averages if step > one.updates == 0]
         if late:
-            rank_zero_warn(
+            warn(
                 f"Averages: the checkpoint does not contain {', '.join(late)}; averaging starts "
                 f"at step {step}."
             )
@@ -137,12 +137,10 @@ class Averages(L.Callback):
         try:
             path = write_snapshot(self._run, step, list(self._weights), powers)
         except OSError as error:
-            rank_zero_warn(f"{error} Training continues.")
+            warn(f"{error} Training continues.")
         else:
             if path is None:
-                rank_zero_warn(
-                    f"Averages: no snapshot at step {step}, since a weight is not finite."
-                )
+                warn(f"Averages: no snapshot at step {step}, since a weight is not finite.")
 
     def state_dict(self) -> dict[str, Any]:
         """Every average, with its name and its number of updates."""

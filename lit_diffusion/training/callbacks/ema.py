@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
 __all__ = ["EMA", "name_of", "trained_weights"]
@@ -83,7 +83,7 @@ class EMA(L.Callback):
         other = self._loaded_name != str(self._profile)
         if start and other and isinstance(self._profile, PowerProfile):
             # A constant decay forgets where it started; a power function does not.
-            rank_zero_warn(
+            warn(
                 f"EMA: expected the average {self._profile} in the checkpoint, got "
                 f"{self._loaded_name or 'one of a constant decay'}: averaging restarts from the "
                 "present weights."

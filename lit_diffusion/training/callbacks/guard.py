@@ -13,11 +13,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
@@ -146,7 +146,7 @@ class Guard(L.Callback):
             if self.skips > self.max_skips:
                 self._error = f"{sentence} {self.max_skips} steps were skipped before it."
                 raise ValueError(self._error)
-            rank_zero_warn(f"{sentence} Step skipped, {self.skips} of at most {self.max_skips}.")
+            warn(f"{sentence} Step skipped, {self.skips} of at most {self.max_skips}.")
         elif self.on_non_finite == "stop":
             self._steps.append(step)
             if trainer.global_step % log_interval(trainer) == 0 or len(self._steps) == MAX_STEPS:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import sync
 
@@ -74,6 +74,12 @@ class LastCheckpoint(Checkpoint):
         folder = output_folder(trainer)
         self._enabled = folder is not None
         self._path = (folder or Path()) / "checkpoints" / "last.ckpt"
+        whole = isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
+        if stage == "fit" and self._enabled and not whole:
+            warn(
+                "LastCheckpoint: a kill while last.ckpt is written may destroy it; to prevent "
+                "that, give the trainer plugins=[WholeCheckpointIO()]."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step of a resumed run, and install the signal handlers."""
@@ -81,7 +87,7 @@ class LastCheckpoint(Checkpoint):
         if not self._enabled:
             return
         if trainer.num_training_batches == 1 and trainer.max_steps != 1:
-            rank_zero_warn(
+            warn(
                 "LastCheckpoint: with epochs of one batch, checkpoints are saved only at "
                 "validations and at the end; set data.steps_per_epoch to 2 or more."
             )
@@ -168,7 +174,7 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            rank_zero_warn(f"{error} Training continues.")
+            warn(f"{error} Training continues.")
             return False
         self._saved_step, self._late = trainer.global_step, False
         return True
@@ -210,9 +216,7 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         saved = f"step {step} is saved; continue with --ckpt_path last"
         lost = f"step {step} could not be saved"
-        sys.stderr.write(
-            f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.\n"
-        )
+        warn(f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.")
         raise SystemExit(128 + number)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
@@ -15,6 +14,7 @@ from lit_diffusion.training import randomness
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.noise_levels import (
     NoiseLevels,
     plot_noise_levels,
@@ -278,7 +278,7 @@ def _report(record: NoiseLevels) -> None:
     bad = record.not_finite.nonzero()[:, 0]
     if len(bad):
         low, high = float(record.edges[bad[0]]), float(record.edges[bad[-1] + 1])
-        rank_zero_warn(
+        warn(
             f"NoiseLevelLoss: {int(record.not_finite.sum())} losses up to step {record.step} "
             f"({record.stage}) were NaN or infinite, at λ between {low:.4g} and {high:.4g}; "
             "they are counted in noise_levels.csv and excluded from its means."

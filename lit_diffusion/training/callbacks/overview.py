@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.objective import Objective
@@ -16,6 +15,7 @@ from lit_diffusion.training.lightning_internals import logged_step
 from lit_diffusion.training.reporting.objective import save_objective
 from lit_diffusion.training.run.dashboard import Dashboard, show
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 
 __all__ = ["Overview"]
@@ -48,7 +48,7 @@ class Overview(L.Callback):
             found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
             save_objective(found, path)
         except Exception as error:
-            rank_zero_warn(f"The objective could not be plotted: {type(error).__name__}: {error}")
+            warn(f"The objective could not be plotted: {type(error).__name__}: {error}")
         else:
             show(trainer, "objective", path)
 
@@ -64,7 +64,7 @@ class Overview(L.Callback):
         try:
             measured = read_measurements(self._folder)
         except ValueError as error:
-            rank_zero_warn(str(error))
+            warn(str(error))
             return
         if measured == self._measured:
             return

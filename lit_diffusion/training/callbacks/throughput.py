@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["Throughput"]
@@ -158,7 +158,7 @@ class Throughput(L.Callback):
                     self.flops_per_image = count_flops(pl_module, batch)
             except Exception as error:
                 self._peak = None
-                rank_zero_warn(f"Throughput: no mfu, since counting operations failed: {error}")
+                warn(f"Throughput: no mfu, since counting operations failed: {error}")
 
     def on_train_batch_end(
         self,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,11 @@ from lit_diffusion.training.commands.autoencoder import Autoencoder
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.run.whole_folder import (
+    publish,
+    remove_unfinished,
+    unfinished_folder,
+)
 
 __all__ = ["encode"]
 
@@ -82,10 +86,8 @@ def encode(
     autoencoder = Autoencoder(str(vae), find_device(device))
     channels, height, width = data.image_shape
     shape = autoencoder.latent_shape((channels, height, width))
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
-    try:
+    remove_unfinished(out)
+    with unfinished_folder(out) as partial:
         moments = {}
         for split in dict.fromkeys(filter(None, (data.train_split, data.val_split))):
             batches = data.examples(split, batch_size)
@@ -97,9 +99,7 @@ def encode(
         files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in moments)
         text = CARD.format(files=files, facts=_plain(card))
         (partial / "README.md").write_text(text)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+        publish(partial, out)
     return out
 
 

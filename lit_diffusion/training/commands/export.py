@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +30,7 @@ from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
-from lit_diffusion.training.run.whole_file import sync
+from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
 
 __all__ = ["export"]
 
@@ -146,9 +145,7 @@ def _write(
     out: Path, model: Pretrained, about: dict[str, Any], card: str, picture: Path | None
 ) -> None:
     """Write the folder, whole or not at all."""
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
+    with unfinished_folder(out) as unfinished:
         weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
@@ -159,10 +156,4 @@ def _write(
         if picture is not None:
             shutil.copyfile(picture, unfinished / SAMPLES)
         shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # else they are for the owner
-        for file in unfinished.iterdir():
-            sync(file)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        publish(unfinished, out)

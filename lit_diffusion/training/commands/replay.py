@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.fit import DiffusionCLI, is_first_rank
+from lit_diffusion.training.commands.fit import DiffusionCLI
 from lit_diffusion.training.commands.parsing import import_plugins
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.folder import is_first_rank
 
 __all__ = ["Replay", "Witness", "replay"]
 

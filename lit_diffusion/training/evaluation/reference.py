@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lit_diffusion.training import ranks
 from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["Reference", "class_shares", "open_reference"]
@@ -228,7 +228,7 @@ def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
         with replacing(path) as unfinished:
             save_file(tensors, unfinished, metadata=about)
     except OSError as error:
-        warnings.warn(f"the reference could not be cached in {path}: {error}", stacklevel=2)
+        warn(f"the reference could not be cached in {path}: {error}")
 
 
 def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:

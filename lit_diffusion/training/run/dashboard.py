@@ -24,9 +24,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_diffusion.training.lightning_internals import logged_step, wandb_process
+from lit_diffusion.training.run.messages import inform, warn
 
 __all__ = ["Dashboard", "show"]
 
@@ -135,7 +135,7 @@ class Dashboard(WandbLogger):
             except Exception as error:
                 _teardown()  # its process may have died since the last run
                 if online:
-                    rank_zero_warn(
+                    warn(
                         f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
                         f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
                         "sends it."
@@ -149,7 +149,7 @@ class Dashboard(WandbLogger):
         if run.offline:
             self.FAREWELL = self.PATIENCE
         else:
-            rank_zero_info(f"Weights & Biases: {run.url}")
+            inform(f"Weights & Biases: {run.url}")
         self._thread.start()
         atexit.register(self.finish, None)
 
@@ -157,7 +157,7 @@ class Dashboard(WandbLogger):
 
     def _work(self) -> None:
         """Make the calls, one after the other; at the end, or after a failure, close the run."""
-        run = self._experiment
+        run: Any = self._experiment
         for call in iter(self._calls.get, None):
             self._make(call, self.PATIENCE)
             if self._lost:
@@ -192,7 +192,7 @@ class Dashboard(WandbLogger):
             self._lost = "it does not answer"
         if self._lost and not self._told:
             self._told = True
-            rank_zero_warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
+            warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
         return not self._lost
 
     def finish(self, exit_code: int | None = None) -> None:
@@ -217,7 +217,8 @@ class Dashboard(WandbLogger):
     def _unwritten(self) -> str:
         """What W&B's process could not write, which it tells to nobody but its log."""
         with contextlib.suppress(Exception):
-            log = Path(self._experiment.settings.log_internal).read_text(errors="replace")
+            run: Any = self._experiment
+            log = Path(run.settings.log_internal).read_text(errors="replace")
             if found := re.search(r"failed to save record: ([^\"]*)", log):
                 return found[1]
         return ""
