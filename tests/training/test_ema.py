@@ -488,7 +488,7 @@ def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
         assert len(err.splitlines()) == 1
         return err
 
-    assert "there is none at nowhere" in error("nowhere")
+    assert "there is no folder nowhere" in error("nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "last.ckpt" in error(empty)
