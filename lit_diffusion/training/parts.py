@@ -45,7 +45,7 @@ def check_parts(
         if not isinstance(part, family):
             raise TypeError(
                 f"LitDiffusion: expected an instance of {family.__name__}, got {part!r}; "
-                "were its brackets forgotten?"
+                "if this is a class, call it."
             )
     check_data_std(weighting, prediction)
     if schedule.learns_ends and sampler.schedule is not None:
