@@ -139,7 +139,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = sampler
-        self.walk()  # refuses a sampler that leaves the range
+        self.sampler_in_range()  # refuses a sampler that leaves the range
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule_lr = schedule_lr

@@ -85,7 +85,7 @@ def test_the_terms_are_logged_and_add_up(tmp_path):
 
 def test_the_number_is_the_bound_of_the_held_out_set(tmp_path):
     model = tiny_model()
-    draws = numbers(tmp_path, model, Likelihood(DIGITS, draws=50))
+    found = numbers(tmp_path, model, Likelihood(DIGITS, samples_per_example=50))
     data = tiny_data(batch_size=20)
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
@@ -97,7 +97,7 @@ def test_the_number_is_the_bound_of_the_held_out_set(tmp_path):
         ]
     bits = torch.stack([term.bits_per_dim.mean() for term in terms])
     error = 3 * float(bits.std()) / 50**0.5
-    assert draws["val/bpd"] == pytest.approx(float(bits.mean()), abs=2 * error)
+    assert found["val/bpd"] == pytest.approx(float(bits.mean()), abs=2 * error)
 
 
 def test_whatever_the_batches(tmp_path):
@@ -122,14 +122,14 @@ def test_whatever_the_weighting_and_the_training_schedule(tmp_path, weighting):
 
 def test_a_chain_has_its_own_bound(tmp_path):
     model = tiny_model()
-    continuous = numbers(tmp_path, model, Likelihood(DIGITS, draws=20))["val/bpd"]
-    likelihood = Likelihood(DIGITS, num_timesteps=5, draws=20)
+    continuous = numbers(tmp_path, model, Likelihood(DIGITS, samples_per_example=20))["val/bpd"]
+    likelihood = Likelihood(DIGITS, num_timesteps=5, samples_per_example=20)
     chain = numbers(tmp_path, model, likelihood)["val/bpd"]
     assert chain > 2 * continuous
     assert ", 5 steps, " in likelihood.summary
     own = tiny_model(num_timesteps=5)
-    assert Likelihood(DIGITS, draws=20).settings(own).num_timesteps == 5
-    assert numbers(tmp_path, own, Likelihood(DIGITS, draws=20))["val/bpd"] == chain
+    assert Likelihood(DIGITS, samples_per_example=20).settings(own).num_timesteps == 5
+    assert numbers(tmp_path, own, Likelihood(DIGITS, samples_per_example=20))["val/bpd"] == chain
 
 
 def test_the_models_own_decoder_is_the_default(tmp_path):
@@ -155,7 +155,7 @@ import sys, json
 sys.path.insert(0, {tests!r})
 from test_bound import *
 if __name__ == "__main__":
-    likelihood = Likelihood(draws=2)
+    likelihood = Likelihood(samples_per_example=2)
     run = trainer({folder!r}, [likelihood, EMA(0.9), LastCheckpoint()], devices=2,
                   strategy="ddp", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None)
     model = learned_model()
@@ -181,7 +181,7 @@ def test_two_ranks_tell_the_number_of_one(tmp_path):
     for name in ("bpd", *NAMES):
         assert one[f"val/{name}"] == other[f"val/{name}"]
     model = LitDiffusion.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    alone = numbers(tmp_path, model, Likelihood(draws=2))
+    alone = numbers(tmp_path, model, Likelihood(samples_per_example=2))
     for name in ("bpd", *NAMES):
         assert alone[f"val/{name}"] == pytest.approx(one[f"val/{name}"], rel=1e-5)
 
@@ -259,7 +259,7 @@ def test_it_trains_is_averaged_and_resumes_exactly(tmp_path):
 
 def test_a_sampler_with_ends_of_its_own_cannot_follow():
     sampler = ld.DDIMSampler(schedule=ld.CosineSchedule(-5.0, 5.0))
-    with pytest.raises(ValueError, match="leave the sampler's schedule out"):
+    with pytest.raises(ValueError, match="leave out the sampler's schedule"):
         learned_model(sampler=sampler)
     learned_model(learn="shape", sampler=sampler)
 

@@ -50,12 +50,12 @@ class Likelihood(L.Callback):
             else `SoftmaxDecoder()` over the 256 bytes.
         num_timesteps: Number T of steps of the chain whose bound is computed, at least 1; None
             means the model's own, which may be continuous time.
-        draws: Noise levels per example, at least 1; more reduce the standard error.
+        samples_per_example: Noise levels per example, at least 1; more reduce the standard error.
         schedule: The density that λ is sampled from, over the model's range; None means uniform,
             or the model's own if that is learned or time is discrete.
 
     Raises:
-        ValueError: If num_timesteps or draws is below 1, or the ranges of λ differ.
+        ValueError: If num_timesteps or samples_per_example is below 1, or the ranges of λ differ.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630.
@@ -65,17 +65,17 @@ class Likelihood(L.Callback):
         self,
         decoder: Decoder | None = None,
         num_timesteps: int | None = None,
-        draws: int = 1,
+        samples_per_example: int = 1,
         schedule: NoiseSchedule | None = None,
     ) -> None:
-        if draws < 1 or (num_timesteps is not None and num_timesteps < 1):
+        if samples_per_example < 1 or (num_timesteps is not None and num_timesteps < 1):
             raise ValueError(
-                "Likelihood: num_timesteps and draws must be at least 1, "
-                f"got {num_timesteps} and {draws}."
+                "Likelihood: num_timesteps and samples_per_example must be at least 1, "
+                f"got {num_timesteps} and {samples_per_example}."
             )
         self.decoder = decoder
         self.num_timesteps = num_timesteps
-        self.draws = draws
+        self.samples_per_example = samples_per_example
         self.schedule = schedule
         self.summary: str | None = None
         self._sums = torch.zeros(0)
@@ -138,9 +138,9 @@ class Likelihood(L.Callback):
         decoder, num_timesteps, schedule = self.settings(model)
         cond: dict[str, Any] = model.condition(batch)
         found = []
-        for draw in range(self.draws):
-            noise = randomness.generators(model.seed, f"bound {draw}", index.tolist())
-            t = fixed_times(index, total, draw, self.draws)
+        for sample in range(self.samples_per_example):
+            noise = randomness.generators(model.seed, f"bound {sample}", index.tolist())
+            t = fixed_times(index, total, sample, self.samples_per_example)
             terms = variational_bound(
                 model.denoiser,
                 x,
@@ -187,7 +187,7 @@ class Likelihood(L.Callback):
         low, high = model.loss.schedule.ends
         protocol = {
             "examples": int(total[-1]),
-            "draws": self.draws,
+            "samples per example": self.samples_per_example,
             "num_timesteps": num_timesteps,
             "λ": [float(low), float(high)],
             "sampled from": repr(schedule),
@@ -251,8 +251,9 @@ class Likelihood(L.Callback):
         what = ", of a density in units of x, not of grey levels" if density else ""
         return (
             f"{stage}/bpd: at most {bits.value:.4f} ± {bits.error:.4f} bits per dimension{what} "
-            f"({parts}), over {bits.protocol['examples']} examples, {self.draws} noise level(s) "
-            f"each, {chain}, λ in [{low:.4g}, {high:.4g}], {decoder}"
+            f"({parts}), over {bits.protocol['examples']} examples, "
+            f"{self.samples_per_example} noise level(s) each, {chain}, "
+            f"λ in [{low:.4g}, {high:.4g}], {decoder}"
         )
 
     on_validation_epoch_start = on_test_epoch_start = _start

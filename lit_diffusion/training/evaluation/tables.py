@@ -113,8 +113,8 @@ def bound_sentence(record: dict[str, Any]) -> str:
     low, high = about["λ"]
     return (
         f"Bits per dimension: at most {bits['value']:.4f} ± {bits['error']:.4f} ({parts}), over "
-        f"{about['examples']} examples, {about['draws']} noise level(s) each, {time}, λ in "
-        f"[{low:.4g}, {high:.4g}], {about['decoder']}."
+        f"{about['examples']} examples, {about['samples per example']} noise level(s) each, "
+        f"{time}, λ in [{low:.4g}, {high:.4g}], {about['decoder']}."
     )
 
 
