@@ -33,7 +33,7 @@ def bare(model: LitDiffusion, sampler: Sampler, n: int, batch_size: int) -> None
     for index in torch.arange(n).split(batch_size):
         z = torch.randn(len(index), *model.image_shape, generator=generator, device=model.device)
         label = torch.zeros(len(index), dtype=torch.int64, device=model.device)
-        walk = model.walk(sampler)
+        walk = model.sampler_in_range(sampler)
         walk(ClippedDenoiser(model.denoiser), z, generator, label=label)
 
 

@@ -134,7 +134,7 @@ class Comparison:
             seeds: The seed of each set of samples.
             weights: The name of the weights.
         """
-        sampler = model.walk(generation.sampler)
+        sampler = model.sampler_in_range(generation.sampler)
         found = []
         for seed in seeds:
             what = f"{type(sampler).__name__} {sampler.steps}, seed {seed}"

@@ -114,7 +114,7 @@ class Generation:
         Args:
             model: The model.
         """
-        sampler = model.walk(self.sampler)
+        sampler = model.sampler_in_range(self.sampler)
         guided = model.num_classes is not None and self.guidance != 1
         precision = next(model.parameters()).dtype
         return {

@@ -80,7 +80,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
         ("shape", " × ".join(map(str, model.image_shape))),
         ("classes", "none" if model.num_classes is None else str(model.num_classes)),
         ("weights", weights),
-        ("sampler", f"`{model.walk()!r}`"),
+        ("sampler", f"`{model.sampler!r}`"),
     ]
     if model.conditions:
         facts.insert(3, ("conditions", ", ".join(model.conditions)))
