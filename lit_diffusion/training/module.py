@@ -43,6 +43,7 @@ from lit_diffusion.training.optimizers import (
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -60,7 +61,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`
     only where it is sampled, `prediction` what the network outputs, `sampler` how images are
-    drawn afterwards. Any of them can be changed without the others.
+    sampled afterwards. Any of them can be changed without the others.
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
@@ -72,7 +73,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         decoder: Makes the loss the whole bound, with prior and reconstruction; None leaves them
             out. A schedule that learns its ends needs it.
         prediction: What the network outputs; None means `VPrediction()`.
-        sampler: Draws images; None means `DDIMSampler()`. If it names no schedule of its own it
+        sampler: Samples images; None means `DDIMSampler()`. If it names no schedule of its own it
             uses its default one over the trained range of λ.
         optimizer: Makes the optimizer from the parameters.
         schedule_lr: Learning rate of a learned schedule, which has no weight decay; None means
@@ -81,9 +82,9 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             optimizer step; None means a constant rate.
         image_shape: Channels, height and width of the data; the command line sets it to the
             data's.
-        label_dropout: Probability of hiding an example's label in training, and all its further
-            conditions with it, in [0, 1], so that the model also learns to do without and samples
-            can be guided.
+        label_dropout: Probability, in [0, 1], of dropping an example's label in training together
+            with its further conditions. The model then also learns to do without them, which
+            guidance needs.
         conditions: Further inputs of the network, tensors of a batch by their names, which are
             also the network's arguments; None means what the network asks for by an attribute
             `conditions`.
@@ -93,9 +94,9 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
-            label_dropout is no probability, or schedule_lr not above 0, or the network does not
-            take a condition.
-        TypeError: If a part is not what it should be, such as a class without its brackets.
+            label_dropout is not a probability, or schedule_lr not above 0, or the network does
+            not take a condition.
+        TypeError: If a part is not what it should be, such as a class that was not instantiated.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -191,9 +192,9 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     # Training and validation ---------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The callback that every model brings along: `BatchFit`, unless the trainer has one."""
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(one, BatchFit) for one in callbacks) else [BatchFit()]
+        """The callback that every model adds: `BatchFit`, unless the trainer has one."""
+        given = all_callbacks(self.trainer)
+        return [] if any(isinstance(one, BatchFit) for one in given) else [BatchFit()]
 
     def setup(self, stage: str) -> None:
         """Settle a precision that the device does not have."""
@@ -212,7 +213,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         x = batch["image"]
-        trainer: Any = self.trainer
+        trainer = self.trainer
         n = len(x)
         micro = batch_idx % trainer.accumulate_grad_batches
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
@@ -227,7 +228,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = terms.loss.mean()
-        if (step + 1) % trainer.log_every_n_steps == 0:  # the logger would drop the others
+        if (step + 1) % log_interval(trainer) == 0:  # the logger would drop the others
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
             self.log("train/eps_mse", terms.eps_mse.detach().mean(), sync_dist=True)
         return {
@@ -284,10 +285,10 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         return self.sample(len(noise), noise, label, progress=self.watch(), cond=cond)
 
     def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What of a batch the network is told beside the image, by the names of its arguments.
+        """The conditions of a batch, by the names of the network's arguments.
 
-        The label, if it knows classes, and `conditions`. A model that makes them of something
-        else, such as an encoder's answer to a text, overrides this.
+        These are the label, if the network knows classes, and `conditions`. A model that computes
+        them from something else, such as an encoded text, overrides this.
 
         Args:
             batch: A batch of the data.
@@ -330,7 +331,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     # Sampling ------------------------------------------------------------------------------
 
     def watch(self) -> Callable[[Any], Iterable[Any]]:
-        """A progress bar for a walk of more than 100 levels, where the trainer shows bars."""
+        """A progress bar for sampling over more than 100 levels, if the trainer shows bars."""
         long = len(self.sampler.levels()) > 100
         if long and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None:
             return functools.partial(tqdm, desc="Samples", leave=False)
@@ -343,7 +344,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Training goes on from the raw weights; everything else uses the average."""
+        """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
             return
@@ -361,7 +362,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         strict: bool = True,
         **arguments: Any,
     ) -> LitDiffusion:
-        """Make the model of a checkpoint again, with its average weights if it has them.
+        """Rebuild the model of a checkpoint, with its average weights if it has them.
 
         Nothing in the file is executed, and only allowed modules are imported.
 
@@ -369,7 +370,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             checkpoint_path: The file.
             map_location: Device for the weights; None means the CPU.
             strict: Whether every weight must be found.
-            **arguments: Take the place of what the checkpoint says, or of what it could not keep.
+            **arguments: Replace what the checkpoint says, or supply what it could not keep.
 
         Raises:
             FileNotFoundError: If there is no such file.

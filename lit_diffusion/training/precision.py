@@ -1,4 +1,4 @@
-"""bfloat16 that was asked of a device that has none."""
+"""Fall back to float32 where bfloat16 is requested of a device that does not have it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def has_bfloat16(device: torch.device) -> bool:
 def settle_precision(trainer: Any) -> None:
     """Fall back to float32, with a warning, if a trainer's device has no bfloat16.
 
-    bf16-mixed is for speed, which such a device does not gain: it would emulate bfloat16, or
-    fail. The weights are float32 with it and without.
+    bf16-mixed is for speed, and such a device would emulate it slowly, or fail. The weights are
+    float32 either way. No plug-in handed to the trainer can decide this, since the device is known
+    only once the trainer is made.
 
     Args:
-        trainer: Before it has made the model ready for the device.
+        trainer: The trainer, before it prepares the model for the device.
 
     Raises:
-        ValueError: If bfloat16 is what the weights themselves were to be, or is made by another
-            strategy's own plug-in: then falling back would be another training.
+        ValueError: If the weights themselves were to be bfloat16, or the strategy has a precision
+            plug-in of its own: falling back would then be a different training.
     """
     precision, device = str(trainer.precision), trainer.strategy.root_device
     if not precision.startswith("bf16") or has_bfloat16(device):

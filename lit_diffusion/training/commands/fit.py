@@ -37,6 +37,7 @@ from lit_diffusion.training.run.folder import (
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
+from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser"]
@@ -275,7 +276,7 @@ class DiffusionCLI(LightningCLI):
             _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
                 _say(callback.summary)

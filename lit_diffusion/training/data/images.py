@@ -88,7 +88,7 @@ class ImageDecoder:
 
         Raises:
             MisfitError: If it cannot be used.
-            NetworkError: If its image cannot be read for want of a network.
+            NetworkError: If its image cannot be read because the network fails.
         """
         try:
             label = whole_number(example.label) if self.labels else None

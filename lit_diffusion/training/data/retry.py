@@ -84,7 +84,7 @@ def close_connections() -> None:
     base = fsspec.AbstractFileSystem
     for kind in (base, *subclasses(base)):
         kind.clear_instance_cache()
-    gc.collect()  # file systems refer to themselves, and the child must not be who collects them
+    gc.collect()  # file systems are reference cycles, which the child must not collect
 
 
 def begin_after_fork() -> None:
