@@ -123,6 +123,8 @@ def one_line(message: str) -> str:
         return where + _unknown_class(name[1], keys)
     if extra := re.search(r"^\s*(.*pip install .*)$", message, re.MULTILINE):
         return f"{where}{extra[1]}"  # a class that lacks an optional package names it
+    if inner := re.search(r"^\s*- ([\w.]+: expected .+, got .+)$", message, re.MULTILINE):
+        return where + inner[1]  # of a nested argument, in one line already
     if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
         return where + _not_importable(path[1])
     if "Expected an instantiatable class" in message:
