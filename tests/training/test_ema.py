@@ -397,7 +397,7 @@ def test_what_was_followed_comes_out_as_it_is(trained, tmp_path):
     ):
         told = str(ema(folder, out=out, **words))
         made, name = load_checkpoint(out), name or "EMA(decay=0.99)"
-        assert told.splitlines() == [f"{name} at step 150, as it was followed", str(out)]
+        assert told.splitlines() == [f"{name} at step 150, as kept during training", str(out)]
         assert made["average"] == name
         assert same(made["state_dict"], kept[name]["weights"])
     ema(folder, decay=0.9, out=out)
@@ -456,7 +456,7 @@ MISTAKES = {
     "sigma_rel of nothing": (["--sigma_rel", "0"], "above 0"),
     "out of reach": (
         ["--sigma_rel", "0.005"],
-        r"out of reach .* Within reach are 0\.0\d+ to 0\.2886",
+        r"cannot be reconstructed .* Possible is 0\.0\d+ to 0\.2886",
     ),
     "before the first": (
         ["--sigma_rel", "0.08", "--step", "9"],
@@ -488,7 +488,7 @@ def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
         assert len(err.splitlines()) == 1
         return err
 
-    assert "there is none at nowhere" in error("nowhere")
+    assert "there is no folder nowhere" in error("nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "last.ckpt" in error(empty)
@@ -507,7 +507,7 @@ def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
     name = next(iter(trained_weights(tiny_model())))
     checkpoint["state_dict"][name] = torch.zeros(3)
     torch.save(checkpoint, last(other))
-    assert "of another model" in error(other, "--sigma_rel", "0.1", "--step", "2")
+    assert "do not belong to the model" in error(other, "--sigma_rel", "0.1", "--step", "2")
 
 
 def test_what_there_is_is_listed(trained, cli):
@@ -521,7 +521,7 @@ def test_what_there_is_is_listed(trained, cli):
     ]  # fmt: skip
     assert snapshots[0].startswith("Snapshots of EMA(sigma_rel=0.05) at step 10, 20, 30,")
     assert snapshots[0].endswith(" 150")
-    assert re.fullmatch(r"Within reach at step 150: sigma_rel 0\.0\d+ to 0\.2886", reach)
+    assert re.fullmatch(r"Possible at step 150: sigma_rel 0\.0\d+ to 0\.2886", reach)
 
 
 def test_the_overlay(cli, configs):

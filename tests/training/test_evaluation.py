@@ -109,7 +109,7 @@ def test_a_checkpoint_without_its_run_needs_a_config(run, cli):
     few = ["--num_samples=10", "--features=ClassifierFeatures", "--split=test", "--bound=false"]
     code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
     assert code == 2
-    assert "alone.ckpt does not lie in a run folder" in err  # and not: measured on other data
+    assert "alone.ckpt is not in a run folder" in err  # and not: measured on other data
     few += ["--data.path=digits8x8", "--out=here"]
     code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
     assert code == 0, err
@@ -153,7 +153,7 @@ MISTAKES = [
     (["--ckpt_path=nope.ckpt"], "No checkpoint at nope.ckpt"),
     (["--data.path=./nope"], "expected a file or folder at './nope'"),
     (["--guidance=2", "--guidance_interval=[2,1]"], "interval must be (low, high)"),
-    (["--guidance_interval=[-2,2]"], "which is none: give --guidance"),
+    (["--guidance_interval=[-2,2]"], "which means none: give --guidance"),
     (["--config=nope.yaml"], "--config nope.yaml cannot be read"),
     (["--device=nope"], "--device nope is not available: Expected one of cpu, cuda"),
     (

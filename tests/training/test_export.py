@@ -280,7 +280,7 @@ def test_a_folder_with_something_in_it_is_left_alone(cli, run, tmp_path):
     (tmp_path / "mine" / "kept.txt").write_text("kept")
     code, _, err = cli("export", run, "--out", "mine")
     assert code == 2
-    assert "a new folder or an empty one" in err
+    assert "a new or empty folder" in err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["kept.txt"]
     (tmp_path / "empty").mkdir()
     assert cli("export", run, "--out", "empty")[0] == 0

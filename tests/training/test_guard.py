@@ -451,8 +451,8 @@ def test_every_run_is_guarded_and_replayed(cli, plugin, extra):
     assert code == 0, out + err
     assert "Reproduced" in out
     assert "not finite" in out
-    assert "denoiser.network.layer (Exponential), of finite inputs" in out
-    assert "Gradients that are not finite: " in out
+    assert "denoiser.network.layer (Exponential), with finite inputs" in out
+    assert "Non-finite gradients: " in out
     assert listing(Path()) == before
 
 

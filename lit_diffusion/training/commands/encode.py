@@ -1,15 +1,15 @@
-"""The command `encode`: a data set of images as a data set of latents.
+"""The command `encode`: convert a data set of images to a data set of latents.
 
-A latent model does not see images but their latents under an autoencoder, some fifty times fewer
-numbers that are still arranged as an image. They never change, so they are computed once:
+A latent model is trained on the latents of images under an autoencoder, about fifty times fewer
+numbers that are still arranged as an image. They are fixed, so they are computed once:
 
     lit-diffusion encode --vae FOLDER --data.path NAME --data.image_shape [3,256,256] --out LATENTS
     lit-diffusion fit --config configs/imagenet256-latent.yaml --data.path LATENTS
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
 
-Shards are parquet files with a column `latent`, each an array of float16 in numpy's file format,
-and a column `label`.
+The result are parquet files with a column `latent`, arrays of float16 in numpy's file format, and
+a column `label`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lit_diffusion.training.run.whole_folder import (
 
 __all__ = ["encode"]
 
-GROUP, FILE = 1000, 10_000  # latents in a row group, which a stream calls a shard; in a file
+GROUP, FILE = 1000, 10_000  # latents per row group (a shard when streaming), and per file
 CARD = """---
 configs:
 - config_name: default
@@ -63,15 +63,15 @@ def encode(
     batch_size: int = 64,
     device: str = "auto",
 ) -> Path:
-    """Encode a data set of images as a data set of latents; return its folder.
+    """Convert a data set of images to a data set of latents; return its folder.
 
     Args:
-        vae: An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, or
-            its name on the hub.
+        vae: An AutoencoderKL of diffusers: a folder, downloaded by `hf download NAME --local-dir`,
+            or its name on the hub.
         data: The images.
-        out: The data set: a new folder.
-        mirrored: Also encode the mirror image of each training image: what horizontal_flip is for
-            images.
+        out: Folder of the new data set; it must not exist.
+        mirrored: Also encode the mirror image of each training image, the equivalent of
+            horizontal_flip for images.
         batch_size: Images per batch.
         device: auto, cpu, cuda, cuda:1, mps.
 
@@ -82,7 +82,7 @@ def encode(
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if out.exists():
-        raise UsageError(f"--out must be a new folder, and {out} is there already.")
+        raise UsageError(f"--out must be a new folder, but {out} exists already.")
     autoencoder = Autoencoder(str(vae), find_device(device))
     channels, height, width = data.image_shape
     shape = autoencoder.latent_shape((channels, height, width))
@@ -139,7 +139,7 @@ def _write_split(
 def _rows(
     autoencoder: Autoencoder, batches: Iterable[dict[str, Any]], mirrored: bool
 ) -> Iterator[tuple[Tensor, int | None]]:
-    """Yield (latent, label) of each image, followed by that of its mirror image."""
+    """Yield (latent, label) of each image, and of its mirror image if requested."""
     for batch in batches:
         images = batch["image"]
         labels = batch["label"].tolist() if "label" in batch else [None] * len(images)

@@ -109,37 +109,37 @@ def evaluate(
     likelihood: Likelihood | None = None,
     data: ImageDataModule | None = None,
 ) -> Evaluation:
-    """Measure a checkpoint: distances of its samples from the data, and bits per dimension.
+    """Evaluate a checkpoint: FID and other scores of its samples, and bits per dimension.
 
     Args:
         ckpt_path: The checkpoint; `last`: the newest in runs/.
         name: With `last`: only runs of this name.
         config: The config that describes the data; the run's own by default.
-        num_samples: Number of samples for each seed; by default that of the run's FID, else
-            50,000.
-        features: Network whose features are compared; the run's FID's, else Inception.
-        split: Split to compare with; the run's FID's, else train.
-        baseline_split: Split of real images whose own distance is shown as the baseline; the
-            run's FID's, "none" for none.
-        reference_hash: What the hash of the reference must begin with; the run's FID's, "none"
-            for no such check.
+        num_samples: Number of samples per seed; by default that of the run's FID, or 50,000.
+        features: Feature network; by default that of the run's FID, or Inception.
+        split: Reference split; by default that of the run's FID, or train.
+        baseline_split: Split of real images whose distance is reported as the baseline; by
+            default that of the run's FID; "none" for none.
+        reference_hash: Expected prefix of the reference's hash; by default that of the run's FID;
+            "none" for no check.
         samplers: Samplers to compare, such as '[DDIMSampler, HeunSampler]'; the model's own by
             default.
         steps: Numbers of steps of each sampler, such as [5, 10, 50]; its own by default.
-        seeds: One set of samples for each seed; the standard deviation over them is shown. The
-            run's FID's by default.
-        guidance: Scale of classifier-free guidance, 1 for none; the run's FID's, else 1.
-        guidance_interval: Guide only where low ≤ λ ≤ high; the run's FID's, "none" for everywhere.
-        batch_size: Images per batch; the run's FID's, else 256.
-        bound: Also measure bits per dimension of the validation split.
+        seeds: One set of samples per seed; the standard deviation over them is reported. By
+            default the seed of the run's FID.
+        guidance: Scale of classifier-free guidance, 1 for none; by default that of the run's FID.
+        guidance_interval: Guide only where low ≤ λ ≤ high; by default that of the run's FID;
+            "none" for everywhere.
+        batch_size: Images per batch; by default that of the run's FID, or 256.
+        bound: Whether to measure bits per dimension of the validation split as well.
         out: A folder for the results; RUN/evaluation by default.
         device: auto, cpu, cuda, cuda:1, mps.
-        compile: Compile the network, which pays off for many samples on a GPU.
-        likelihood: How the bound is measured; as the run's Likelihood does by default.
+        compile: Whether to compile the network, which pays off for many samples on a GPU.
+        likelihood: How the bound is measured; by default as by the run's Likelihood.
         data: The data; the run's own by default.
 
     Raises:
-        ValueError: If the checkpoint or its data cannot be found, or an argument does not fit.
+        ValueError: If the checkpoint or its data cannot be found, or an argument is invalid.
     """
     path = find_checkpoint(ckpt_path, name)
     run = run_folder(path)
@@ -192,14 +192,14 @@ def _own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
     """The data of the experiment, which a checkpoint alone does not record."""
     if path.is_file() and not experiment:
         raise UsageError(
-            f"{path} does not lie in a run folder, and does not record its data: give --config "
-            "with that of its run, or --data.path."
+            f"{path} is not in a run folder and does not record its data: give the config of its "
+            "run as --config, or --data.path."
         )
     return instantiate(ImageDataModule, experiment.get("data") or {})
 
 
 def _check(settings: _Settings, out: str | Path | None) -> None:
-    """Refuse what is wrong for every checkpoint, before one is read."""
+    """Reject arguments that are wrong for any checkpoint, before one is read."""
     if settings.num_samples < 2 or settings.batch_size < 1:
         raise UsageError(
             "--num_samples must be at least 2 and --batch_size 1, "
@@ -225,7 +225,7 @@ def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _
     if model.image_shape != tuple(data.image_shape):
         raise UsageError(
             f"expected data of the model's shape {model.image_shape}, got "
-            f"{tuple(data.image_shape)}: is --config, or --data.image_shape, that of its run?"
+            f"{tuple(data.image_shape)}: give the --config or --data.image_shape of its run."
         )
     return _Model(model, path, checkpoint["global_step"], weights_name(checkpoint), run)
 
@@ -254,7 +254,7 @@ def _generations(settings: _Settings, model: LitDiffusion) -> Iterator[Generatio
 def _compare(
     subject: _Model, data: ImageDataModule, settings: _Settings
 ) -> tuple[Comparison, list[SamplerScores]]:
-    """Score every way of sampling, by all scores that the feature network allows."""
+    """Compute all scores that the feature network allows, for every way of sampling."""
     network = settings.features or InceptionFeatures()
     comparison = Comparison.open(
         subject.model,
