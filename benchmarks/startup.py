@@ -1,14 +1,14 @@
-"""How long one waits for a command: wall clock and processor time, in turns, and the imports.
+"""The start-up time of each command: wall clock and processor time, alternating, and the imports.
 
     python benchmarks/startup.py [--rounds 5] [--only pass "import torch"] [--seconds 300]
         [--json FILE]
 
-What can be blamed on nobody here stands beside ours: Python, torch, Lightning, and the command
-line of Lightning's own demo, a LightningCLI of one layer and random data; ratios are to the last
-one's `fit --help` in the same round. Each is a process of its own; files are in the system's
-cache, as they are for whoever runs a command twice. Then the ten dearest packages that
-`lit-diffusion fit` imports, by `python -X importtime`: with all they import themselves, their own
-files alone, and who asked for them first.
+Our commands are compared with what they cannot avoid: Python, torch, Lightning, and the command
+line of Lightning's own demo, a LightningCLI with one layer and random data; ratios are to the last
+one's `fit --help` in the same round. Each is a separate process; files are in the system's cache,
+as in the second run of a command. Then the ten most expensive packages that `lit-diffusion fit`
+imports, by `python -X importtime`: including all they import themselves, their own files alone,
+and the package that imported them first.
 """
 
 from __future__ import annotations
@@ -115,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         {
             "command": name,
             "seconds": statistics.median(wall[name]) / 1e3,
-            "least": min(wall[name]) / 1e3,
-            "most": max(wall[name]) / 1e3,
-            "over Lightning's": ratio(wall[name], wall[LIGHTNING]) if LIGHTNING in wall else None,
+            "min": min(wall[name]) / 1e3,
+            "max": max(wall[name]) / 1e3,
+            "relative to Lightning's": ratio(wall[name], wall[LIGHTNING])
+            if LIGHTNING in wall
+            else None,
             "user": statistics.median(user for user, _ in used[name][-len(wall[name]) :]),
             "system": statistics.median(system for _, system in used[name][-len(wall[name]) :]),
             "rounds": len(wall[name]),
