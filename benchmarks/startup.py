@@ -33,7 +33,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 LightningCLI(BoringModel, BoringDataModule)
 """
 LIGHTNING = "LightningCLI fit --help"
-FIT = "import lit_diffusion.training.cli"
+FIT = "import lit_diffusion.training.commands.fit"  # what `lit-diffusion fit` imports
 CONFIG = str(CONFIGS / "digits.yaml")
 
 
@@ -71,17 +71,17 @@ def waiting(words: Sequence[str], used: list[tuple[float, float]]) -> Callable[[
 
 
 def imports(statement: str) -> list[dict[str, Any]]:
-    """The packages that a statement imports, the dearest first.
+    """The packages that a statement imports, the most expensive first.
 
     Args:
-        statement: Python, run by itself under `-X importtime`.
+        statement: Python code, run under `-X importtime`.
     """
     words = [sys.executable, "-X", "importtime", "-c", statement]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     lines = re.findall(r"^import time: +(\d+) \| +(\d+) \|( +)(\S+)$", done.stderr, re.MULTILINE)
     found: dict[str, dict[str, Any]] = {}
     above: list[tuple[int, str]] = []  # who is importing, from the outside in
-    for own, whole, indent, module in reversed(lines):  # a module is told after what it imports
+    for own, whole, indent, module in reversed(lines):  # a module is listed after its imports
         depth, package = len(indent), module.partition(".")[0]
         while above and above[-1][0] >= depth:
             above.pop()
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     result = report("Start-up", machine("cpu"), rows, None)
     result["imports"] = imports(FIT)
-    print(f"\n`{FIT}`, the ten dearest packages\n\n{table(result['imports'][:10])}")
+    print(f"\n`{FIT}`, the ten most expensive packages\n\n{table(result['imports'][:10])}")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -38,7 +38,7 @@ class Batches:
 
 
 class TakeTurns(L.Callback):
-    """Holds the trainer before a step until it is told to go on, and stops it after the last turn.
+    """Holds the trainer before a step until the next turn, and stops it after the last one.
 
     Args:
         turns: How many steps there are to go, each time.

@@ -59,44 +59,41 @@ __all__ = ["LitDiffusion"]
 class LitDiffusion(SamplingModel, L.LightningModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
-    The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`
-    only where it is sampled, `prediction` what the network outputs, `sampler` how images are
-    sampled afterwards. Any of them can be changed without the others.
+    The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
+    only where it is sampled, `prediction` what the network outputs, and `sampler` how images are
+    sampled afterwards. Each of them can be changed without the others.
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape.
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
-        weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
-        num_timesteps: Number T of steps of a discrete chain, whose levels are then the only ones;
+        weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
+        num_timesteps: Number T of steps of a discrete chain, which then has the only noise levels;
             None means continuous time.
-        decoder: Makes the loss the whole bound, with prior and reconstruction; None leaves them
-            out. A schedule that learns its ends needs it.
+        decoder: Makes the loss the full bound, with prior and reconstruction; None omits them. A
+            schedule with learned ends requires it.
         prediction: What the network outputs; None means `VPrediction()`.
-        sampler: Samples images; None means `DDIMSampler()`. If it names no schedule of its own it
-            uses its default one over the trained range of λ.
-        optimizer: Makes the optimizer from the parameters.
+        sampler: Samples images; None means `DDIMSampler()`. Without a schedule of its own it uses
+            its default one over the trained range of λ.
+        optimizer: Creates the optimizer from the parameters.
         schedule_lr: Learning rate of a learned schedule, which has no weight decay; None means
-            the optimizer's.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped at each
+            that of the optimizer.
+        lr_scheduler: Creates the learning-rate schedule from the optimizer, updated at each
             optimizer step; None means a constant rate.
-        image_shape: Channels, height and width of the data; the command line sets it to the
-            data's.
-        label_dropout: Probability, in [0, 1], of dropping an example's label in training together
-            with its further conditions. The model then also learns to do without them, which
-            guidance needs.
-        conditions: Further inputs of the network, tensors of a batch by their names, which are
-            also the network's arguments; None means what the network asks for by an attribute
-            `conditions`.
-        clip_denoised: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
-        seed: Of all noise in training, validation and sampling.
+        image_shape: Channels, height and width of the data; set by the command line.
+        label_dropout: Probability, in [0, 1], of dropping an example's label in training, together
+            with its further conditions. Guidance needs a model that was trained without them, too.
+        conditions: Names of further inputs of the network, which are keys of a batch and arguments
+            of the network; None means the network's attribute `conditions`.
+        clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
+        seed: Seed of all noise in training, validation and sampling.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
             label_dropout is not a probability, or schedule_lr not above 0, or the network does
             not take a condition.
-        TypeError: If a part is not what it should be, such as a class that was not instantiated.
+        TypeError: If a part has the wrong type, such as a class instead of an instance.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
