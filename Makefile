@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; neither needs the other.
+# The two commands of the README are `make demo` and `make test`; they are independent.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -16,18 +16,18 @@ help:  ## Show this list.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@ .venv/.run
 
-demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop) and draw some.
+demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop) and sample some.
 	$(BIN)/lit-diffusion fit --config configs/digits.yaml
 
-# One process for each core, and one thread in each: the tensors are small, and a second thread only
-# waits. A process that has finished takes over tests of another; neighbours, which share fixtures,
-# stay together. No more than eight, since each needs two gigabytes. WORKERS=0 runs in one process.
+# One process per core, with one thread each: the tensors are small, and more threads only wait. A
+# process that has finished takes over tests of another one; neighbouring tests, which share fixtures,
+# stay together. At most eight, since each needs two gigabytes. WORKERS=0 runs in one process.
 WORKERS ?= auto
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.dev  ## Run every test that is not marked slow, on all cores.
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
-lint: .venv/.dev  ## Check style, imports and the types of the mathematics.
+lint: .venv/.dev  ## Check style, imports and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,15 +35,15 @@ lint: .venv/.dev  ## Check style, imports and the types of the mathematics.
 docs: .venv/.dev  ## Build the documentation, gallery included; any warning is an error.
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-# Style and documentation keep one core each, so they run side by side; the tests need all cores,
-# and their summary is the last line.
-check:  ## All that a change must pass.
+# Style and documentation use one core each, so they run in parallel; the tests need all cores, and
+# their summary is the last line.
+check:  ## Everything that a change must pass.
 	@$(MAKE) --no-print-directory .venv/.dev
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint docs
 	@$(MAKE) --no-print-directory test
 
-benchmark: .venv/.dev  ## Measure the speed of everything (half an hour); results go to speed/
+benchmark: .venv/.dev  ## Measure the speed of everything (half an hour); writes to speed/.
 	$(BIN)/python benchmarks/speed.py --out speed
 
-clean:  ## Remove what the commands above made (not runs/).
+clean:  ## Remove what the commands above created (except runs/).
 	rm -rf .venv docs/_build docs/gallery_built docs/api/generated .pytest_cache .ruff_cache .mypy_cache

@@ -1,11 +1,11 @@
-"""What following the loss, watching the noise levels and reading the clock cost, a step.
+"""The cost of callbacks per step: adaptive schedule, noise levels and throughput.
 
     python benchmarks/callbacks.py [--steps 600]
 
-Runs configs/digits.yaml with a network of about 20 ms a step and the overlays with/adaptive.yaml
-and with/noise-levels.yaml, and keeps the time within the two callbacks' hooks and within those of
-Throughput, and between the starts of two steps. Means over steps without the slowest hundredth;
-what a validation writes is given for itself.
+Runs configs/digits.yaml with a network of about 20 ms per step and the overlays with/adaptive.yaml
+and with/noise-levels.yaml, and measures the time spent in the hooks of the two callbacks and of
+Throughput, and between the starts of two steps. Means are over steps without the slowest
+hundredth; what a validation writes is listed separately.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Stopwatch(L.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Report, the first fifty steps left out."""
         step = statistics.median(self.times.pop("step")[50:])
-        result = {"ms of a step": step}
+        result = {"ms per step": step}
         each = 0.0
         for name, times in self.times.items():
             if not name.endswith("on_validation_epoch_end"):

@@ -2,8 +2,8 @@
 
     python benchmarks/chains.py CHECKPOINT --path DATA
 
-Each row is the whole bound on held-out data, along the model's own schedule and with its decoder
-(bytes, if it has none), the noise levels stratified over all examples and draws.
+Each row is the full bound on held-out data, with the model's own schedule and its decoder (bytes
+if it has none), and with noise levels stratified over all examples and samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--path", default="digits8x8", help="Data of the checkpoint.")
     parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--batch", type=int, default=100)
     args = parser.parse_args()
     model = LitDiffusion.load_from_checkpoint(args.checkpoint)
@@ -42,12 +42,12 @@ def main() -> None:
     result: dict[str, object] = {"λ": model.loss.schedule.ends, "decoder": repr(decoder)}
     for num_timesteps in (10, 100, 1000, None):
         found = []
-        for draw in range(args.draws):
+        for sample in range(args.samples):
             for batch in data.val_dataloader():
                 batch = data.on_after_batch_transfer(batch, 0)
                 index, total = batch["index"], int(batch["total"])
-                t = fixed_times(index, total, draw, args.draws)
-                noise = generators(draw, "chain", index.tolist())
+                t = fixed_times(index, total, sample, args.samples)
+                noise = generators(sample, "chain", index.tolist())
                 terms = variational_bound(
                     model.denoiser,
                     batch["image"],

@@ -1,18 +1,18 @@
-"""Throughput and memory of the data loading.
+"""Throughput and memory of data loading.
 
     python benchmarks/data.py [--path FOLDER] [--examples 8000] [--rounds 5]
 
-Streaming: JPEG images of 64 × 64 in parquet files, read, shuffled, decoded and put in batches by
-`ImageDataModule`, compared with a bare loop that only reads the same files with pyarrow
-and decodes with torchvision. The two alternate in one run, so that a noisy machine disturbs them
-alike; reported are medians over rounds. Memory is that of all processes together (their
-proportional sets), from the first thousand examples to 200,000.
+Streaming: JPEG images of 64 × 64 in parquet files, read, shuffled, decoded and batched by
+`ImageDataModule`, compared with a bare loop that only reads the same files with pyarrow and
+decodes with torchvision. The two alternate in one run, so that a noisy machine affects them alike;
+the results are medians over rounds. Memory is that of all processes together (their proportional
+set sizes), from the first thousand examples to 200,000.
 
 In memory: 32 × 32 PNG images, decoded once into a map, then batches of 256 in this process,
-against a tensor indexed with random numbers, as one would do it by hand.
+compared with indexing a tensor by random numbers.
 
-The images to stream are those of a folder of parquet files, cropped and made smaller, or else
-smooth random ones, which take about as many bytes as photographs.
+The images to stream are those of a folder of parquet files, cropped and scaled down, or otherwise
+smooth random ones of about as many bytes as photographs.
 """
 
 from __future__ import annotations

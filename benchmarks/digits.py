@@ -1,12 +1,12 @@
-"""How good the demo's model is: likelihood, right labels, Fréchet distance.
+"""The quality of the demo's model: likelihood, correct labels, Fréchet distance.
 
     python benchmarks/digits.py CHECKPOINT
 
-The judge is a small classifier, trained here in seconds on the same 1,500 digits. Reported are
-the diffusion term of the bound on the 297 test digits (at λ up to 13.3 the 17 grey levels are
-told apart and the other two terms are below 0.001 bits), the share of samples whose class the
-classifier confirms, and the Fréchet distance between its features of 1,500 samples and of the
-test digits, divided by the same distance for the training digits.
+Samples are evaluated by a small classifier, trained here in seconds on the same 1,500 digits. The
+output is the diffusion term of the bound on the 297 test digits (at λ up to 13.3 the 17 grey
+levels are distinguishable and the other two terms are below 0.001 bits), the fraction of samples
+whose class the classifier confirms, and the Fréchet distance between its features of 1,500 samples
+and of the test digits, divided by that of the training digits.
 """
 
 from __future__ import annotations
@@ -79,16 +79,16 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 @torch.inference_mode()
-def bits(model: LitDiffusion, x: Tensor, label: Tensor, draws: int = 24) -> float:
+def bits(model: LitDiffusion, x: Tensor, label: Tensor, samples: int = 24) -> float:
     """The diffusion term of the bound at w = 1, in bits per dimension, λ stratified."""
     index = torch.arange(len(x))
     total = 0.0
-    for draw in range(draws):
-        t = fixed_times(index, len(x), draw, draws)
+    for sample in range(samples):
+        t = fixed_times(index, len(x), sample, samples)
         _, log_prob = model.loss.schedule.at(t)
-        eps = noise_like(x, generators(draw, "bits", index.tolist()))
+        eps = noise_like(x, generators(sample, "bits", index.tolist()))
         terms = model.loss(model.denoiser, x, t=t, eps=eps, label=label)
-        total += float((0.5 * terms.eps_mse / log_prob.exp()).mean()) / draws
+        total += float((0.5 * terms.eps_mse / log_prob.exp()).mean()) / samples
     return total / math.log(2)
 
 
@@ -102,18 +102,18 @@ def main() -> None:
     with torch.inference_mode(False):
         judge = train_classifier(train[0].clone(), train[1].clone())
     accuracy = float((judge(test[0]).argmax(1) == test[1]).float().mean())
-    floor = frechet(judge.features(train[0]), judge.features(test[0]))
+    baseline = frechet(judge.features(train[0]), judge.features(test[0]))
     result = {
-        "judge's accuracy on test digits": accuracy,
+        "classifier accuracy on test digits": accuracy,
         "bits per dimension, test": bits(model, *test),
-        "Fréchet floor, train against test": floor,
+        "Fréchet baseline, train against test": baseline,
     }
     for name, sampler in (("own sampler", model.sampler), ("DDIM 50", DDIMSampler(steps=50))):
         noise = generators(1, "sample", list(range(len(train[1]))))
         x = model.sample(len(noise), noise, label=train[1], sampler=sampler)
         right = float((judge(x).argmax(1) == train[1]).float().mean())
-        ratio = frechet(judge.features(x), judge.features(test[0])) / floor
-        result[name] = {"labels right": right, "Fréchet distance over floor": ratio}
+        ratio = frechet(judge.features(x), judge.features(test[0])) / baseline
+        result[name] = {"labels correct": right, "Fréchet distance over baseline": ratio}
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 

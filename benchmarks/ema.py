@@ -1,12 +1,13 @@
-"""What following the weights costs, and how exactly another average is made afterwards.
+"""The cost of averaging the weights, and the accuracy of reconstructed averages.
 
     python benchmarks/ema.py [--steps 4000] [--tensors 300]
 
-First the time of one update of an average, all tensors in one call against loops over them, taken
-in turns; medians. Then a small network is trained on the digits, averages of many widths
-are followed directly, and each is made again from snapshots of two of them: by what the library
-minimises, and by least squares on the densities with and without the sum of 1; from snapshots in
-float32, float16 and bfloat16. Errors are relative to the average's distance from the weights.
+First the time of one update of an average, all tensors in one call compared with loops over them,
+alternating; medians. Then a small network is trained on the digits, averages of many widths are
+kept directly, and each is reconstructed from snapshots of two of them: by the criterion of the
+library, and by least squares on the densities with and without the constraint on the sum; from
+snapshots in float32, float16 and bfloat16. Errors are relative to the average's distance from the
+weights.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows += [
             {
                 "tensors": chosen.tensors,
-                "numbers in each": numbers,
+                "elements in each": numbers,
                 "way": way,
                 "ms": statistics.median(ms),
                 "one call over it": ratio(found["one call"], ms),

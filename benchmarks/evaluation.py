@@ -1,10 +1,10 @@
-"""What evaluating costs over drawing the images.
+"""The overhead of evaluation over sampling the images.
 
     python benchmarks/evaluation.py
 
-Draws samples of a network of the demo's size three ways, in turn: by the sampler alone from one
-generator, by `Generation`, which gives each image its own, and with the scores of `FID` computed
-from them. Written are images per second, medians of the repeats, and ratios within a repeat.
+Samples from a network of the demo's size in three alternating ways: the sampler alone with one
+generator, `Generation`, which gives each image its own, and with the scores of `FID` computed from
+the samples. The output is images per second, medians of the repeats, and ratios within a repeat.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def bare(model: LitDiffusion, sampler: Sampler, n: int, batch_size: int) -> None
     for index in torch.arange(n).split(batch_size):
         z = torch.randn(len(index), *model.image_shape, generator=generator, device=model.device)
         label = torch.zeros(len(index), dtype=torch.int64, device=model.device)
-        walk = model.walk(sampler)
-        walk(ClippedDenoiser(model.denoiser), z, generator, label=label)
+        chosen = model.sampler_in_range(sampler)
+        chosen(ClippedDenoiser(model.denoiser), z, generator, label=label)
 
 
 def main() -> None:
@@ -63,16 +63,16 @@ def main() -> None:
             for _ in generation.sample(model):
                 pass
 
-        def judge(generation: Generation = generation) -> None:
+        def evaluate(generation: Generation = generation) -> None:
             scores = Scores(features, reference)
-            for drawn in generation.sample(model):
-                scores.add(drawn)
+            for batch in generation.sample(model):
+                scores.add(batch)
             scores.compute()
 
         def alone(sampler: Sampler = sampler) -> None:
             bare(model, sampler, given.num_samples, given.batch_size)
 
-        ways: list[Callable[[], None]] = [alone, generate, judge]
+        ways: list[Callable[[], None]] = [alone, generate, evaluate]
         for way in ways:
             way()
         seconds = []

@@ -1,18 +1,18 @@
-"""What a bits-per-dimension number costs: images a second, calls an image, milliseconds a call.
+"""The cost of bits per dimension: images per second, calls per image, milliseconds per call.
 
     python benchmarks/likelihood.py [--images 64] [--batch_size 32] [--steps 10] [--bf16]
         [--config configs/cifar10.yaml] [--device cuda] [--seconds 60] [--json FILE]
 
-The bound in continuous time and of a chain of 1,000 steps, one draw of λ each, with the decoder
-that needs no network and the one that does; and the probability flow with one random probe, by
-fixed steps and by adaptive ones. In turns with the least each can cost: the network called as
-often on batches of that size, for the flow with a way back to z. The difference drowns in the
-noise of a busy machine; so the estimator by itself, around a network that answers at once, is
-timed beside it, all but the adaptive one, which would take other steps.
+The bound in continuous time and of a chain of 1,000 steps, with one sample of λ each, with the
+decoder that needs no network and the one that does; and the probability-flow ODE with one random
+probe, with fixed and with adaptive steps. Each alternates with its minimal cost: the network
+called as often on batches of that size, for the ODE with a backward pass to z. On a busy machine
+the difference is smaller than the noise, so each estimator is also timed with a network that
+returns immediately, except the adaptive one, which would take other steps.
 
-A hook on the network counts the calls; those of all but the adaptive flow are stated here, and
-others are an error. The images are of random levels, and the network is not trained: only how many
-steps an adaptive flow takes depends on them.
+A hook on the network counts the calls; except for the adaptive ODE their number is stated here,
+and any other is an error. The images have random levels, and the network is untrained: this only
+affects the number of adaptive steps.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def calling(
     def bare() -> None:
         for x, times in zip(batches, calls, strict=True):
             z = x.clone().requires_grad_(backward)
-            logsnr, told = torch.zeros(len(x), device=x.device), labels(network, x)
+            logsnr, cond = torch.zeros(len(x), device=x.device), labels(network, x)
             for _ in range(times):
                 with torch.set_grad_enabled(backward):
-                    out = network(z, logsnr, **told)
+                    out = network(z, logsnr, **cond)
                     if backward:
                         torch.autograd.grad(out.sum(), z)
 
@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             rows.append(
                 {
                     "estimator": name,
-                    "calls a batch": statistics.mean(made),
+                    "calls per batch": statistics.mean(made),
                     "each": "and back" if backward else "forward",
                     "images/s": chosen.images / statistics.median(ours) * 1e3,
                     "bare images/s": chosen.images / statistics.median(alone) * 1e3,
                     "ratio": ratio(ours, alone),
-                    "extra ms a call": extra / sum(made),
-                    "itself, ms a call": itself,
+                    "extra ms per call": extra / sum(made),
+                    "itself, ms per call": itself,
                     "rounds": len(ours),
                 }
             )

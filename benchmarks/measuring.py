@@ -1,7 +1,7 @@
-"""What the benchmarks of speed share: taking turns, the machine's name, the table and the JSON.
+"""Shared by the benchmarks of speed: alternating measurements, the machine, the table, the JSON.
 
-A machine is never quiet, so nothing here is timed alone: the candidates take turns, in an order
-drawn anew each round, and what counts is the median over rounds of the ratio within a round.
+No machine is ever quiet, so nothing is timed alone: the candidates alternate, in a new random
+order in each round, and the result is the median over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def count_calls(network: nn.Module, action: Callable[[], Any]) -> int:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done all it was told."""
+    """Wait until the device has finished."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

@@ -1,16 +1,16 @@
-"""What a run holds in memory: whether it grows, and how far it is above a bare loop.
+"""The memory of a run: whether it grows, and how far it is above a bare loop.
 
     python benchmarks/memory.py [--steps 2000] [--every 10] [--device cuda] [--seconds 600]
         [--config configs/digits.yaml] [--json FILE] [-- further words for fit]
 
-Three runs, each in a process of its own: the bare loop of benchmarks/overhead.py in place of the
-training, `lit-diffusion fit` without validation, which does the same work, and with four
-validations and what comes with them. On the CPU it is the resident memory of the process, and the
-imports, the same in all three, are most of it: so `growth`, above the level before the first
-step, stands beside the peak. On a GPU it is what torch has allocated there as well.
+Three runs, each in its own process: the bare loop of benchmarks/overhead.py in place of the
+training, `lit-diffusion fit` without validation, which does the same work, and `fit` with four
+validations and everything that belongs to them. On the CPU the resident memory of the process is
+measured, most of which are the imports, the same in all three; so `growth`, above the level before
+the first step, is given beside the peak. On a GPU it is the memory that torch has allocated there.
 
-Flat means: a slope, fitted to the last three quarters of the steps, and a difference of medians,
-last quarter less first, near zero.
+There is no leak if a slope, fitted to the last three quarters of the steps, and a difference of
+medians, last quarter minus first, are close to zero.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def summary(
     Args:
         name: Of the run.
         memory: Which memory.
-        found: What the run told.
-        base: What the bare loop told.
+        found: What the run reported.
+        base: What the bare loop reported.
     """
     steps, seen = found["steps"], found["seen"][memory]
     quarter = max(1, len(seen) // 4)
@@ -171,11 +171,11 @@ def summary(
         "steps": steps[-1],
         "before": found["before"][memory],
         "peak": found["most"][memory],
-        "peak over bare's": found["most"][memory] / base["most"][memory],
+        "peak relative to bare": found["most"][memory] / base["most"][memory],
         "growth": growth,
-        "growth over bare's": growth / alone,
+        "growth relative to bare": growth / alone,
         "per 1,000 steps": slope * 1000,
-        "last less first quarter": statistics.median(seen[-quarter:])
+        "last minus first quarter": statistics.median(seen[-quarter:])
         - statistics.median(seen[:quarter]),
     }
 

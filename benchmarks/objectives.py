@@ -1,17 +1,16 @@
-"""Tournament: weightings × schedules × predictions, judged alike, paired over seeds.
+"""Tournament: weightings × schedules × predictions, evaluated alike, paired over seeds.
 
     python benchmarks/objectives.py digits --out OUT
     python benchmarks/objectives.py mnist --path DATA --out OUT
 
-Each run is a command of `lit-diffusion fit`, which is kept with its result. Runs of one seed have
-the same first weights, the same order of the data and, at each step, the same times and noise;
-only the objective differs. At each validation the average weights are judged by
-½ ∫ w(λ) E mean (ε̂ − ε)² dλ
-for every weighting of the tournament, at the same λ and ε in every run; the last network also by
-the Fréchet distance between features, of a classifier trained here, of its samples and of test
-images.
+Each run is a command of `lit-diffusion fit`, which is stored with its result. Runs of one seed
+have the same initial weights, the same order of the data and, at each step, the same times and
+noise; only the objective differs. At each validation the average weights are evaluated by ½ ∫ w(λ)
+E mean (ε̂ − ε)² dλ for every weighting of the tournament, at the same λ and ε in every run; the
+final network also by the Fréchet distance between the features, of a classifier trained here, of
+its samples and of test images.
 
-OUT keeps a file for each run. A command that was interrupted goes on; one without `--out` anew.
+OUT has one file per run. An interrupted command continues with the missing runs.
 """
 
 from __future__ import annotations
@@ -83,11 +82,11 @@ class Judge(L.Callback):
     """Judges the average weights by the loss under every weighting of the tournament.
 
     Args:
-        draws: Noise levels for each example, the same ones in every run.
+        samples: Noise levels for each example, the same ones in every run.
     """
 
-    def __init__(self, draws: int = 2) -> None:
-        self.draws = draws
+    def __init__(self, samples: int = 2) -> None:
+        self.samples = samples
         self.curve: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}
 
@@ -100,9 +99,9 @@ class Judge(L.Callback):
     ) -> None:
         """Add a batch, in a hook where the average weights are in place."""
         x, index, total = batch["image"], batch["index"], int(batch["total"])
-        for draw in range(self.draws):
-            t = fixed_times(index, total, draw, self.draws)
-            eps = noise_like(x, generators(0, f"judge {draw}", index.tolist()))
+        for sample in range(self.samples):
+            t = fixed_times(index, total, sample, self.samples)
+            eps = noise_like(x, generators(0, f"judge {sample}", index.tolist()))
             terms = weighted_error(
                 *(pl_module.denoiser, x, ld.LinearSchedule(*ENDS), ld.ELBOWeighting(), None),
                 *(t, eps),
@@ -110,7 +109,7 @@ class Judge(L.Callback):
             )
             for name, weighting in JUDGED.items():
                 self._sums[name] += float((weighting(terms.logsnr) * terms.loss).sum())
-        self._sums["examples"] += len(x) * self.draws
+        self._sums["examples"] += len(x) * self.samples
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the curve so far."""
@@ -214,7 +213,7 @@ def steps_needed(curve: list[dict[str, float]], name: str, target: float) -> flo
     return None
 
 
-def table(data: str, out: Path, seeds: int, floor: float) -> str:
+def table(data: str, out: Path, seeds: int, baseline: float) -> str:
     """All cells as Markdown: what they reach, and how they compare."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for file in sorted(out.glob(f"{data}_*.json")):
@@ -228,7 +227,7 @@ def table(data: str, out: Path, seeds: int, floor: float) -> str:
     lines = [
         "| weighting | prediction | schedule | bits/dim | loss under its weighting "
         "| over cosine's | over v's | steps to cosine's last "
-        "| Fréchet over floor | labels right |",
+        "| Fréchet over baseline | labels correct |",
         "|" + " --- |" * 10,
     ]
     for cell in sorted(found, key=lambda c: (c[0], c[2], list(SCHEDULES).index(c[1]))):
@@ -254,7 +253,7 @@ def table(data: str, out: Path, seeds: int, floor: float) -> str:
             "1"
             if schedule == "cosine"
             else (ratio(reached, whole) if len(reached) == len(whole) else many),
-            ratio([result["Fréchet"] for result in results], [floor] * len(results)),
+            ratio([result["Fréchet"] for result in results], [baseline] * len(results)),
             f"{100 * sum(result['right'] for result in results) / len(results):.1f} %",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -284,15 +283,18 @@ def main() -> None:
         torch.save(train_classifier(train["image"], train["label"]), classifier)
     judge = torch.load(classifier, weights_only=False)
     with torch.no_grad():
-        floor = frechet(judge.features(train["image"]), judge.features(test["image"]))
+        baseline = frechet(judge.features(train["image"]), judge.features(test["image"]))
         right = float((judge(test["image"]).argmax(1) == test["label"]).float().mean())
     cells = list(product(args.weightings, args.schedules, args.predictions))
     jobs = [(args.data, path, cell, seed, out) for seed in range(args.seeds) for cell in cells]
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, fresh) as pool:
         list(pool.map(run, jobs))
-    print(table(args.data, out, args.seeds, floor))
-    print(f"The classifier is right on {100 * right:.1f} % of the test images; floor {floor:.4f}.")
+    print(table(args.data, out, args.seeds, baseline))
+    print(
+        f"The classifier is correct on {100 * right:.1f} % of the test images; "
+        f"baseline {baseline:.4f}."
+    )
 
 
 if __name__ == "__main__":

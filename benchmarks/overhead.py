@@ -1,15 +1,15 @@
-"""What the framework costs: `lit-diffusion fit` against a bare PyTorch loop, step for step.
+"""The overhead of the framework: `lit-diffusion fit` against a bare PyTorch loop, step for step.
 
     python benchmarks/overhead.py [--seconds 60] [--block 20] [--device cpu]
 
-Both run in one process and take turns, a block of steps each, so that a noisy machine disturbs
-them alike. The bare loop has a copy of the same network, the same optimizer, batch and data
-loader, and does the same work: λ and ε, label drop, weighted loss, clipping, learning rate, EMA.
-On the other side stands everything a user gets: the trainer, callbacks, logging to metrics.csv,
-the progress bar. Reported are the medians over blocks: with the network of the demo, where a
-noisy machine hides a millisecond, and with a single convolution, where it shows: with images that
-are decoded between the steps, as the demo does, which leaves nothing of either loop in the caches,
-and with images from memory. The last row has neither the config's callbacks nor logger nor bar.
+Both run in one process and alternate, a block of steps each, so that a noisy machine affects them
+alike. The bare loop has a copy of the same network, the same optimizer, batch and data loader, and
+does the same work: λ and ε, label dropout, weighted loss, clipping, learning rate, EMA. The other
+side is what a user runs: the trainer, callbacks, logging to metrics.csv, the progress bar. The
+output are medians over blocks: with the network of the demo, where a noisy machine hides a
+millisecond, and with a single convolution, where it is visible; with images decoded between the
+steps, as in the demo, which evicts both loops from the caches, and with images from memory. The
+last row has neither the callbacks of the config nor logger nor progress bar.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ CASES = {
     "configs/digits.yaml, images from memory": MEMORY,
     "one convolution": NETWORK,
     "one convolution, images from memory": [*NETWORK, *MEMORY],
-    "the same, least callbacks": [*NETWORK, *MEMORY, *ALONE],
+    "the same, fewest callbacks": [*NETWORK, *MEMORY, *ALONE],
 }
 
 

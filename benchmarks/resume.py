@@ -3,13 +3,13 @@
     python benchmarks/resume.py [--runs 50] [--seed 0]
 
 Each run is `lit-diffusion fit --ckpt_path last` on the digits with a small network, killed by
-SIGKILL again and again: half of the times at a random moment, half of them while a checkpoint is
-being written. It goes on from the last checkpoint, as often as it takes. In the end its checkpoint
-(weights, average, optimizer, schedule, positions in the data) and its metrics.csv must be those of
-a run that was left alone. A run counts if it was resumed at least once from a step above 0.
+SIGKILL repeatedly: half of the time at a random moment, half of the time while a checkpoint is
+being written. It resumes from the last checkpoint as often as necessary. In the end its checkpoint
+(weights, average, optimizer, schedule, positions in the data) and its metrics.csv must equal those
+of an uninterrupted run. A run counts if it was resumed at least once from a step above 0.
 
 The runs are forked from one process that has imported everything, so each starts at once; those
-with two ranks are commands of their own.
+with two ranks are separate commands.
 """
 
 from __future__ import annotations

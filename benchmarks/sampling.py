@@ -1,16 +1,16 @@
-"""What drawing costs beside the network: images a second against calls, and milliseconds a call.
+"""The overhead of sampling over the network: images per second, calls, milliseconds per call.
 
     python benchmarks/sampling.py [--batch_sizes 16 64] [--steps 10 50] [--compile] [--bf16]
         [--config configs/cifar10.yaml] [--device cuda] [--seconds 60] [--json FILE]
 
-Every registered sampler draws by `model.sample`, in turns with the least that its walk can cost:
-the network alone, called as often on a batch of that size. The difference drowns in the noise of a
-busy machine; so the walk by itself, around a network that answers at once, is timed beside it. On
-a GPU that one is hidden behind the network as long as it is the shorter of the two.
+Every registered sampler runs in `model.sample`, alternating with the minimum that it can cost: the
+network alone, called as often on a batch of that size. On a busy machine the difference is smaller
+than the noise, so the sampler itself is also timed with a network that returns immediately. On a
+GPU its time is hidden behind the network as long as it is the shorter of the two.
 
-A hook on the network counts the calls first; if they are not those that the sampler states, that
-is an error. The ancestral sampler draws once more with a generator for each image, as
-`lit-diffusion sample` and `evaluate` do, so that image i is the same in any batch.
+A hook on the network counts the calls first; if they differ from those stated by the sampler, that
+is an error. The ancestral sampler runs once more with one generator per image, as in
+`lit-diffusion sample` and `evaluate`, so that image i is the same in any batch.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ from lit_diffusion.training import LitDiffusion
 from lit_diffusion.training.randomness import generators
 
 
-def walks(steps: Sequence[int]) -> Iterator[tuple[Sampler, str]]:
-    """Every sampler at every number of steps, and for what one stream of noise is drawn."""
+def samplers(steps: Sequence[int]) -> Iterator[tuple[Sampler, str]]:
+    """Every sampler at every number of steps, with one generator per batch or per image."""
     for n in steps:
         for cls in SAMPLERS.classes():
             yield cls(steps=n), "batch"
         yield AncestralSampler(steps=n), "image"
 
 
-def drawing(model: LitDiffusion, n: int, sampler: Sampler, noise: str) -> Callable[[], Tensor]:
-    """The way a user draws n images of class 0."""
+def sampling(model: LitDiffusion, n: int, sampler: Sampler, noise: str) -> Callable[[], Tensor]:
+    """Sample n images of class 0 as a user does."""
 
-    def draw() -> Tensor:
+    def sample() -> Tensor:
         each = generators(0, "sample", list(range(n))) if noise == "image" else None
         label = None if model.num_classes is None else 0
         return model.sample(n, each, label, sampler)
 
-    return draw
+    return sample
 
 
 def calling(model: LitDiffusion, n: int, calls: int) -> Callable[[], None]:
     """The network alone."""
     z = torch.randn(n, *model.image_shape, device=model.device)
-    logsnr, told = torch.zeros(n, device=model.device), {}
+    logsnr, cond = torch.zeros(n, device=model.device), {}
     if model.num_classes is not None:
-        told["label"] = torch.zeros(n, dtype=torch.int64, device=model.device)
+        cond["label"] = torch.zeros(n, dtype=torch.int64, device=model.device)
 
     @torch.inference_mode()
     def bare() -> None:
         for _ in range(calls):
-            model.denoiser.network(z, logsnr, **told)
+            model.denoiser.network(z, logsnr, **cond)
 
     return bare
 
@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for n in chosen.batch_sizes:
             network = network_of(config)
             model = LitDiffusion(network, image_shape=network.image_shape).to(chosen.device).eval()
-            cases = list(walks(chosen.steps))
+            cases = list(samplers(chosen.steps))
             for sampler, noise in cases:
-                made = count_calls(network, drawing(model, n, sampler, noise))
+                made = count_calls(network, sampling(model, n, sampler, noise))
                 if made != sampler.calls:
                     raise AssertionError(f"{sampler!r} states {sampler.calls} calls, made {made}.")
             echo = Echo(network.image_shape, network.num_classes)
@@ -102,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for sampler, noise in cases:
                 calls = sampler.calls
                 ways = {
-                    "draw": drawing(model, n, sampler, noise),
+                    "sample": sampling(model, n, sampler, noise),
                     "bare": calling(model, n, calls),
-                    "walk": drawing(hollow, n, sampler, noise),
+                    "itself": sampling(hollow, n, sampler, noise),
                 }
                 times = take_turns(ways, chosen.seconds, chosen.device, warmup=1)
-                draw, bare = times["draw"], times["bare"]
-                extra = statistics.median(a - b for a, b in zip(draw, bare, strict=True))
+                ours, bare = times["sample"], times["bare"]
+                extra = statistics.median(a - b for a, b in zip(ours, bare, strict=True))
                 rows.append(
                     {
                         "sampler": type(sampler).__name__,
@@ -116,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         "batch": n,
                         "steps": sampler.steps,
                         "calls": calls,
-                        "images/s": n / statistics.median(draw) * 1e3,
+                        "images/s": n / statistics.median(ours) * 1e3,
                         "bare images/s": n / statistics.median(bare) * 1e3,
-                        "ratio": ratio(draw, bare),
-                        "extra ms a call": extra / calls,
-                        "walk itself, ms a call": statistics.median(times["walk"]) / calls,
-                        "rounds": len(draw),
+                        "ratio": ratio(ours, bare),
+                        "extra ms per call": extra / calls,
+                        "sampler itself, ms per call": statistics.median(times["itself"]) / calls,
+                        "rounds": len(ours),
                     }
                 )
     size = sum(p.numel() for p in network.parameters())

@@ -1,12 +1,12 @@
-"""How much one draw of the bound scatters under each schedule, and that its mean does not move.
+"""The variance of one sample of the bound under each schedule, and its mean.
 
     python benchmarks/schedules.py                          exact denoiser, Gaussian data
     python benchmarks/schedules.py CHECKPOINT --path DATA   a trained network, held-out data
 
-All schedules run between the same ends, those of the checkpoint or [−5, 13.3]. The cosine and the
-linear betas are stretched to them, as in the table of Kingma et al. (2021). "Variance" is that of
-one independent draw of (λ, ε) for a fixed example, averaged over examples, in bits per dimension
-squared; the learned schedule is trained here, on other draws, with the denoiser fixed.
+All schedules have the same ends, those of the checkpoint or [−5, 13.3]. The cosine and the linear
+betas are stretched to them, as in the table of Kingma et al. (2021). The variance is that of one
+independent sample of (λ, ε) for a fixed example, averaged over examples, in bits per dimension
+squared; the learned schedule is trained here, on other samples, with the denoiser fixed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def learn(
     for _ in range(steps):
         x, cond = data(batch)
         optimizer.zero_grad()
-        # Independent times: the variance that is to fall is that of a single draw.
+        # Independent times: the variance that is to fall is that of a single sample.
         loss(denoiser, x, t=torch.rand(batch), **cond).loss.mean().backward()
         optimizer.step()
         rate.step()
@@ -64,15 +64,15 @@ def learn(
 
 @torch.no_grad()
 def moments(
-    denoiser: Any, schedule: ld.NoiseSchedule, examples: Examples, draws: int, batch: int = 256
+    denoiser: Any, schedule: ld.NoiseSchedule, examples: Examples, samples: int, batch: int = 256
 ) -> dict[str, float]:
-    """Mean and variance of one draw, in bits per dimension, with their standard errors."""
+    """Mean and variance of one sample, in bits per dimension, with their standard errors."""
     loss = ld.DiffusionLoss(schedule.requires_grad_(False))
     means, variances, spread = [], [], []
     x, cond = examples
     for i in range(len(x)):
         found = []
-        for n in [batch] * (draws // batch):
+        for n in [batch] * (samples // batch):
             one = x[i : i + 1].expand(n, *x.shape[1:])
             label = {name: value[i : i + 1].expand(n) for name, value in cond.items()}
             found.append(loss(denoiser, one, t=torch.rand(n), **label).loss.double())
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--path", default="digits8x8", help="Data of the checkpoint.")
     parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=1000, help="Steps of the learned schedule.")
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
@@ -136,7 +136,8 @@ def main() -> None:
         "linear betas": StretchedSchedule(ld.BetaSchedule(), *ends),
     }
     result: dict[str, Any] = {
-        name: moments(denoiser, schedule, examples, args.draws) for name, schedule in rows.items()
+        name: moments(denoiser, schedule, examples, args.samples)
+        for name, schedule in rows.items()
     }
     for row in result.values():
         row["variance over learned"] = row["variance"] / result["learned"]["variance"]

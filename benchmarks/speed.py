@@ -1,10 +1,11 @@
-"""All measurements of speed, one after the other: the table of a machine by one command.
+"""All measurements of speed, one after the other, in one command.
 
     python benchmarks/speed.py --out speed [--device cuda] [--toy] [--only throughput sampling]
 
-Each script runs in a process of its own and within its bounds, about half an hour in all; a script
-that fails is named, and the rest goes on. --out gets the results of each as JSON, what it printed
-as text, and the traces. --toy takes seconds for each: it shows that all of it works here.
+Each script runs in its own process and with a time limit, about half an hour in total; if a script
+fails, it is named, and the rest continues. --out receives the results of each as JSON, its output
+as text, and the traces. --toy takes seconds for each, to check that everything works on this
+machine.
 """
 
 from __future__ import annotations

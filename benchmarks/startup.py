@@ -1,14 +1,14 @@
-"""How long one waits for a command: wall clock and processor time, in turns, and the imports.
+"""The start-up time of each command: wall clock and processor time, alternating, and the imports.
 
     python benchmarks/startup.py [--rounds 5] [--only pass "import torch"] [--seconds 300]
         [--json FILE]
 
-What can be blamed on nobody here stands beside ours: Python, torch, Lightning, and the command
-line of Lightning's own demo, a LightningCLI of one layer and random data; ratios are to the last
-one's `fit --help` in the same round. Each is a process of its own; files are in the system's
-cache, as they are for whoever runs a command twice. Then the ten dearest packages that
-`lit-diffusion fit` imports, by `python -X importtime`: with all they import themselves, their own
-files alone, and who asked for them first.
+Our commands are compared with what they cannot avoid: Python, torch, Lightning, and the command
+line of Lightning's own demo, a LightningCLI with one layer and random data; ratios are to the last
+one's `fit --help` in the same round. Each is a separate process; files are in the system's cache,
+as in the second run of a command. Then the ten most expensive packages that `lit-diffusion fit`
+imports, by `python -X importtime`: including all they import themselves, their own files alone,
+and the package that imported them first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 LightningCLI(BoringModel, BoringDataModule)
 """
 LIGHTNING = "LightningCLI fit --help"
-FIT = "import lit_diffusion.training.cli"
+FIT = "import lit_diffusion.training.commands.fit"  # what `lit-diffusion fit` imports
 CONFIG = str(CONFIGS / "digits.yaml")
 
 
@@ -71,17 +71,17 @@ def waiting(words: Sequence[str], used: list[tuple[float, float]]) -> Callable[[
 
 
 def imports(statement: str) -> list[dict[str, Any]]:
-    """The packages that a statement imports, the dearest first.
+    """The packages that a statement imports, the most expensive first.
 
     Args:
-        statement: Python, run by itself under `-X importtime`.
+        statement: Python code, run under `-X importtime`.
     """
     words = [sys.executable, "-X", "importtime", "-c", statement]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     lines = re.findall(r"^import time: +(\d+) \| +(\d+) \|( +)(\S+)$", done.stderr, re.MULTILINE)
     found: dict[str, dict[str, Any]] = {}
     above: list[tuple[int, str]] = []  # who is importing, from the outside in
-    for own, whole, indent, module in reversed(lines):  # a module is told after what it imports
+    for own, whole, indent, module in reversed(lines):  # a module is listed after its imports
         depth, package = len(indent), module.partition(".")[0]
         while above and above[-1][0] >= depth:
             above.pop()
@@ -115,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         {
             "command": name,
             "seconds": statistics.median(wall[name]) / 1e3,
-            "least": min(wall[name]) / 1e3,
-            "most": max(wall[name]) / 1e3,
-            "over Lightning's": ratio(wall[name], wall[LIGHTNING]) if LIGHTNING in wall else None,
+            "min": min(wall[name]) / 1e3,
+            "max": max(wall[name]) / 1e3,
+            "relative to Lightning's": ratio(wall[name], wall[LIGHTNING])
+            if LIGHTNING in wall
+            else None,
             "user": statistics.median(user for user, _ in used[name][-len(wall[name]) :]),
             "system": statistics.median(system for _, system in used[name][-len(wall[name]) :]),
             "rounds": len(wall[name]),
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     result = report("Start-up", machine("cpu"), rows, None)
     result["imports"] = imports(FIT)
-    print(f"\n`{FIT}`, the ten dearest packages\n\n{table(result['imports'][:10])}")
+    print(f"\n`{FIT}`, the ten most expensive packages\n\n{table(result['imports'][:10])}")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return result

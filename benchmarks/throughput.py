@@ -1,15 +1,15 @@
-"""How fast real runs train: images a second, use of the device's peak, waits, and a trace of it.
+"""The speed of real runs: images per second, use of the device's peak, waits, and a trace.
 
     python benchmarks/throughput.py [--device cuda] [--cases DiT-XL/2 U-Net] [--traces traces]
 
-Each case is `lit-diffusion fit` of an experiment in configs/, in a process of its own, compiled
-unless told otherwise and under bfloat16 on a GPU, from images of noise that are kept in memory.
-What counts is what the run logs itself (`Throughput`), the median over its log steps after the
-first; then ten steps are traced. From the trace comes what no log can say: for how much of the
-time of these ten steps the device had nothing to do, and the longest such gap.
+Each case is `lit-diffusion fit` of an experiment in configs/, in its own process, compiled by
+default and in bfloat16 on a GPU, with images of noise that are kept in memory. The result is what
+the run logs itself (`Throughput`), the median over its log steps after the first; then ten steps
+are traced. The trace shows what no log can: for what fraction of these ten steps the device was
+idle, and the longest such gap.
 
-MFU is operations over the peak of the data sheet, a multiplication and its addition as two; with
---peak_tflops over that number, which on a CPU is the only way to have one.
+MFU is FLOPs relative to the peak of the data sheet, with a multiply-add as two; with --peak_tflops
+relative to that number, which is required on a CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "config": "imagenet256-latent.yaml",
         "set": ["--model.network.qk_norm=false", "--data.batch_size=128"],
         "toy": TOY_DIT,
-        "wanted": "40 % MFU",
+        "target": "40 % MFU",
     },
     "DiT-B/2": {
         "config": "imagenet256-latent.yaml",
@@ -58,13 +58,13 @@ CASES: dict[str, dict[str, Any]] = {
             "--data.batch_size=256",
         ],
         "toy": TOY_DIT,
-        "wanted": "35 % MFU",
+        "target": "35 % MFU",
     },
     "U-Net": {
         "config": "cifar10.yaml",
         "set": ["--model.network.channels_last=true"],
         "toy": ["--data.batch_size=2", "--model.network.channels=[8,8]"],
-        "wanted": "3,000 images/s",
+        "target": "3,000 images/s",
     },
 }
 
@@ -234,7 +234,7 @@ def measure(name: str, chosen: Any, folder: Path) -> dict[str, Any]:
         "step ms": logged["step_ms"],
         "images/s": logged["images_per_s"],
         "MFU": logged.get("mfu"),
-        "wanted": case["wanted"],
+        "target": case["target"],
         "data wait": logged["data_wait"],
         "peak GiB": logged.get("peak_memory_gib"),
         "idle": found.get("idle"),

@@ -1,10 +1,10 @@
-"""Train the small classifier by whose features samples are compared with the data.
+"""Train the small classifier whose features are used to compare samples with data.
 
     python benchmarks/train_features.py --path digits8x8 --out features.safetensors
 
-Any labelled data set of ImageDataModule will do. The file goes to
-`ClassifierFeatures(weights=FILE)`; it holds the weights in half precision, with what they were
-trained on. For the shipped digits it takes half a minute on two CPU cores.
+Any labelled data set of ImageDataModule can be used. The file is for
+`ClassifierFeatures(weights=FILE)`; it contains the weights in half precision, and what they were
+trained on. For the included digits it takes half a minute on two CPU cores.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""A training step against peers, with networks of the same size and the same batch.
+"""A training step compared with other libraries, for networks of the same size.
 
     python benchmarks/training_step.py --peers .venv-peers/bin/python [--compile]
         [--precision bf16] [--device cuda] [--json FILE]
 
-Each contestant is a process of its own, started with an interpreter that has its library: ours,
-or that of `--peers` (benchmarks/peers.txt). They take turns of a second or two, in an order drawn
-anew each round, and wait in a read while it is not their turn. A step is the same job for all:
-a batch from memory to the device, noise, loss, backward, gradients clipped to norm 1, optimizer,
-average of the weights. Optimizer and average are as the users of each library have them; the files
-of benchmarks/peers/ say what each one does. No network has labels or dropout.
+Each candidate is a separate process, started with an interpreter that has its library: ours, or
+that of `--peers` (benchmarks/peers.txt). They take turns of a second or two, in a new random order
+in each round, and wait in a blocking read otherwise. A step is the same work for all: a batch from
+memory to the device, noise, loss, backward pass, gradients clipped to norm 1, optimizer, average
+of the weights. Optimizer and average are those of the users of each library; the files of
+benchmarks/peers/ state what each one does. No network has labels or dropout.
 
 Networks have our levels, blocks and attention as far as their design allows, and are chosen to
-have as many parameters as ours (`peers/task.py: nearest`). Equal parameters need not be equal
-work, so the table has the operations, too, counted in the pass forward and backward. The last
-two columns say how many times as fast as the contestant ours is: median over rounds of the ratio
-within a round, `fit` for the framework, `bare` for a loop by hand; compiled against compiled.
+have as many parameters as ours (`peers/task.py: nearest`). Equal numbers of parameters do not mean
+equal work, so the table also has the operations of the forward and backward pass. The last two
+columns state how many times as fast ours is: the median over rounds of the ratio within a round,
+`fit` for the framework, `bare` for a loop by hand; compiled against compiled.
 """
 
 from __future__ import annotations

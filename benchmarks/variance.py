@@ -1,11 +1,12 @@
-"""How much loss and gradient of one draw scatter, for each schedule under each weighting.
+"""The variance of loss and gradient of one sample, for each schedule under each weighting.
 
     python benchmarks/variance.py                          exact denoiser, Gaussian data, λ in ±20
     python benchmarks/variance.py CHECKPOINT --path DATA   a trained network, its own range
 
-The first is std/mean of the loss of one draw of (λ, ε). For a network there is also the variance
-of the gradient of all its weights, tr Var(g) = E‖g‖² − ‖E g‖², over draws of (x, λ, ε), and the
-cosine's over it. Learned and adaptive schedules are first fitted to the denoiser, on other draws.
+The first is std/mean of the loss of one sample of (λ, ε). For a network there is also the variance
+of the gradient of all its weights, tr Var(g) = E‖g‖² − ‖E g‖², over samples of (x, λ, ε), and that
+of the cosine divided by it. Learned and adaptive schedules are first fitted to the denoiser, on
+other samples.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def fitted(
 
 
 @torch.no_grad()
-def scatter(loss: ld.DiffusionLoss, denoiser: Any, data: Data, draws: int) -> dict[str, float]:
-    """Mean and std/mean of the loss of one draw."""
+def moments(loss: ld.DiffusionLoss, denoiser: Any, data: Data, samples: int) -> dict[str, float]:
+    """Mean and std/mean of the loss of one sample."""
     found = []
-    for _ in range(max(1, draws // 256)):
+    for _ in range(max(1, samples // 256)):
         x, cond = data(256)
         found.append(loss(denoiser, x, t=torch.rand(256), **cond).loss.double())
     every = torch.cat(found)
@@ -72,20 +73,20 @@ def scatter(loss: ld.DiffusionLoss, denoiser: Any, data: Data, draws: int) -> di
 
 
 def gradient_variance(
-    loss: ld.DiffusionLoss, denoiser: torch.nn.Module, data: Data, draws: int
+    loss: ld.DiffusionLoss, denoiser: torch.nn.Module, data: Data, samples: int
 ) -> float:
-    """Trace of the covariance of the gradient of one draw."""
+    """Trace of the covariance of the gradient of one sample."""
     weights = [p for p in denoiser.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in weights]
     square = 0.0
-    for _ in range(draws):
+    for _ in range(samples):
         x, cond = data(1)
         value = loss(denoiser, x, t=torch.rand(1), **cond).loss.mean()
         gradient = torch.autograd.grad(value, weights)
-        square += float(sum(g.double().square().sum() for g in gradient)) / draws
-        torch._foreach_add_(total, list(gradient), alpha=1 / draws)
+        square += float(sum(g.double().square().sum() for g in gradient)) / samples
+        torch._foreach_add_(total, list(gradient), alpha=1 / samples)
     mean = float(sum(g.double().square().sum() for g in total))
-    return (square - mean) * draws / (draws - 1)
+    return (square - mean) * samples / (samples - 1)
 
 
 def main() -> None:
@@ -93,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--path", default="digits8x8", help="Data of the checkpoint.")
-    parser.add_argument("--draws", type=int, default=32_768, help="Of the loss.")
-    parser.add_argument("--gradients", type=int, default=512, help="Draws of the gradient.")
+    parser.add_argument("--samples", type=int, default=32_768, help="Samples of the loss.")
+    parser.add_argument("--gradients", type=int, default=512, help="Samples of the gradient.")
     parser.add_argument("--batches", type=int, default=400, help="Of 64, to fit a schedule.")
     parser.add_argument("--weightings", nargs="*", default=list(WEIGHTINGS))
     args = parser.parse_args()
@@ -125,7 +126,7 @@ def main() -> None:
         rows: dict[str, Any] = {}
         for kind, schedule in fitted(denoiser, weighting, data, ends, args.batches).items():
             loss = ld.DiffusionLoss(schedule, weighting)
-            rows[kind] = scatter(loss, denoiser, data, args.draws)
+            rows[kind] = moments(loss, denoiser, data, args.samples)
             if args.checkpoint is not None:
                 found = gradient_variance(loss, denoiser, data, args.gradients)
                 rows[kind]["tr Var(gradient)"] = found

@@ -1,7 +1,7 @@
-"""The model of `minimal.py` on real images, trained by PyTorch Lightning's Trainer.
+"""The objective of `minimal.py` on images, with a U-Net and PyTorch Lightning's Trainer.
 
-The data are 1,500 handwritten digits of 8×8 pixels that are part of the package.
-Run it with `python examples/with_lightning.py`.
+The data are 1,500 handwritten digits of 8×8 pixels, which are part of the package. Run
+`python examples/with_lightning.py`.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from lit_diffusion.training import EMA, ImageDataModule, LitDiffusion
 
 
 def main(max_steps: int = 200) -> None:
-    """Train, sample and compare the brightness of samples and data."""
+    """Train the model, sample from it, and compare the pixels of samples and data."""
     L.seed_everything(0)
     data = ImageDataModule(path="digits8x8", image_shape=(1, 8, 8))
     model = LitDiffusion(
@@ -28,11 +28,12 @@ def main(max_steps: int = 200) -> None:
         max_steps=max_steps,
         accelerator="cpu",
         callbacks=[EMA(0.98)],
-        use_distributed_sampler=False,  # the data module distributes the examples itself
+        use_distributed_sampler=False,  # the data module divides the examples among the ranks
         logger=False,
     )
     trainer.fit(model, data)
 
+    # A checkpoint is enough to make the model again, with the averaged weights.
     trainer.save_checkpoint("digits.ckpt")
     model = LitDiffusion.load_from_checkpoint("digits.ckpt")
     images = model.sample(100, torch.Generator().manual_seed(0))

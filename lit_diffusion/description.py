@@ -1,9 +1,9 @@
-"""Descriptions: an object as plain data, and back.
+"""Descriptions: convert an object to plain data and back.
 
-A checkpoint records how its model was constructed, yet must load without executing code
+A checkpoint records how its model was constructed but must load without executing code
 (`weights_only=True`), so it holds {class_path, init_args} and nothing else. `describe` reads
-them from the object itself, since every argument is kept as an attribute of the same name;
-`build` constructs the object again, and imports allowed modules only.
+both from the object, which keeps every argument as an attribute of the same name; `build`
+constructs the object again and imports allowed modules only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KINDS = (
 
 
 def allow(module: str) -> None:
-    """Let classes of a module, and of the modules in it, be named in configs and checkpoints.
+    """Allow configs and checkpoints to name classes of a module and of its submodules.
 
     Args:
         module: Its dotted name.
@@ -54,7 +54,10 @@ def allow(module: str) -> None:
 
 
 def allowed_modules() -> list[str]:
-    """Modules that configs and checkpoints may import: ours, PyTorch's, installed plug-ins'.
+    """Modules that configs and checkpoints may import.
+
+    Those of this library, of PyTorch, of Lightning and of installed plug-in packages, and those
+    that were given to `allow`.
 
     Example:
         >>> allowed_modules()[:2]
@@ -66,12 +69,12 @@ def allowed_modules() -> list[str]:
 
 
 def missing_package(path: str) -> str | None:
-    """What to do about a class whose package is not here; None if the package is here.
+    """What to do if the package of a class is not installed; None if it is.
 
-    The package is looked for, and nothing of it is imported.
+    The package is searched for but not imported.
 
     Args:
-        path: The class's dotted path.
+        path: The dotted path of the class.
 
     Example:
         >>> missing_package("torch.optim.Adam") is None
@@ -141,7 +144,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, type):
         return {"class_path": public_path(value), "init_args": {}}
     if isinstance(value, functools.partial):
-        # The command line's partials carry the class among their arguments.
+        # Partials made by the command line have the class among their arguments.
         classes = [part for part in (value.func, *value.args) if isinstance(part, type)]
         if len(classes) != 1:
             raise TypeError(f"{value!r} is not a class with keyword arguments only.")
@@ -152,7 +155,7 @@ def describe(value: Any) -> Any:
 
 
 def _find(path: str) -> type:
-    """The class of that path, importing its module only if that is allowed."""
+    """Find a class by its path; its module is imported only if it is allowed."""
     module, _, name = path.rpartition(".")
     if module not in sys.modules:
         if missing := missing_package(path):
@@ -166,21 +169,21 @@ def _find(path: str) -> type:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"{path} is needed by the checkpoint, but: {error}.") from error
+            raise ValueError(f"The checkpoint needs {path}, but: {error}.") from error
     found = getattr(sys.modules[module], name, None)
     if not (inspect.isclass(found) and issubclass(found, _KINDS)):
-        raise ValueError(f"{path} is not a class that a checkpoint may name, or it is gone.")
+        raise ValueError(f"{path} is not a class that a checkpoint may name, or does not exist.")
     return found
 
 
 def build(description: Any) -> Any:
-    """Make an object from its description; the inverse of `describe`.
+    """Construct an object from its description; the inverse of `describe`.
 
-    Optimizers and learning-rate schedulers come as `functools.partial`, to be called with what
-    they act on.
+    Optimizers and learning-rate schedulers are returned as `functools.partial`, to be called with
+    the parameters or the optimizer.
 
     Args:
-        description: What `describe` returned, or the config of the same form.
+        description: What `describe` returned, or a config of the same form.
 
     Raises:
         ValueError: If it names a class that is not allowed.

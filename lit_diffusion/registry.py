@@ -1,12 +1,12 @@
 """Plug-ins: subclassing is registering.
 
-A family is the set of concrete public classes below a base that have been imported. `Registry`
-is a read-only view on it, name → class; there is no decorator and no table to keep. A package
-that is installed joins a family through the entry-point group `lit_diffusion.plugins`, whose
-entries name modules (or classes) to import.
+A family is the set of all imported, concrete and public subclasses of a base class. `Registry`
+is a read-only view of it, name → class; there is no decorator and no table to maintain. An
+installed package adds classes through the entry-point group `lit_diffusion.plugins`, whose entries
+name modules (or classes) to import.
 
-The house asks one thing of a plug-in besides its formula: every argument of `__init__` is kept
-as an attribute of its own name. From that `repr`, checkpoints and reports are derived.
+A plug-in must keep every argument of `__init__` as an attribute of the same name. `repr`,
+checkpoints and reports are derived from these attributes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
-    """Import what installed packages offer; return the names of the modules that came in.
+    """Import the plug-ins of installed packages; return the names of their modules.
 
-    A package that fails to import is named in a warning and left out: it never stops the program.
+    A package that fails to import is named in a warning and left out; the program goes on.
 
     Example:
         >>> isinstance(load_plugins(), tuple)
@@ -70,15 +70,15 @@ def subclasses(base: type) -> Iterator[type]:
 class Registry(Mapping[str, type[T]], Generic[T]):
     """The plug-ins of one family by name: a read-only mapping name → class.
 
-    Listed are the imported subclasses that are concrete, public and defined at the top of a
-    module, those of installed plug-in packages included.
+    It has the imported subclasses that are concrete, public and defined at the top level of a
+    module, including those of installed plug-in packages.
 
     Args:
         base: The base class of the family.
 
     Raises:
-        KeyError: For an unknown name, with the nearest known ones; or for a name that two
-            classes share, with both paths.
+        KeyError: If no class has the name, with the most similar names; or if two classes have
+            it, with both paths.
 
     Example:
         >>> WEIGHTINGS["SigmoidWeighting"](bias=2.0)
@@ -92,7 +92,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self.base = base
 
     def classes(self) -> list[type[T]]:
-        """Return every class of the family, in the order of their names.
+        """Return every class of the family, sorted by name.
 
         Example:
             >>> SAMPLERS.classes()[0].__name__
@@ -133,7 +133,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 
 def arguments(instance: object) -> dict[str, Any]:
-    """The arguments an object was made with, read from the attributes of the same names.
+    """The arguments that an object was made with, read from the attributes of the same names.
 
     Args:
         instance: An object that keeps each argument of `__init__` under the argument's name.
@@ -157,16 +157,14 @@ def arguments(instance: object) -> dict[str, Any]:
                 f"set self.{name} in __init__."
             )
         value = getattr(instance, name)
-        if hasattr(
-            value, "detach"
-        ):  # a number that is learned: as it is today, in float32's digits
+        if hasattr(value, "detach"):  # a learned number: its present value, in float32's digits
             value = float(f"{float(value.detach()):.7g}")
         found[name] = value
     return found
 
 
 def plain_arguments(instance: object) -> str:
-    """The arguments as they would be written, but for those that are modules, for `repr`.
+    """The arguments as written in code, for `repr`; arguments that are modules are left out.
 
     Args:
         instance: An object that keeps its arguments.

@@ -1,7 +1,9 @@
 """What several test files share."""
 
+import logging
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,22 @@ collect_ignore = ["plugin_package"]
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+class AsPythonWarning(logging.Handler):
+    """Raises a logged warning as Python's, so that pytest's filters and `pytest.warns` see it."""
+
+    def emit(self, record):
+        warnings.warn(record.getMessage(), UserWarning, stacklevel=2)
+
+
+@pytest.fixture(autouse=True)
+def _logged_warnings_count():
+    """A warning that the package logs fails a test that does not expect it."""
+    handler = AsPythonWarning(logging.WARNING)
+    logging.getLogger("lit_diffusion").addHandler(handler)
+    yield
+    logging.getLogger("lit_diffusion").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

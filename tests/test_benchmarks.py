@@ -59,7 +59,7 @@ def test_sampling(run):
     for row in rows:
         twice = row["sampler"] == "HeunSampler"
         assert row["calls"] == (2 * row["steps"] - 1 if twice else row["steps"])
-        assert positive(row, "images/s", "bare images/s", "ratio", "walk itself, ms a call")
+        assert positive(row, "images/s", "bare images/s", "ratio", "sampler itself, ms per call")
         assert row["rounds"] == 3
     assert [row["noise for"] for row in rows[: len(each)]] == ["batch"] * len(SAMPLERS) + ["image"]
 
@@ -81,12 +81,12 @@ def test_a_sampler_that_calls_more_often_than_it_says_is_an_error(run, monkeypat
 def test_likelihood(run):
     words = ("--images", 3, "--batch_size", 2, "--steps", 2, "--tolerance", 1)
     rows = run("likelihood", *TOY, *words)["rows"]
-    assert [row["calls a batch"] for row in rows[:-1]] == [1, 2, 1, 8]
+    assert [row["calls per batch"] for row in rows[:-1]] == [1, 2, 1, 8]
     assert [row["each"] for row in rows] == ["forward"] * 3 + ["and back"] * 2
-    assert rows[-1]["calls a batch"] >= 7  # the first, and six for a step
+    assert rows[-1]["calls per batch"] >= 7  # the first, and six for a step
     assert all(positive(row, "images/s", "bare images/s", "ratio", "rounds") for row in rows)
-    assert all(positive(row, "itself, ms a call") for row in rows[:-1])
-    assert rows[-1]["itself, ms a call"] is None
+    assert all(positive(row, "itself, ms per call") for row in rows[:-1])
+    assert rows[-1]["itself, ms per call"] is None
 
 
 def test_an_estimator_that_calls_more_often_than_is_said_is_an_error(run, script, monkeypatch):
@@ -106,7 +106,7 @@ def test_startup(run):
     for row in found["rows"]:
         assert row["seconds"] > 0
         assert row["user"] + row["system"] > 0  # how the two share so little is the kernel's guess
-        assert row["least"] <= row["seconds"] <= row["most"]
+        assert row["min"] <= row["seconds"] <= row["max"]
         assert row["rounds"] == 1
     imports = {row["package"]: row for row in found["imports"]}
     assert all(row["ms"] >= row["own ms"] - 0.5 for row in found["imports"])
@@ -164,8 +164,8 @@ def test_memory(run):
         seen = told["seen"]["resident"]
         assert len(seen) == 8
         assert row["peak"] >= max(seen) - 1 >= row["before"] / 2 > 20  # torch alone is more
-        assert positive(row, "growth", "peak over bare's", "growth over bare's")
-    assert found["rows"][0]["peak over bare's"] == 1
+        assert positive(row, "growth", "peak relative to bare", "growth relative to bare")
+    assert found["rows"][0]["peak relative to bare"] == 1
 
 
 def test_the_slope_of_a_memory_that_grows(script):
@@ -176,9 +176,9 @@ def test_the_slope_of_a_memory_that_grows(script):
     base = {"before": {"resident": 400.0}, "most": {"resident": 500.0}}
     row = script("memory").summary("fit", "resident", {**told, "seen": {"resident": seen}}, base)
     assert row["per 1,000 steps"] == pytest.approx(8.0)
-    assert row["last less first quarter"] == pytest.approx((1800 - 500) * 0.008)
-    assert (row["growth"], row["growth over bare's"]) == (120.0, 1.2)
-    assert row["peak over bare's"] == pytest.approx(1.04)
+    assert row["last minus first quarter"] == pytest.approx((1800 - 500) * 0.008)
+    assert (row["growth"], row["growth relative to bare"]) == (120.0, 1.2)
+    assert row["peak relative to bare"] == pytest.approx(1.04)
 
 
 def test_throughput(run, tmp_path):
@@ -217,7 +217,7 @@ def test_idle_is_what_no_kernel_covers(script):
 
 def test_averages(run):
     rows = run("ema", "--device", "cpu", "--seconds", 0, "--steps", 0, "--tensors", 3)["rows"]
-    assert [row["numbers in each"] for row in rows] == [
+    assert [row["elements in each"] for row in rows] == [
         n for n in (100, 1000, 10_000) for _ in "1234"
     ]
     assert all(positive(row, "ms", "one call over it") for row in rows)

@@ -166,9 +166,9 @@ def test_broken_samplers_are_caught():
             denoiser(z, step.logsnr)
             return DDIMSampler().step(denoiser, z, step)
 
-    with pytest.raises(AssertionError, match="calls=5 at 5 steps, got 9"):
+    with pytest.raises(AssertionError, match="5 at 5 steps, got 9"):
         check_sampler(AsksMoreThanItSays())
-    with pytest.raises(AssertionError, match=r"comes out right|order"):
+    with pytest.raises(AssertionError, match=r"is correct|order"):
         check_sampler(WrongCoefficient())
     with pytest.raises(AssertionError, match="order 2"):
         check_sampler(PromisesTooMuch())

@@ -351,7 +351,7 @@ def test_bfloat16_weights(net):
     assert out.isfinite().all()
 
 
-def test_what_steers_keeps_the_noise_level_under_autocast():
+def test_modulation_keeps_the_noise_level_under_autocast():
     """Of 1000 noise levels bfloat16 would keep 190, and round what is said of them."""
     net = awake(DiT(**SMALL))
     seen = []
@@ -361,9 +361,9 @@ def test_what_steers_keeps_the_noise_level_under_autocast():
         net(z, logsnr)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             net(z, logsnr)
-    for plain, steered in zip(*seen, strict=True):
-        assert torch.equal(steered, plain)
-        assert len(steered.unique(dim=0)) == 1000
+    for plain, modulated in zip(*seen, strict=True):
+        assert torch.equal(modulated, plain)
+        assert len(modulated.unique(dim=0)) == 1000
 
 
 # Compiled, described, shared among ranks -------------------------------------------------------

@@ -24,7 +24,12 @@ def test_minimal(tmp_path):
     assert abs(mean[0] - mean[1]) < 0.05
     assert abs(along_x[0] - along_x[1]) < 0.06
     assert abs(along_y[0] - along_y[1]) < 0.05
-    assert len((EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()) <= 80
+    text = (EXAMPLES / "minimal.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    assert set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) == {
+        "torch",
+        "lit_diffusion",
+    }
 
 
 def test_with_lightning(tmp_path):

@@ -80,12 +80,8 @@ DOCUMENTED |= {
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS: set[str] = {
-    "lit_diffusion.training.evaluation.reference._measure",
-}
-PRIVATE: set[tuple[str, str]] = {
-    ("lit_diffusion.training.data.table", "_fingerprint"),
-}
+LONG_FUNCTIONS: set[str] = set()
+PRIVATE: set[tuple[str, str]] = set()
 
 
 @cache

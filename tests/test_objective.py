@@ -406,7 +406,7 @@ def test_plug_ins(run, tmp_path):
     words = ("--plugins", "plug_in_of_objective", "--model.weighting", "OnesWeighting")
     code, out, err = run(*words, "--model.schedule", "LearnedSchedule")
     assert code == 0, err
-    assert "Objective: OnesWeighting(), drawn from LearnedSchedule(" in out
+    assert "Objective: OnesWeighting(), sampled from LearnedSchedule(" in out
     assert "the ELBO of the data themselves" in out
     assert "Nearest published objective: vdm" in out
 

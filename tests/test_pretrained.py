@@ -70,7 +70,7 @@ def test_the_defaults_are_those_of_training():
     ours, theirs = ld.Pretrained(), LitDiffusion()
     assert repr(ours.denoiser) == repr(theirs.denoiser)
     assert repr(ours.loss) == repr(theirs.loss)
-    assert repr(ours.walk()) == repr(theirs.sampler)
+    assert repr(ours.sampler) == repr(theirs.sampler)
     assert (ours.image_shape, ours.clip_denoised) == (theirs.image_shape, theirs.clip_denoised)
 
 
@@ -147,11 +147,11 @@ def test_clip_keeps_images_in_range_and_its_absence_does_not():
 
 def test_a_sampler_beyond_the_trained_range_is_refused():
     beyond = ld.DDIMSampler(steps=2, schedule=ld.LinearSchedule(-10.0, 10.0))
-    with pytest.raises(ValueError, match=r"walks λ from -10 to 10.*trained on \[-5, 5\] only"):
+    with pytest.raises(ValueError, match=r"visits λ from -10 to 10.*trained on \[-5, 5\] only"):
         tiny(schedule=ld.LinearSchedule(-5.0, 5.0), sampler=beyond)
     inside = tiny(schedule=ld.LinearSchedule(-5.0, 5.0))
-    assert inside.walk().schedule.ends == (-5.0, 5.0)
-    with pytest.raises(ValueError, match="give its schedule that range"):
+    assert inside.sampler.schedule.ends == (-5.0, 5.0)
+    with pytest.raises(ValueError, match="restrict its schedule to that range"):
         inside.sample(1, sampler=beyond)
 
 
@@ -224,7 +224,7 @@ def change(folder, **parts):
 )
 def test_a_config_that_cannot_be_made(folder, parts, word):
     change(folder, **parts)
-    refused(folder, ValueError, "config.json describes no model that can be made here", word)
+    refused(folder, ValueError, "config.json describes a model that cannot be built", word)
 
 
 def test_nothing_but_allowed_modules_is_imported(folder, tmp_path):

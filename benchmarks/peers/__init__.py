@@ -1,6 +1,6 @@
-"""The contestants of training_step.py: a file each, run as `python -m peers.worker`.
+"""The candidates of training_step.py: one file each, run as `python -m peers.worker`.
 
-A contestant builds its network and optimizer, then trains as many steps as it is told, whenever it
-is told. The files import torch and the library they are about, so that each runs with whatever
-interpreter has that library.
+A candidate builds its network and optimizer, then trains a requested number of steps whenever
+asked to. The files import torch and the library they measure, so that each runs with any
+interpreter that has that library.
 """

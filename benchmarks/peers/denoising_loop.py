@@ -1,9 +1,9 @@
-"""denoising-diffusion-pytorch by its own Trainer: its `train()` runs every step.
+"""denoising-diffusion-pytorch with its own Trainer, whose `train()` runs every step.
 
 Adam, clipping to norm 1 and autocast by accelerate, its average by ema-pytorch, here after every
-step instead of every tenth, for the others do so too. Flash attention as in its README, which has
-dim and dim_mults chosen; all its levels have attention, linear where ours have none. The batches
-come from memory instead of its folder of images, already in [−1, 1].
+step instead of every tenth, as in the others. Flash attention as in its README, with the dim and
+dim_mults chosen here; all its levels have attention, linear where ours have none. The batches come
+from memory instead of its folder of images, already in [−1, 1].
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""diffusers' UNet2DModel in a loop as its example of unconditional training has it.
+"""diffusers' UNet2DModel in a loop like its example of unconditional training.
 
-DDPMScheduler.add_noise, the error of ε, AdamW with that example's numbers, clipping to norm 1, its
-EMAModel with warm-up. Accelerate and the learning-rate schedule of the example are left out, which
-is to its advantage. The noise level scales and shifts (resnet_time_scale_shift) and heads are 64
-wide, as in ours: so it is our network, layer for layer.
+DDPMScheduler.add_noise, the error of ε, AdamW with the example's parameters, clipping to norm 1,
+its EMAModel with warm-up. Accelerate and the learning-rate schedule of the example are omitted, to
+its advantage. The noise level scales and shifts (resnet_time_scale_shift) and heads are 64 wide,
+as in ours, so it is our network layer by layer.
 """
 
 from __future__ import annotations

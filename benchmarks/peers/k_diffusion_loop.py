@@ -1,9 +1,9 @@
-"""k-diffusion's ImageDenoiserModelV1 and Denoiser in a loop as its train.py has it.
+"""k-diffusion's ImageDenoiserModelV1 and Denoiser in a loop like its train.py.
 
-Its config gives the optimizer (AdamW, its parameter groups), the loss and the average with its
-warm-up (EMAWarmup, ema_update, a pass over the parameters by name). Clipping to norm 1. Left out
-are accelerate, the gradient-noise scale and augmentation, which is to its advantage. Our levels;
-since it has no blocks in the middle and none extra on the way up, some levels have more.
+Its config defines the optimizer (AdamW, its parameter groups), the loss and the average with its
+warm-up (EMAWarmup, ema_update, a loop over the parameters by name). Clipping to norm 1.
+Accelerate, the gradient-noise scale and augmentation are omitted, to its advantage. Our levels;
+since it has no middle blocks and no extra ones on the way up, some levels have more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ours as a user has it: LitDiffusion under the trainer, with the callbacks of the command line.
+"""Ours as a user runs it: LitDiffusion with the trainer and the callbacks of the command line.
 
 EMA, Guard, Throughput, the progress bar and metrics.csv; the optimizer of configs/cifar10.yaml.
-Compiled, it is `Compile` that does it.
+For the compiled variant, the callback `Compile`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Batches:
 
 
 class TakeTurns(L.Callback):
-    """Holds the trainer before a step until it is told to go on, and stops it after the last turn.
+    """Holds the trainer before a step until the next turn, and stops it after the last one.
 
     Args:
         turns: How many steps there are to go, each time.

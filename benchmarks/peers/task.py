@@ -1,4 +1,4 @@
-"""What all contestants are given, and how their networks are made alike in size."""
+"""The task of all candidates, and how their networks are made equal in size."""
 
 from __future__ import annotations
 

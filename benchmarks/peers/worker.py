@@ -1,8 +1,8 @@
-"""A contestant in a process of its own: `python -m peers.worker MODULE TASK`, TASK as JSON.
+"""A candidate in its own process: `python -m peers.worker MODULE TASK`, TASK as JSON.
 
-It says what it has built, then for each number that it reads trains so many steps and answers
-with the seconds they took, and at the end of its input with its peak of memory. Between two
-turns it is blocked on the read. An answer is a line of JSON.
+It reports what it has built, then for each number that it reads trains that many steps and answers
+with the seconds they took, and at the end of its input with its peak memory. Between two turns it
+is blocked on the read. An answer is one line of JSON.
 """
 
 from __future__ import annotations

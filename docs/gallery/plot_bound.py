@@ -2,10 +2,10 @@
 The bound and its two forms
 ===========================
 
-A chain of T steps has a bound on its likelihood, with one term for each step. The terms can be
-written in two ways, which have the same mean and very different variances. And the last step, from
-the cleanest latent to the grey level itself, has a cost of its own. The data are Gaussian here, so
-the optimal denoiser is known and the figures show the bound alone.
+The likelihood of a chain of T steps has a variational bound with one term for each step. The terms
+can be written in two ways, which have the same mean but very different variances. In addition, the
+last step, from the cleanest latent to the grey level, has its own cost. The data are Gaussian
+here, so the optimal denoiser is known and the figures show the bound alone.
 """
 
 import math
@@ -48,12 +48,12 @@ def nats_to_bits(value):
 # More steps, tighter bound
 # -------------------------
 #
-# For data N(0, c²) the smallest possible error of ε̂ is sigmoid(λ + 2 ln c), so the diffusion
-# term is known: a sum for each T, with the width expm1(λ_s − λ_t) of each step, and in the limit
-# ½ (softplus(λ_max + 2 ln c) − softplus(λ_min + 2 ln c)), whatever the schedule. Lines are the
-# sum, dots are averages of 20,000 single samples of ``variational_bound(num_timesteps=T)``. The
-# sum overestimates the integral at every T; by how much depends on where the schedule puts the
-# steps, and for many steps the difference falls like 1/T.
+# For data N(0, c²) the minimal error of ε̂ is sigmoid(λ + 2 ln c), so the diffusion term is
+# known: a sum for each T, with the width expm1(λ_s − λ_t) of each step, and in the limit
+# ½ (softplus(λ_max + 2 ln c) − softplus(λ_min + 2 ln c)), whatever the schedule. The lines show
+# the sum, the dots averages of 20,000 single samples of ``variational_bound(num_timesteps=T)``.
+# The sum exceeds the integral at every T, by an amount that depends on the schedule and for many
+# steps decreases as 1/T.
 
 
 def best_error(logsnr):
@@ -106,7 +106,7 @@ for axis in axes:
 # but must cancel [#]_.
 #
 # (Written as KL(q(z_i | z_{i−1}) ‖ p(z_i | z_{i+1})), as one often sees it, the term would sample
-# z_i independently of z_{i+1}, and would not be the bound.)
+# z_i independently of z_{i+1} and would not be the bound.)
 #
 # .. [#] Luo (2022), Understanding Diffusion Models: A Unified Perspective, arXiv:2208.11970,
 #    Eq. 37-45; Sohl-Dickstein et al. (2015), arXiv:1503.03585.
@@ -169,13 +169,13 @@ def denoising_bound(denoiser, x, schedule, num_timesteps, generator=None):
 
 
 # %%
-# Left: the means over 20,000 samples, with two standard errors, are the same. Right: the standard
+# Left: the means over 20,000 samples, with two standard errors, agree. Right: the standard
 # deviation of a single sample tends to a constant in the denoising form and grows without bound in
-# the consistency form. Dotted is the contribution of a single term. At the cleanest latent the
-# forward step comes from the data and is wide, the model's is one step of T and narrow; the
-# logarithm of the ratio of their widths, about ½ ln(T/18.3) nats with λ over a range of 18.3, is
-# sampled once in T times and counted T times. That alone gives a standard deviation that grows
-# with √T; the other terms add some more. This is why nobody trains on this form.
+# the consistency form. The dotted line is the contribution of a single term. At the cleanest
+# latent the forward step starts from the data and is wide, while the model's is one of T steps and
+# narrow; the logarithm of the ratio of their widths, about ½ ln(T/18.3) nats for a range of λ of
+# 18.3, is sampled once in T times and counted T times. This term alone gives a standard deviation
+# that grows as √T, and the other terms add to it. Therefore this form is not used for training.
 
 schedule = schedules["LinearSchedule"][0]
 forms = {
@@ -209,14 +209,14 @@ for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
 
 # %%
-# What the last step costs
-# ------------------------
+# The cost of the last step
+# -------------------------
 #
 # Given z at λ_max the decoder must still identify the grey level. The lines are averages of its
-# ``reconstruction`` over all levels with equal weight; the marked numbers are its own ``cost``.
-# Once the noise is narrower than half the distance between two levels, nothing is left to decode:
-# bytes need a λ_max of about 13.3, seventeen grey levels only 8. A model that stops at 10 pays 1.8
-# bits per byte without knowing more about the image.
+# ``reconstruction`` over all levels with equal weight; the marked numbers are its ``cost``. The
+# cost vanishes once the noise is narrower than half the distance between two levels: bytes
+# need a λ_max of about 13.3, seventeen grey levels only 8. A model that stops at 10 pays 1.8
+# bits per byte for it.
 
 levels = torch.linspace(0, 15, 61)
 figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")

@@ -1,12 +1,12 @@
 """
-The short-cut of DDPM, on a line
-================================
+The regression target of DDPM, in one dimension
+===============================================
 
-DDPM walks from noise to data by predicting, at each level, the mean of the next, cleaner one.
-What should it be trained on? A forward chain shows pairs of neighbours, and one could regress the
-cleaner on the noisier. Or one uses that the clean number is known in training, and regresses on
-the mean of the neighbour *given* it. Both have the same answer; this page shows how differently
-they scatter around it, and what that does to a network.
+DDPM samples by predicting, at each level, the mean of the next, cleaner one. What should it be
+trained on? A forward chain gives pairs of neighbours, and one could regress the cleaner one on the
+noisier one. Alternatively, since the clean data are known in training, one can regress on the mean
+of the cleaner neighbour *given* them. Both targets have the same conditional mean; this page
+compares their variances, and the effect on a network.
 """
 
 import matplotlib.pyplot as plt
@@ -34,9 +34,9 @@ torch.manual_seed(0)
 # Forward
 # -------
 #
-# The data are numbers in two narrow heaps. DDPM's levels are taken in 100 steps instead of 999,
-# so that a step can be seen. A step from level s to the noisier t shrinks by α_t/α_s and adds
-# variance 1 − α_t²/α_s², which is what DDPM calls β.
+# The data are numbers in two narrow clusters. DDPM's range is divided into 100 steps instead of
+# 999, so that single steps are visible. A step from level s to the noisier t scales by α_t/α_s and
+# adds the variance 1 − α_t²/α_s², DDPM's β.
 
 T = 100
 schedule = BetaSchedule()
@@ -44,9 +44,9 @@ levels = schedule.grid(T)  # from noise to data
 share, mean, std = torch.tensor([0.35, 0.65]), torch.tensor([-0.7, 0.6]), 0.06
 
 
-def draw(n):
-    heap = (torch.rand(n, 1) < share[1]).long()
-    return mean[heap] + std * torch.randn(n, 1), heap[:, 0]
+def sample_data(n):
+    cluster = (torch.rand(n, 1) < share[1]).long()
+    return mean[cluster] + std * torch.randn(n, 1), cluster[:, 0]
 
 
 def forward_step(z, logsnr, logsnr_next):
@@ -57,7 +57,7 @@ def forward_step(z, logsnr, logsnr_next):
     ) * torch.randn_like(z)
 
 
-x, heap = draw(24)
+x, cluster = sample_data(24)
 z = diffuse(x, torch.randn_like(x), levels[-1].expand(len(x)))
 chain = [z]
 for cleaner, noisier in zip(levels[1:].flip(0), levels[:-1].flip(0), strict=True):
@@ -66,7 +66,7 @@ for cleaner, noisier in zip(levels[1:].flip(0), levels[:-1].flip(0), strict=True
 chain = torch.cat(chain, 1).flip(1)
 
 figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-for path, which in zip(chain, heap, strict=True):
+for path, which in zip(chain, cluster, strict=True):
     axis.plot(levels, path, color=(BLUE, ORANGE)[which], linewidth=0.8, alpha=0.8)
 axis.set(xlim=(levels[0], levels[-1]), ylim=(-3, 3), ylabel="noisy data z")
 axis.set(xlabel="log signal-to-noise ratio λ, from noise to clean data; the chain runs leftwards")
@@ -76,22 +76,22 @@ axis.spines[["top", "right"]].set_visible(False)
 # Two targets
 # -----------
 #
-# One step in the middle of the chain, many times over. Left: z_s is drawn from x, then z_t from
-# z_s, and what the model should foresee is the step back, z_s − z_t. Right: z_s is replaced by
-# its mean given z_t and x, DDPM's μ̃ (:func:`~lit_diffusion.gaussian.posterior`). The line, the
-# same in both panels, is the exact conditional mean, and the dots are the means of the draws in
-# each column. The means agree, since averaging over z_s for given (z_t, x) is part of averaging
-# over z_s for given z_t. The scatter does not. On the left lies the noise of the whole step; on
-# the right only what z_t leaves open about x, one line for each heap.
+# Many samples of one step in the middle of the chain. Left: z_s is sampled given x, then z_t given
+# z_s, and the target is the step back, z_s − z_t. Right: z_s is replaced by its mean given z_t and
+# x, DDPM's μ̃ (:func:`~lit_diffusion.gaussian.posterior`). The line, the same in both panels, is
+# the exact conditional mean, and the dots are the means of the samples in each column. The means
+# agree, by the law of total expectation. The variances do not: on the left it includes the noise
+# of the whole step, on the right only the uncertainty about x given z_t, with one line per
+# cluster.
 
 
 class MixtureDenoiser(nn.Module):
-    """What a perfect network would answer: the mean of each heap's answer, by Bayes' rule."""
+    """The optimal denoiser: the posterior mean over the clusters, by Bayes' rule."""
 
     def forward(self, z, logsnr):
         alpha, sigma = (broadcast_to_data(c, z) for c in alpha_sigma(logsnr))
         variance = (alpha * std) ** 2 + sigma**2
-        distance = z - alpha * mean  # (B, 1) − (B, 2): one column for each heap
+        distance = z - alpha * mean  # (B, 1) − (B, 2): one column per cluster
         likely = (torch.log(share) - distance**2 / (2 * variance)).softmax(-1)
         each = mean + alpha * std**2 / variance * distance
         x = (likely * each).sum(-1, keepdim=True)
@@ -106,7 +106,7 @@ def field(denoiser, z, logsnr, logsnr_next):
 exact = MixtureDenoiser()
 n, where = 200_000, int((levels - 0.5).abs().argmin())
 logsnr, logsnr_next = (levels[i].expand(n) for i in (where, where + 1))
-x, _ = draw(n)
+x, _ = sample_data(n)
 z_next = diffuse(x, torch.randn_like(x), logsnr_next)
 z = forward_step(z_next, logsnr_next, logsnr)
 targets = {
@@ -131,25 +131,25 @@ for axis, (name, target) in zip(axes, targets.items(), strict=True):
     axis.plot(axis_z, line, color=ORANGE, linewidth=1.8, label="exact conditional mean")
     means = [float(target[column == i].mean()) for i in range(1, len(edges))]
     dots = {"color": BLUE, "markersize": 4, "linestyle": "", "marker": "o"}
-    axis.plot((edges[1:] + edges[:-1]) / 2, means, label="mean of the draws", **dots)
+    axis.plot((edges[1:] + edges[:-1]) / 2, means, label="mean of the samples", **dots)
     rest = target - field(exact, z, logsnr, logsnr_next)
-    axis.set_title(f"{name}\nscatter around the mean: {float(rest.std()):.3f}", fontsize=10)
+    axis.set_title(f"{name}\nstd around the mean: {float(rest.std()):.3f}", fontsize=10)
     axis.set(xlabel=f"z_t at λ = {float(levels[where]):.2f}", ylim=(-0.8, 0.8))
 axes[0].set_ylabel("target of the regression")
 axes[1].legend(frameon=False, fontsize=8, loc="upper right")
 
 # %%
-# Learning from either
-# --------------------
+# Training on each target
+# -----------------------
 #
-# One small network, twice from the same weights, for the same 2,000 steps; only the target
-# differs. The short-cut needs no loop of its own: a squared error of the mean is the weighting
-# ``PosteriorMeanWeighting`` on a chain of T steps, so ``DiffusionLoss`` is half the sum of ‖μ̃ −
-# μ‖² over the steps. The other loss is written out, in the same units. Its value is larger by a
-# constant, the scatter above, which no network can lower; its gradient is the same on average.
-# The error is the distance of the learned field from the exact one, over all steps alike. In
-# strong noise both networks are within a few hundredths of it, and which is closer is chance;
-# what counts is where the heaps part.
+# The same small network is trained twice from the same initial weights for 2,000 steps; only the
+# target differs. The second target does not need its own loss: the squared error of the mean is
+# the weighting ``PosteriorMeanWeighting`` on a chain of T steps, so ``DiffusionLoss`` is half the
+# sum of ‖μ̃ − μ‖² over the steps. The other loss is written out, in the same units. It is larger by
+# a constant, the variance above, which no network can reduce; its expected gradient is the same.
+# The error is the distance of the learned field from the exact one, over all steps equally. In
+# strong noise both networks are within a few hundredths of it, and which is closer is chance; what
+# matters is the region where the clusters separate.
 
 
 class Network(nn.Module):
@@ -167,13 +167,13 @@ class Network(nn.Module):
         return self.layers(torch.cat([z, logsnr.to(z)[:, None] / 5], 1))
 
 
-short_cut = DiffusionLoss(
+mean_regression = DiffusionLoss(
     schedule, PosteriorMeanWeighting(schedule, num_timesteps=T), num_timesteps=T
 )
 
 
 def posterior_mean_loss(denoiser, x):
-    return short_cut(denoiser, x).loss.mean()
+    return mean_regression(denoiser, x).loss.mean()
 
 
 def roll_out_loss(denoiser, x):
@@ -185,7 +185,7 @@ def roll_out_loss(denoiser, x):
     return T / 2 * (z_next - mean).square().mean()
 
 
-x, _ = draw(200 * T)
+x, _ = sample_data(200 * T)
 test = levels[:-1].repeat_interleave(200), levels[1:].repeat_interleave(200)
 test_z = diffuse(x, torch.randn_like(x), test[0])
 truth = field(exact, test_z, *test)
@@ -209,7 +209,7 @@ for name, loss in {"roll-out": roll_out_loss, "posterior mean": posterior_mean_l
         if step % 100 == 0:
             history[name].append((step, float(errors(learned[name]).square().mean().sqrt())))
         optimizer.zero_grad()
-        loss(learned[name], draw(256)[0]).backward()
+        loss(learned[name], sample_data(256)[0]).backward()
         optimizer.step()
         decay.step()
     history[name].append((2000, float(errors(learned[name]).square().mean().sqrt())))
@@ -232,18 +232,18 @@ for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
 
 # %%
-# The field, and back
-# -------------------
+# The field and the samples
+# -------------------------
 #
-# Colour is the expected step: up is red, down is blue. The sampler
-# (:class:`~lit_diffusion.AncestralSampler`) follows it from noise, on the left, to data,
-# on the right, and adds at each step the noise that the mean leaves out. All three start from the
-# same noise and add the same. The network trained on roll-outs has not found the border between
-# the heaps, and leaves numbers stranded there.
+# Colour shows the expected step: red is up, blue is down. The sampler
+# (:class:`~lit_diffusion.AncestralSampler`) integrates it from noise, on the left, to data,
+# on the right, and adds the posterior noise at each step. All three start from the
+# same noise and add the same noise. The network trained on roll-outs has not learned the border
+# between the clusters and leaves samples there.
 
 
-class Witness:
-    """Asks a denoiser, and writes down where."""
+class Recorder:
+    """Calls a denoiser and records its inputs."""
 
     def __init__(self, denoiser):
         self.denoiser, self.path = denoiser, []
@@ -263,13 +263,13 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True, layout="constra
 for axis, (name, denoiser) in zip(axes, {"exact": exact, **learned}.items(), strict=True):
     with torch.no_grad():
         value = field(denoiser, z[:, None], now, later).view(len(axis_z), T)
-        witness = Witness(denoiser)
-        sampler(witness, start, torch.Generator().manual_seed(2))
+        recorder = Recorder(denoiser)
+        sampler(recorder, start, torch.Generator().manual_seed(2))
     shade = {"cmap": "RdBu_r", "vmin": -0.3, "vmax": 0.3, "shading": "flat"}
-    drawn = axis.pcolormesh(levels, edges, value, rasterized=True, **shade)
-    axis.plot(levels, torch.cat(witness.path, 1).T, color="black", linewidth=0.7, alpha=0.8)
+    mesh = axis.pcolormesh(levels, edges, value, rasterized=True, **shade)
+    axis.plot(levels, torch.cat(recorder.path, 1).T, color="black", linewidth=0.7, alpha=0.8)
     axis.set(title=name, xlim=(levels[0], levels[-1]), ylim=(-2.6, 2.6))
 axes[0].set_ylabel("noisy data z")
 figure.supxlabel("log signal-to-noise ratio λ, from noise to clean data", fontsize=10)
-figure.colorbar(drawn, ax=axes, label="E[z_s − z_t | z_t]", shrink=0.8)
+figure.colorbar(mesh, ax=axes, label="E[z_s − z_t | z_t]", shrink=0.8)
 plt.show()

@@ -2,9 +2,9 @@
 From noise to data
 ==================
 
-Two samplers at work on data so simple that the perfect denoiser can be written down: numbers on
-a line that gather in three places. What is seen is then the sampler alone, without a network's
-errors.
+Two samplers on one-dimensional data for which the optimal denoiser has a closed form, a
+mixture of three Gaussians. The figures then show the samplers alone, without the errors of a
+network.
 """
 
 import math
@@ -29,13 +29,13 @@ torch.manual_seed(1)
 # The exact denoiser of a mixture
 # -------------------------------
 #
-# Under noise each of the Gaussians stays a Gaussian, of mean αm and variance α²s² + σ². Bayes'
-# rule says how likely z came from which; x̂ is the average of their answers. Any callable from
-# (z, λ) to (x̂, ε̂) will do as a denoiser, and this one also writes down what it was asked.
+# With noise each Gaussian remains a Gaussian, with mean αm and variance α²s² + σ². Bayes' rule
+# gives the probability of each component given z, and x̂ is the average of their posterior means.
+# Any callable from (z, λ) to (x̂, ε̂) is a denoiser; this one also records its inputs and outputs.
 
 
 class MixtureDenoiser(nn.Module):
-    """What a perfect network would answer for data from a mixture of Gaussians on a line."""
+    """The optimal denoiser of data from a mixture of Gaussians in one dimension."""
 
     share = torch.tensor([0.25, 0.45, 0.30])
     mean = torch.tensor([-1.0, 0.1, 0.8])
@@ -43,10 +43,10 @@ class MixtureDenoiser(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.record = []
 
     def log_density(self, z, logsnr):
-        """log of share · N(z; αm, α²s² + σ²) for each component, in a last axis of its own."""
+        """log of share · N(z; αm, α²s² + σ²) for each component, along the last axis."""
         alpha, sigma = (broadcast_to_data(c, z).unsqueeze(-1) for c in alpha_sigma(logsnr))
         variance = (alpha * self.std) ** 2 + sigma**2
         distance = z.unsqueeze(-1) - alpha * self.mean
@@ -58,18 +58,18 @@ class MixtureDenoiser(nn.Module):
         alpha, sigma = (broadcast_to_data(c, z) for c in alpha_sigma(logsnr))
         each = self.mean + alpha.unsqueeze(-1) * self.std**2 / variance * distance
         x = (log_each.softmax(-1) * each).sum(-1)
-        self.asked.append((logsnr[0], z[:, 0], x[:, 0]))
+        self.record.append((logsnr[0], z[:, 0], x[:, 0]))
         return Denoised(x=x, eps=(z - alpha * x) / sigma)
 
 
 # %%
-# Two ways down
-# -------------
+# Two samplers
+# ------------
 #
-# Both start from the same noise and walk the same 100 levels. DDIM is deterministic and its paths
-# are smooth; ancestral sampling adds fresh noise at each step, and its paths wander. Grey is the
-# density of noisy data at each level, which both must follow. On the right are 20,000 final
-# samples against the truth.
+# Both start from the same noise and use the same 100 levels. DDIM is deterministic and its paths
+# are smooth; ancestral sampling adds fresh noise at each step, so its paths fluctuate. Grey is the
+# density of the noisy data at each level, which the samples of both should have. On the right are
+# 20,000 final samples and the true density.
 
 schedule = LinearSchedule(-8.0, 10.0)
 samplers = {
@@ -79,11 +79,11 @@ samplers = {
 noise = torch.randn(20_000, 1)
 shown = noise[:, 0].argsort()[torch.linspace(300, 19_700, 9).long()]  # evenly spread
 
-walks, samples = {}, {}
+trajectories, samples = {}, {}
 for name, sampler in samplers.items():
     denoiser = MixtureDenoiser()
     samples[name] = sampler(denoiser, noise)[:, 0]
-    walks[name] = [torch.stack(column) for column in zip(*denoiser.asked, strict=True)]
+    trajectories[name] = [torch.stack(column) for column in zip(*denoiser.record, strict=True)]
 
 z_axis = torch.linspace(-2.6, 2.6, 500)
 levels = torch.linspace(-8, 10, 300)
@@ -99,13 +99,13 @@ def compare(index, label):
     _, axes = plt.subplots(
         2, 2, figsize=(9, 6), width_ratios=(4, 1), sharey=True, sharex="col", layout="constrained"
     )
-    for (paths, end), (name, walk) in zip(axes, walks.items(), strict=True):
+    for (paths, end), (name, path) in zip(axes, trajectories.items(), strict=True):
         if index == 1:
             shade = {"cmap": "Greys", "vmax": 1.6, "shading": "auto", "rasterized": True}
             paths.pcolormesh(levels, z_axis, backdrop.clamp(max=1.2), **shade)
         colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(shown)).numpy())
         for colour, i in zip(colours, shown, strict=True):
-            paths.plot(walk[0], walk[index][:, i], color=colour, linewidth=1.1)
+            paths.plot(path[0], path[index][:, i], color=colour, linewidth=1.1)
         paths.set(ylabel=label, ylim=(-2.4, 2.4), xlim=(-8, 10), title=name)
         bins = {"bins": 160, "range": (-2.4, 2.4), "density": True, "orientation": "horizontal"}
         end.hist(samples[name], color=BLUE, alpha=0.55, label="samples", **bins)
@@ -120,12 +120,12 @@ def compare(index, label):
 compare(1, "noisy data z")
 
 # %%
-# When it is decided
-# ------------------
+# When the sample is determined
+# -----------------------------
 #
-# The same walks, seen through the denoiser's answer x̂. In noise it can only name the mean of all
-# data; between λ = −3 and λ = 4 it makes up its mind. From there on, an error of the denoiser can
-# move a sample within its place, but hardly to another.
+# The denoiser's estimate x̂ along the same paths. In strong noise it is the mean of all data;
+# between λ = −3 and λ = 4 it converges to one component. From there on, an error of the denoiser
+# can move a sample within its component, but hardly to another.
 
 compare(2, "estimate x̂")
 plt.show()

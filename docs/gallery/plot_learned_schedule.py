@@ -1,11 +1,11 @@
 """
-A schedule that learns where to look
-====================================
+A learned noise schedule
+========================
 
-The loss is an integral over λ, and a noise schedule is the density from which λ is drawn. It
-changes nothing but the scatter of the estimate, so the best schedule is the one under which the
-estimate scatters least. :class:`~lit_diffusion.schedules.learned.LearnedSchedule` finds it by
-gradient descent. Here the denoiser is exact and stays fixed, and the schedule alone learns.
+The loss is an integral over λ, and a noise schedule is the density from which λ is sampled. It
+changes only the variance of the estimate, so the best schedule is the one that minimises it.
+:class:`~lit_diffusion.schedules.learned.LearnedSchedule` finds it by gradient descent. Here the
+denoiser is exact and fixed, and only the schedule learns.
 """
 
 import math
@@ -29,21 +29,21 @@ denoiser = GaussianDenoiser(STD)
 logsnr = torch.linspace(LOW, HIGH, 1001, dtype=torch.float64)
 
 
-def draw(n):
+def sample_data(n):
     return STD * torch.randn(n, DIMS)
 
 
 # %%
-# Learning
+# Training
 # --------
 #
 # The mean of the loss does not depend on the shape, so the gradient of its variance is that of
 # its mean square: for each example, the gradient of the loss times twice the loss.
-# ``DiffusionLoss`` sees to that by itself; outside there is an ordinary loop. Times are drawn
-# *independently* here, by ``torch.rand``, and not on the lattice that a batch usually shares: the
-# shape's gradient is that of the variance of one draw by itself, and knows nothing of what a
-# lattice removes. On average it would be the same on a lattice, so training there needs no
-# change. The ends are held.
+# ``DiffusionLoss`` takes care of this; the training loop is an ordinary one. Times are sampled
+# *independently* here, by ``torch.rand``, and not stratified over the batch as usual: the
+# shape's gradient is that of the variance of a single sample, which ignores the variance that
+# stratified times already remove. Its mean is the same with stratified times, so training with
+# them needs no change. The ends are fixed.
 
 schedule = LearnedSchedule(LOW, HIGH)
 loss = DiffusionLoss(schedule)
@@ -52,19 +52,19 @@ optimizer = torch.optim.Adam(schedule.parameters(), lr=3e-2)
 decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 - i / 300))
 for _ in range(600):
     optimizer.zero_grad()
-    loss(denoiser, draw(256), t=torch.rand(256)).loss.mean().backward()
+    loss(denoiser, sample_data(256), t=torch.rand(256)).loss.mean().backward()
     optimizer.step()
     decay.step()
 after = schedule.log_prob(logsnr).exp()
 
 # %%
-# What it found
-# -------------
+# The learned density
+# -------------------
 #
-# A single draw scatters least if p is proportional to the root of the mean square of the error h
-# at each λ. For these data that is proportional to sigmoid(λ + 2 ln c) with c = 0.5: it halves at
-# λ = 1.4, and in stronger noise there is little to see. The schedule finds that out from the
-# losses alone. Where the density is small it learns last, for it is seldom there, and little
+# The variance of a single sample is minimal if p is proportional to the root mean square of the
+# error h at each λ. For these data that is proportional to sigmoid(λ + 2 ln c) with c = 0.5: it is
+# one half at λ = 1.4, and small in stronger noise. The schedule learns this from the losses alone.
+# Where the density is small it learns last, since it has few samples there, and little
 # depends on it. On the right is the same schedule as a function of time.
 
 ideal = torch.sigmoid(logsnr + 2 * math.log(STD))
@@ -88,14 +88,13 @@ for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
 
 # %%
-# What it is worth
-# ----------------
+# The gain
+# --------
 #
-# 40,000 single draws of the loss under each schedule, with two standard errors of the mean. The
-# means are the same, as they must be. The standard deviations are not: the learned schedule comes
-# near to the least possible, which is the noise of ε alone, and no schedule can remove that. The
-# cosine, made for other weightings, hardly ever looks at high λ, and then counts what it sees
-# many times over.
+# 40,000 single samples of the loss under each schedule, with two standard errors of the mean. The
+# means agree, as they must. The standard deviations do not: that of the learned schedule is close
+# to the minimum, which is due to ε alone and which no schedule can reduce. The
+# cosine, made for other weightings, rarely samples high λ, and then with a large factor.
 
 schedules = {
     "linear": (LinearSchedule(LOW, HIGH), GREY),
@@ -104,10 +103,10 @@ schedules = {
 }
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for i, (name, (each, colour)) in enumerate(schedules.items()):
-    x = draw(40_000)
+    x = sample_data(40_000)
     with torch.no_grad():
-        draws = DiffusionLoss(each)(denoiser, x, t=torch.rand(len(x))).loss
-    mean, std = float(draws.mean()), float(draws.std())
+        losses = DiffusionLoss(each)(denoiser, x, t=torch.rand(len(x))).loss
+    mean, std = float(losses.mean()), float(losses.std())
     two = 2 * std / len(x) ** 0.5
     axes[0].errorbar(i, mean, two, marker="o", color=colour, capsize=4, markersize=6)
     axes[1].plot(i, std, "o", color=colour, markersize=9)
@@ -120,9 +119,9 @@ axes[0].legend(frameon=False, fontsize=9)
 axes[0].set_ylabel("mean loss, nats per dimension")
 # ‖ε̂ − ε‖² is the sum of DIMS squares of normal numbers, whatever λ: std/mean = √(2/DIMS).
 least = (high - low) / 2 * math.sqrt(2 / DIMS)
-axes[1].axhline(least, color=ORANGE, linewidth=1.2, label=f"least possible: {least:.2f}")
+axes[1].axhline(least, color=ORANGE, linewidth=1.2, label=f"minimum: {least:.2f}")
 axes[1].legend(frameon=False, fontsize=9, loc="upper right")
-axes[1].set(yscale="log", ylim=(0.5, 200), ylabel="standard deviation of one draw")
+axes[1].set(yscale="log", ylim=(0.5, 200), ylabel="standard deviation of one sample")
 for axis in axes:
     axis.set(xlim=(-0.6, 2.6), xticks=range(3), xticklabels=schedules)
     axis.spines[["top", "right"]].set_visible(False)

@@ -2,9 +2,9 @@
 Predictions
 ===========
 
-A prediction is what the network is asked for: target = a(λ)x + b(λ)ε. It is one row (a, b) at
-each noise level, and the estimates of data and noise follow by solving two equations. Here is
-every prediction of the library with its default arguments.
+A prediction defines the target of the network: target = a(λ)x + b(λ)ε. It is one row (a, b) at
+each noise level, and the estimates of data and noise follow from two linear equations. Here are
+all predictions of the library with their default arguments.
 """
 
 import matplotlib.pyplot as plt
@@ -24,8 +24,8 @@ logsnr = torch.linspace(-10, 10, 1001, dtype=torch.float64)
 # The row
 # -------
 #
-# Left is noise, right is clean data. A network with outputs of unit size finds those targets
-# easy whose a and b stay bounded; the score does not.
+# Left is noise, right is clean data. Targets with bounded a and b are easy to learn for a network
+# with outputs of unit scale; those of the score are unbounded.
 
 columns = 3
 rows = -(-len(ours) // columns)
@@ -51,12 +51,12 @@ figure.supxlabel("log signal-to-noise ratio λ", fontsize=10)
 figure.supylabel("coefficient", fontsize=10)
 
 # %%
-# What an error of the output costs
-# ---------------------------------
+# The effect of an error of the output
+# ------------------------------------
 #
-# ‖ε̂ − ε‖² = scale(λ) · ‖out − target‖². Every loss of the library is taken on ε, so this factor
-# is applied by itself: changing the prediction never changes the objective. Where the scale is
-# small, even a poor output gives a good ε̂.
+# ‖ε̂ − ε‖² = scale(λ) · ‖out − target‖². Every loss of the library is on ε, so this factor
+# is always included, and changing the prediction does not change the objective. Where the scale is
+# small, even an inaccurate output gives an accurate ε̂.
 
 styles = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), "-", (0, (3, 3))]
 colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"]

@@ -2,9 +2,9 @@
 Noise schedules
 ===============
 
-A noise schedule is a probability density over the log signal-to-noise ratio λ. Training draws
-noise levels from it; a sampler walks along it. Here is every schedule of the library with its
-default arguments.
+A noise schedule is a probability density over the log signal-to-noise ratio λ. Training samples
+noise levels from it, and a sampler takes its levels from it. Here are all schedules of the library
+with their default arguments.
 """
 
 import matplotlib.pyplot as plt
@@ -37,9 +37,9 @@ def panels(n, columns=4):
 # The density p(λ)
 # ----------------
 #
-# High λ, to the right, is clean data; low λ is noise. In grey stand all the others. None of them
-# changes what a model is trained for: the loss divides by p(λ). They differ in how noisy the
-# estimate of the loss is.
+# High λ, to the right, is clean data; low λ is noise. The other schedules are grey. None of them
+# changes the objective, since the loss is divided by p(λ). They differ in the variance of the
+# estimate of the loss.
 
 logsnr = torch.linspace(-20, 20, 2001, dtype=torch.float64)
 density = {name: schedule.log_prob(logsnr).exp() for name, schedule in ours.items()}
@@ -63,10 +63,10 @@ figure.supylabel("density p(λ)", fontsize=10)
 # The same as a function of time
 # ------------------------------
 #
-# λ(t) is the quantile function: draw t uniformly on [0, 1] and λ(t) has the density above. Where
-# the curve is flat, many draws fall. The ends are exact: the formula is restricted to a part of
-# its time axis, and λ is never clipped. :class:`~lit_diffusion.ShiftedSchedule` is the
-# cosine until it is given a shift.
+# λ(t) is the quantile function: for t uniform on [0, 1], λ(t) has the density above. Where the
+# curve is flat, there are many samples. The ends are exact: the formula is restricted to a part of
+# its time axis, and λ is never clipped. By default :class:`~lit_diffusion.ShiftedSchedule` has no
+# shift and equals the cosine.
 
 t = torch.linspace(0, 1, 1001, dtype=torch.float64)
 level = {name: schedule.logsnr(t).detach() for name, schedule in ours.items()}

@@ -2,9 +2,9 @@
 Weightings
 ==========
 
-A weighting w(λ) says how much an error of the predicted noise counts at each noise level. It is
-the objective; all else in the loss is how to estimate it. Here is every weighting of the library
-with its default arguments.
+A weighting w(λ) is the weight on the squared error of the predicted noise at each noise level. It
+defines the objective; the rest of the loss determines how it is estimated. Here are all weightings
+of the library with their default arguments.
 """
 
 import matplotlib.pyplot as plt
@@ -23,10 +23,9 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.85"
 # Monotone or not
 # ---------------
 #
-# A weighting that never rises with λ makes the loss a likelihood bound, of data with noise added
-# (see the theory). Those are blue. Where the others rise, on the shaded side, the bound does not
-# hold. A constant factor changes nothing but the scale of the loss, so each curve is divided by
-# its value at λ = 0.
+# With a weighting that never increases with λ, the loss is a bound on the likelihood of
+# noise-augmented data (see the theory). These are blue. The range in which the others increase is
+# shaded. A constant factor only scales the loss, so each curve is divided by its value at λ = 0.
 
 logsnr = torch.linspace(-15, 15, 3001, dtype=torch.float64)
 weight = {name: weighting(logsnr) for name, weighting in ours.items()}

@@ -1,4 +1,4 @@
-"""Models: what holds weights and samples images, apart from training."""
+"""Models: trained or trainable networks that sample images, independent of training."""
 
 from lit_diffusion.models.base import SamplingModel
 from lit_diffusion.models.diffusers_network import DiffusersNetwork, import_diffusers

@@ -1,7 +1,6 @@
-"""Sampling images from a denoiser, a sampler and the range of λ that was trained on.
+"""Sample images from a denoiser and a sampler, within the range of λ of training.
 
-What every diffusion model does in the same way, in training and long after it: `LitDiffusion` and
-`Pretrained` inherit it.
+Both `LitDiffusion`, a model in training, and `Pretrained`, a trained one, inherit this class.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ __all__ = ["SamplingModel"]
 class SamplingModel(nn.Module):
     """A model that samples images, with or without classes, conditions and guidance.
 
-    A subclass sets what is listed here in its `__init__`.
+    A subclass sets these attributes in its `__init__`.
 
     Attributes:
         denoiser: (z, λ) → (x̂, ε̂).
-        loss: Of training, whose schedule has the range of λ.
+        loss: The training loss; its schedule has the range of λ.
         image_shape: Channels, height and width.
-        conditions: What else the network is told, by the names of its arguments.
+        conditions: Further inputs of the network, by the names of its arguments.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
     """
 
@@ -49,17 +48,17 @@ class SamplingModel(nn.Module):
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler of images, over the present range of λ."""
-        return self.walk()
+        """The model's own sampler, within the present range of λ."""
+        return self.sampler_in_range()
 
-    def walk(self, sampler: Sampler | None = None) -> Sampler:
-        """A sampler with its levels within the range of λ that this model is trained on.
+    def sampler_in_range(self, sampler: Sampler | None = None) -> Sampler:
+        """A sampler whose noise levels are within the range of λ that this model is trained on.
 
         Args:
             sampler: None means the model's own.
 
         Raises:
-            ValueError: If it leaves that range.
+            ValueError: If its schedule leaves that range.
         """
         sampler = self._sampler if sampler is None else sampler
         schedule: NoiseSchedule = self.loss.schedule
@@ -70,8 +69,8 @@ class SamplingModel(nn.Module):
         first, last = (float(level) for level in sampler.levels()[[0, -1]])
         if first < low - 1e-6 or last > high + 1e-6:
             raise ValueError(
-                f"The sampler walks λ from {first:.6g} to {last:.6g}, but the model is trained on "
-                f"[{low:.6g}, {high:.6g}] only: give its schedule that range."
+                f"The sampler visits λ from {first:.6g} to {last:.6g}, but the model is trained "
+                f"on [{low:.6g}, {high:.6g}] only: restrict its schedule to that range."
             )
         return sampler
 
@@ -90,14 +89,14 @@ class SamplingModel(nn.Module):
         """Sample images.
 
         Args:
-            n: How many.
+            n: Number of images.
             generator: Source of all noise: None, one, or one for each image.
             label: Class of each image, or one for all; −1 for none; None samples them uniformly.
-            sampler: How; None means the model's own.
+            sampler: The sampler; None means the model's own.
             guidance: Strength of classifier-free guidance; 1 for none.
-            guidance_interval: Guide only for λ within; None means everywhere.
+            guidance_interval: Apply guidance only for λ in this interval; None means everywhere.
             progress: Wraps the list of steps, such as tqdm.
-            cond: The further conditions, by their names; dropped ones come from `drop_condition`.
+            cond: The further conditions, by name; `drop_condition` makes dropped ones.
 
         Shapes:
             label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
@@ -108,14 +107,14 @@ class SamplingModel(nn.Module):
         """
         device = next(self.parameters(), torch.empty(0)).device  # a network may have none
         z = torch.zeros(n, *self.image_shape, device=device)
-        told = self._conditions(z, cond)
+        given = self._conditions(z, cond)
         if self.num_classes is not None:
-            told["label"] = self._labels(n, label, generator).to(device)
+            given["label"] = self._labels(n, label, generator).to(device)
         elif label is not None:
             raise ValueError("This model was trained without classes: leave label out.")
         denoiser: nn.Module = self.denoiser
         if guidance != 1:
-            if not told:
+            if not given:
                 raise ValueError(
                     "Guidance needs classes or other conditions, and this model has none."
                 )
@@ -125,14 +124,14 @@ class SamplingModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            walk = self.walk(sampler)
-            x = walk(denoiser, noise_like(z, generator), generator, progress, **told)
+            chosen = self.sampler_in_range(sampler)
+            x = chosen(denoiser, noise_like(z, generator), generator, progress, **given)
         finally:
             self.train(training)
         return x.clamp(-1, 1) if self.clip_denoised else x
 
     def _conditions(self, z: Tensor, cond: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The further conditions, a row of each for every image."""
+        """The further conditions, checked to have one row for each image."""
         given = dict(cond or {})
         if given.keys() - {"dropped"} != set(self.conditions):
             raise ValueError(
@@ -150,11 +149,11 @@ class SamplingModel(nn.Module):
     def _labels(
         self, n: int, label: Tensor | Sequence[int] | int | None, generator: Generators
     ) -> Tensor:
-        """One label for each image, sampled before the noise."""
+        """One label for each image; labels are sampled before the noise."""
         classes = self.num_classes
         assert classes is not None
         if label is None:
-            # Φ of a normal draw is uniform, and a normal draw has one generator per image.
+            # Φ of a normal variable is uniform, and `noise_like` takes one generator per image.
             normal = noise_like(torch.zeros(n, 1, dtype=torch.float64), generator)[:, 0]
             label = (torch.special.ndtr(normal) * classes).long().clamp(max=classes - 1)
         label = torch.as_tensor(label)

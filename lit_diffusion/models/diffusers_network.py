@@ -1,11 +1,11 @@
-"""Networks of the `diffusers` library, told the noise level in their own way.
+"""Networks of the `diffusers` library, adapted to take λ instead of a timestep.
 
-A diffusers model is told its noise level as a *timestep*, the place of that level on the chain
-that it was trained on. Here every network is told λ, so the adapter keeps the chain's levels and
-turns λ into timesteps; and a label of −1, which there is none of in diffusers, becomes a row of
-the model's table of classes. To the rest of the house it is a network like any other.
+A diffusers model takes its noise level as a *timestep*, the index of that level on the chain that
+it was trained on. Here every network takes λ, so the adapter keeps the levels of the chain and
+converts λ to timesteps. The label −1, "no label", which diffusers does not have, becomes one more
+row of the model's table of classes. The adapter is then a network like any other.
 
-diffusers is an optional extra: it is imported when the first model is made, and not before.
+diffusers is an optional dependency: it is imported when the first such model is made.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def import_diffusers() -> Any:
     """The diffusers library.
 
     Raises:
-        ModuleNotFoundError: If it is not installed, with what to do.
+        ModuleNotFoundError: If it is not installed.
     """
     try:
         return importlib.import_module("diffusers")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "A model of diffusers needs that package: pip install 'lit-diffusion[diffusers]'.",
+            "Models of diffusers need that package: pip install 'lit-diffusion[diffusers]'.",
             name=error.name,
         ) from error
 
@@ -40,13 +40,13 @@ def import_diffusers() -> Any:
 def _unet_arguments(
     image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What of a UNet2DModel's config follows from images and classes."""
+    """The entries of a UNet2DModel's config that follow from images and classes."""
     channels, height, width = image_shape
     factor = 2 ** (len(config.get("block_out_channels", range(4))) - 1)
     if height % factor or width % factor:
         raise ValueError(
-            f"DiffusersNetwork: a UNet2DModel that halves images to 1/{factor} takes sides that "
-            f"are multiples of {factor}, got {height}x{width}: give fewer block_out_channels."
+            f"DiffusersNetwork: a UNet2DModel with {factor} times coarser features needs sides "
+            f"that are multiples of {factor}, got {height}x{width}: give fewer block_out_channels."
         )
     return {
         "sample_size": [height, width],
@@ -54,26 +54,26 @@ def _unet_arguments(
         "out_channels": channels,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
         "class_embed_type": None,
-        "time_embedding_type": "positional",  # the others take no real numbers
+        "time_embedding_type": "positional",  # the other types take integers only
     }
 
 
 def _dit_arguments(
     image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The same of a DiTTransformer2DModel's."""
+    """The entries of a DiTTransformer2DModel's config that follow from images and classes."""
     channels, height, width = image_shape
     patch = config.get("patch_size", 2)
     if height != width or height % patch:
         raise ValueError(
-            "DiffusersNetwork: a DiTTransformer2DModel takes square images whose side is a "
+            "DiffusersNetwork: a DiTTransformer2DModel needs square images whose side is a "
             f"multiple of patch_size={patch}, got {height}x{width}."
         )
     return {
         "sample_size": height,
         "in_channels": channels,
         "out_channels": channels,
-        "num_embeds_ada_norm": num_classes or 0,  # its table has a row more, for none
+        "num_embeds_ada_norm": num_classes or 0,  # it adds a row for "no label" itself
     }
 
 
@@ -81,25 +81,25 @@ _MODELS = {"UNet2DModel": _unet_arguments, "DiTTransformer2DModel": _dit_argumen
 
 
 class DiffusersNetwork(nn.Module):
-    """A U-Net or a DiT of diffusers as network: model(z, timestep(λ), label).
+    """A U-Net or a DiT of diffusers as a network: model(z, timestep(λ), label).
 
-    For a network that is known to work, for comparisons, and for published weights. The model is
-    made from its class and its config, as it stands in a config.json of diffusers; what follows
-    from the images and their classes is filled in.
+    For published weights, for comparisons, and as a network that is known to work. The model is
+    made from the name of its class and its config, as in a config.json of diffusers; entries that
+    follow from the images and their classes are filled in.
 
-    The timestep is the place of λ on a chain of `timesteps` levels: exactly i at the chain's i-th
-    level, linear in λ between two levels, and beyond both ends it goes on at the slope there, so
-    that each λ has its own. By default it is DDPM's chain, where λ from 9.2 to −10.1 is 0 to 999.
+    The timestep is the index of λ on a chain of `timesteps` levels: exactly i at the i-th level,
+    linear in λ between two levels, and extrapolated linearly beyond both ends, so that no two λ
+    share one. The default is DDPM's chain, on which λ from 9.2 to −10.1 is 0 to 999.
 
     Args:
         model: UNet2DModel or DiTTransformer2DModel.
-        config: Arguments of that class, such as block_out_channels; None leaves its defaults,
-            which are large.
+        config: Arguments of that class, such as block_out_channels; None means its defaults,
+            which make a large network.
         num_classes: Number of classes, for a class-conditional network; None for none. The
             model's table of classes gets one more row, for "no label".
         image_shape: (C, H, W) of the images.
-        schedule: The chain whose levels the timesteps are; None means DDPM's, `BetaSchedule()`.
-        timesteps: How many levels the chain has, at least 2.
+        schedule: The chain to whose levels timesteps refer; None means DDPM's, `BetaSchedule()`.
+        timesteps: Number of levels of the chain, at least 2.
 
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
@@ -107,8 +107,8 @@ class DiffusersNetwork(nn.Module):
 
     Raises:
         ModuleNotFoundError: If diffusers is not installed.
-        ValueError: If there is no such model, its config does not fit it or the images, or the
-            chain has fewer than two levels.
+        ValueError: If there is no such model, if its config does not fit the model or the images,
+            or if the chain has fewer than two levels.
 
     References:
         Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239; Peebles & Xie
@@ -140,13 +140,13 @@ class DiffusersNetwork(nn.Module):
         self.timesteps = timesteps
         self.network = self._made()
         t = torch.linspace(1, 0, timesteps, dtype=torch.float64)
-        # Networks are told λ in float32, so the table is rounded alike, and a level of the chain
-        # is met exactly. It is no buffer: a model in bfloat16 must not round it further.
+        # Networks get λ in float32; the table is rounded to it, so that a level of the chain has
+        # exactly its own timestep. It is not a buffer, which a model in bfloat16 would round.
         self._rising = self.schedule.logsnr(t).detach().float()
 
     def _made(self) -> nn.Module:
-        # Published files also say which class and version they are for. A null counts: it may
-        # mean something else than the default.
+        # Published files also name their class and version. A null is passed on: it may differ
+        # from the default.
         given = {k: v for k, v in self.config.items() if not k.startswith("_")}
         follows = _MODELS[self.model](self.image_shape, self.num_classes, given)
         for name, value in follows.items():
@@ -160,16 +160,16 @@ class DiffusersNetwork(nn.Module):
             made: nn.Module = getattr(import_diffusers(), self.model)(**(given | follows))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
-                f"DiffusersNetwork: no {self.model} can be made from this config: {error}"
+                f"DiffusersNetwork: {self.model} cannot be made from this config: {error}"
             ) from error
         for part in made.modules():
-            # Labels are dropped by label_dropout, for every network alike; not once more in here.
+            # Labels are dropped by label_dropout, as for every network, not a second time here.
             if hasattr(part, "token_drop"):
                 part.dropout_prob = 0.0  # type: ignore[assignment]
         return made
 
     def timestep(self, logsnr: Tensor) -> Tensor:
-        """The place of λ on the chain, 0 at its cleanest level.
+        """The index of λ on the chain, 0 at its cleanest level.
 
         Args:
             logsnr: λ.
@@ -191,17 +191,17 @@ class DiffusersNetwork(nn.Module):
                 "this DiffusersNetwork was built without classes (num_classes=None) but got a "
                 "label; give num_classes, or pass no label."
             )
-        none = self.num_classes or 0  # the row for no label, behind those of the classes
+        none = self.num_classes or 0  # the row for "no label", after those of the classes
         if label is None:
             label = torch.full((len(z),), none, device=z.device)
         label = torch.where(label < 0, none, label)
         if self.num_classes is None and self.model == "UNet2DModel":
-            label = None  # it has no table at all
+            label = None  # it has no table of classes
         out: Tensor = self.network(z, self.timestep(logsnr), label).sample
         return out.to(z.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments, but for the modules, which are shown as parts."""
+        """The arguments except for the modules, which are shown as submodules."""
         return (
             f"model={self.model!r}, num_classes={self.num_classes}, "
             f"image_shape={self.image_shape}, timesteps={self.timesteps}"

@@ -1,7 +1,7 @@
-"""Published models of the `diffusers` library, in this house's terms.
+"""Import published models of the `diffusers` library.
 
-A pipeline's folder holds a network and a *scheduler*, which is the chain that the network was
-trained on together with a way to sample it. All of it has a name here::
+The folder of a pipeline holds a network and a *scheduler*, which is the chain that the network was
+trained on together with a sampler. Each part has its equivalent here::
 
     diffusers                                        lit_diffusion
     UNet2DModel(sample, timestep)                    DiffusersNetwork(z, logsnr)
@@ -9,9 +9,9 @@ trained on together with a way to sample it. All of it has a name here::
     prediction_type epsilon, sample, v_prediction    EpsPrediction, XPrediction, VPrediction
     DDPMScheduler, variance fixed_small or _large    AncestralSampler, variance 0 or 1
     DDIMScheduler, use_clipped_model_output          DDIMSampler
-    clip_sample                                      clip
+    clip_sample                                      clip_denoised
 
-From the same noise both draw the same images, but for rounding.
+From the same noise both sample the same images, up to rounding.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ _PREDICTIONS: dict[str, Callable[[], Prediction]] = {
     "v_prediction": VPrediction,
 }
 _VARIANCES = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0}
-_DDIM_STEPS = 50  # that diffusers' own pipeline takes
+_DDIM_STEPS = 50  # the default of diffusers' own pipeline
 
 
 def from_diffusers(folder: str | Path) -> Pretrained:
-    """A published unconditional model: its U-Net, its chain, its way of sampling.
+    """Import a published unconditional model: its U-Net, its chain and its sampler.
 
-    Then all that is measured here can be measured of it: the bound, on its own chain, and images
-    by any sampler. The weighting is the bound's, w = 1, for a pipeline does not say what it was
-    trained with. A `DDPMScheduler` becomes an `AncestralSampler` over all levels; any other
-    scheduler of a chain a `DDIMSampler` over the 50 of them that diffusers' DDIM visits.
+    The result can be evaluated like any other model: the bound on its own chain, and samples from
+    any sampler. The weighting is that of the bound, w = 1, because a pipeline does not record the
+    weighting of its training. A `DDPMScheduler` becomes an `AncestralSampler` over all levels; any
+    other scheduler of a chain becomes a `DDIMSampler` over the 50 levels that diffusers' DDIM
+    visits.
 
     Args:
-        folder: A pipeline's folder, with unet/ and scheduler/ in it, or with both configs at its
-            top. One from the Hub: `hf download NAME --local-dir FOLDER`.
+        folder: The folder of a pipeline, with unet/ and scheduler/ in it or with both configs at
+            the top level. `hf download NAME --local-dir FOLDER` fetches one from the Hub.
 
     Raises:
         ModuleNotFoundError: If diffusers is not installed.
-        FileNotFoundError: If it is no such folder.
-        ValueError: If it is no unconditional UNet2DModel of a chain of betas, or is sampled in a
-            way that there is not here.
+        FileNotFoundError: If it is not such a folder.
+        ValueError: If it is not an unconditional UNet2DModel of a chain of betas, or if its
+            sampler has no equivalent here.
     """
     folder = Path(folder)
     unet = _read(folder, "unet", "config.json")
@@ -94,7 +95,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
 
 
 def _place(folder: Path, part: str, name: str) -> Path:
-    """A config's file, in the folder of its part or, as in old pipelines, beside the others."""
+    """The file of a config: in the folder of its part or, in old pipelines, at the top."""
     inner = folder / part / name
     return inner if inner.is_file() else folder / name
 
@@ -103,8 +104,8 @@ def _read(folder: Path, part: str, name: str) -> dict[str, Any]:
     path = _place(folder, part, name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected the folder of a diffusers pipeline, with {part}/{name}, got {folder}; one "
-            "from the Hub is fetched by `hf download NAME --local-dir FOLDER`."
+            f"Expected the folder of a diffusers pipeline, with {part}/{name}, got {folder}; "
+            "`hf download NAME --local-dir FOLDER` fetches one from the Hub."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +117,7 @@ def _read(folder: Path, part: str, name: str) -> dict[str, Any]:
 
 
 def _scheduler(config: dict[str, Any]) -> Any:
-    """The scheduler of a config, one with betas."""
+    """The scheduler that a config describes, which must have betas."""
     diffusers = import_diffusers()
     name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
@@ -130,7 +131,7 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 
 def _schedule(scheduler: Any) -> NoiseSchedule:
-    """The levels of the chain: by a formula if there is one for them, else as a table."""
+    """The levels of the chain: by a known formula if one gives them, else as a table."""
     levels = torch.tensor(chain_levels(scheduler.betas), dtype=torch.float64)
     first, last = scheduler.config.get("beta_start", 0), scheduler.config.get("beta_end", 0)
     known: list[NoiseSchedule] = [TableSchedule()]
@@ -151,14 +152,14 @@ def _prediction(scheduler: Any) -> Prediction:
 
 
 def _sampler(scheduler: Any, schedule: NoiseSchedule) -> Sampler:
-    """The way of sampling: DDPM's over all levels, or DDIM's over those that diffusers takes."""
+    """The sampler: DDPM's over all levels, or DDIM's over the levels that diffusers visits."""
     diffusers, length = import_diffusers(), len(scheduler.betas)
     if isinstance(scheduler, diffusers.DDPMScheduler):
         kind = scheduler.config.variance_type
         if kind not in _VARIANCES:
             raise ValueError(
-                f"Expected a variance_type of {', '.join(_VARIANCES)}, got {kind!r}: a network "
-                "that also outputs variances is not for the samplers here."
+                f"Expected a variance_type of {', '.join(_VARIANCES)}, got {kind!r}: networks "
+                "that also output variances are not supported."
             )
         return AncestralSampler(length, schedule, _VARIANCES[kind])
     ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
@@ -168,7 +169,7 @@ def _sampler(scheduler: Any, schedule: NoiseSchedule) -> Sampler:
 
 
 def _clip(scheduler: Any) -> bool:
-    """Whether x̂ is kept within [−1, 1] in sampling."""
+    """Whether x̂ is clipped to [−1, 1] while sampling."""
     config = scheduler.config
     clip_denoised = bool(config.get("clip_sample", False))
     if config.get("thresholding") or (

@@ -1,12 +1,12 @@
-"""Trained models, without what trained them: torch alone loads them and draws from them.
+"""Trained models for inference: loading and sampling need torch only, not Lightning.
 
     from lit_diffusion import load_pretrained
     model = load_pretrained("exported")              # the folder `lit-diffusion export` wrote
     images = model.sample(16, torch.Generator().manual_seed(0))
 
-A folder holds the weights, model.safetensors, and how the model was made, config.json: both plain
-data, of which nothing is executed. The classes that the config names are imported only from
-modules that are allowed, as for checkpoints (see `description`).
+A folder holds the weights, model.safetensors, and the arguments of the model, config.json. Both
+are plain data, and loading them executes no code. Classes that the config names are imported from
+allowed modules only, as for checkpoints (see `description`).
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Pretrained(SamplingModel):
-    """A diffusion model to draw from: denoiser, loss and sampler, and no training.
+    """A trained diffusion model: denoiser, loss and sampler, without training.
 
-    Its arguments are those of `LitDiffusion` that make the model, with the same defaults, and its
-    state_dict is the same. For the same generators both draw the same images, bit for bit.
+    It takes the arguments of `LitDiffusion` that define the model, with the same defaults, and has
+    the same state_dict. From the same generators both sample the same images, bit for bit.
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape.
-        schedule: Density p(λ) of training, whose range is the model's; None means cosine.
-        weighting: Weight w(λ) of training; None means `ELBOWeighting()`.
+        schedule: Density p(λ) of training, which also defines the range of λ; None means cosine.
+        weighting: Weighting w(λ) of training; None means `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
-        sampler: Draws images; None means `DDIMSampler()`.
+        sampler: The sampler of images; None means `DDIMSampler()`.
         num_timesteps: Number of steps of a discrete chain; None means continuous time.
-        decoder: Of the whole bound, if that was trained; None if not.
+        decoder: The decoder of the bound, if the whole bound was trained; None if not.
         image_shape: Channels, height and width.
-        conditions: What else the network is told, by the names of its arguments; None means what
-            the network asks for by an attribute `conditions`.
+        conditions: Further inputs of the network, by the names of its arguments; None means those
+            in its attribute `conditions`, if it has one.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
 
     Example:
@@ -82,7 +82,7 @@ class Pretrained(SamplingModel):
         asked = getattr(network, "conditions", None) if conditions is None else conditions
         self.conditions = tuple(asked or ())
         self.clip_denoised = clip_denoised
-        self.walk()  # refuses a sampler that leaves the range
+        self.sampler_in_range()  # refuses a sampler that leaves the range
 
     @property
     def network(self) -> nn.Module:
@@ -96,7 +96,7 @@ class Pretrained(SamplingModel):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """Where λ was drawn in training."""
+        """The density from which λ was sampled in training."""
         return self.loss.schedule
 
     @property
@@ -111,29 +111,29 @@ class Pretrained(SamplingModel):
 
     @property
     def decoder(self) -> Decoder | None:
-        """The decoder of the bound, if that was trained."""
+        """The decoder of the bound, if the whole bound was trained."""
         return self.loss.decoder
 
 
 def load_pretrained(folder: str | Path) -> Pretrained:
-    """Load a model that `lit-diffusion export` wrote, on the CPU, ready to draw from.
+    """Load a model that `lit-diffusion export` wrote, on the CPU and in evaluation mode.
 
-    Nothing in the folder is executed, and only allowed modules are imported: ours, PyTorch's,
-    installed plug-ins', and what is imported already.
+    No code in the folder is executed, and only allowed modules are imported: those of this
+    library, of PyTorch and of installed plug-in packages, and any that is imported already.
 
     Args:
         folder: The folder.
 
     Raises:
         FileNotFoundError: If it is not such a folder.
-        ValueError: If it is damaged, or names a class that is not allowed or not there.
+        ValueError: If it is damaged, or names a class that is not allowed or does not exist.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"Expected a folder that `lit-diffusion export` wrote, got {folder}, where there "
-                f"is no {name}."
+                f"Expected a folder that `lit-diffusion export` wrote, got {folder}, which has no "
+                f"{name}."
             )
     model = _make(folder / CONFIG)
     _fill(model, folder / WEIGHTS)
@@ -141,7 +141,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
 
 
 def _make(path: Path) -> Pretrained:
-    """The model that a config describes, with weights of its own."""
+    """The model that a config describes, with untrained weights."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))["model"]
         if described["class_path"] != "lit_diffusion.Pretrained":
@@ -154,12 +154,12 @@ def _make(path: Path) -> Pretrained:
     try:
         model: Pretrained = build(described)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} describes no model that can be made here: {error}") from error
+        raise ValueError(f"{path} describes a model that cannot be built: {error}") from error
     return model
 
 
 def _fill(model: Pretrained, path: Path) -> None:
-    """Put the weights of a file into a model."""
+    """Load the weights of a file into a model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

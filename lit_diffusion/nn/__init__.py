@@ -1,7 +1,7 @@
-"""Networks: (z, λ, label) → an image of the shape of z. They import torch only.
+"""Networks: (z, λ, label) → a tensor of the shape of z. They import torch only.
 
-To the rest of the house, any module with ``forward(z, logsnr, label=None)`` is a network; the ones
-here know nothing of diffusion and are guests like yours.
+Any module with ``forward(z, logsnr, label=None)`` is a network to the rest of the library. Those
+here depend on no other part of it.
 """
 
 from lit_diffusion.nn.dit import DiT

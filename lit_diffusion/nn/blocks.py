@@ -28,12 +28,12 @@ class ResBlock(nn.Module):
     """A residual block of two convolutions, modulated by the embedding: h ← h + f(h; e).
 
     Between the convolutions the features are normalised, then scaled by 1 + s(e) and shifted by
-    b(e). The last convolution starts at zero, so a new network is a plain path from input to
-    output.
+    b(e). The last convolution is zero-initialised, so the branch of a new network is zero.
 
     Args:
-        channels_in: Channels that come in.
-        channels_out: Channels that go out; if they differ, the identity becomes a 1×1 convolution.
+        channels_in: Channels of the input.
+        channels_out: Channels of the output; if they differ, the identity becomes a 1×1
+            convolution.
         embedding: Width E of the embedding.
         dropout: Probability of dropping a feature before the last convolution, in [0, 1).
 
@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
         self.identity = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Add to ``h`` what the convolutions make of it at this noise level."""
+        """Add the output of the convolutions to ``h``."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         branch = self.conv_in(F.silu(self.norm_in(h)))
         branch = torch.addcmul(shift, self.norm_out(branch), 1 + scale)
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         self.project = zero_initialized(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Add to ``h`` what each position gathers from all."""
+        """Add the output of the attention to ``h``."""
         tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, H·W, C)
         packed = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
         query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, H·W, C / heads)
@@ -95,12 +95,12 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to a given size by repeating pixels, then smooth by a 3×3 convolution.
+    """Nearest-neighbour upsampling to a given size, followed by a 3×3 convolution.
 
-    The size is that of the skip to be met next, so 9 pixels that became 5 come back as 9. Where
-    it is exactly double, a window of 3×3 sees only 2×2 different pixels: its nine weights fall
-    together into four, and the whole is one transposed convolution with a kernel of 4×4, the
-    same numbers to rounding at less than half the work.
+    The size is that of the next skip connection, so 9 pixels that became 5 become 9 again. If it
+    is exactly double, a 3×3 window covers only 2×2 different pixels: its nine weights sum to four,
+    and both operations are one transposed convolution with a 4×4 kernel, which gives the same
+    numbers up to rounding at less than half the cost.
 
     Args:
         channels: Channels in and out.
@@ -124,7 +124,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block and, where ``heads`` is given, attention behind it."""
+    """A residual block, followed by attention if ``heads`` is given."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.attend = nn.Identity() if heads is None else Attention(channels_out, heads)
 
     def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, channels_in, H, W) → (B, channels_out, H, W); ``skip`` is put beside ``h``."""
+        """(B, channels_in, H, W) → (B, channels_out, H, W); ``skip`` is concatenated to ``h``."""
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         return self.attend(self.residual(h, embedding))

@@ -1,10 +1,10 @@
-"""The diffusion transformer: an image is a row of patches, and every patch looks at all others.
+"""The diffusion transformer: an image as a sequence of patches, with attention among all of them.
 
-The image is cut into squares of P × P pixels, and each becomes one vector, a *token*. From then on
-all blocks are alike, at one resolution and one width, so that a larger model is more of the same.
-What a token looks at is decided by what it holds; where it stands must be told it. λ and the label
-steer each block by *adaptive layer norm*: they scale and shift what goes into a branch, and *gate*
-what comes out of it. The gates start at zero, so a new network is the identity from end to end.
+The image is cut into squares of P × P pixels, and each becomes one vector, a *token*. All blocks
+have the same form, resolution and width, so that a model grows by more or wider blocks. Attention
+depends on the content of tokens only, so their positions are added as an embedding. λ and the
+label modulate each block by *adaptive layer norm*: they scale and shift the input of a branch and
+*gate* its output. The gates are zero-initialised, so every block of a new network is the identity.
 
     z ─ patches ─ linear ─ + place ─ block ─ ··· ─ block ─ norm, linear ─ patches ─ out
                                        │             │          │
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import FourierWaves, SteeredNetwork
+from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
 
 
 class Size(NamedTuple):
-    """How large a transformer is: blocks, width of a token, attention heads."""
+    """The size of a transformer: number of blocks, width of a token, attention heads."""
 
     depth: int
     width: int
@@ -46,7 +46,7 @@ def patchify(z: Tensor, patch: int) -> Tensor:
     """Cut images into tokens, row by row: (B, C, H, W) → (B, N, C·P·P).
 
     Args:
-        z: Images, with sides that are multiples of the patch's.
+        z: Images whose sides are multiples of the patch size.
         patch: Side P of a patch.
 
     Example:
@@ -58,7 +58,7 @@ def patchify(z: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Put tokens together as images, the inverse of `patchify`: (B, N, C·P·P) → (B, C, H, W).
+    """Assemble tokens into images, the inverse of `patchify`: (B, N, C·P·P) → (B, C, H, W).
 
     Args:
         tokens: The tokens, row by row.
@@ -71,17 +71,17 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 
 def phases(rows: int, columns: int, waves: int, longest: float, device: torch.device) -> Tensor:
-    """Where each token stands, as phases: ω_k · row, then ω_k · column, ω_k = longest^(−k/waves).
+    """The position of each token as phases: ω_k·row, then ω_k·column, ω_k = longest^(−k/waves).
 
     Computed in float32 at every call. A buffer would be rounded by ``.to(torch.bfloat16)`` and
-    fix the size of the images.
+    would fix the size of the images.
 
     Args:
         rows: Rows of tokens.
         columns: Columns of tokens.
-        waves: Number K of frequencies, the first of which is one radian a token.
-        longest: By how much the last would be slower.
-        device: Where the result is to be.
+        waves: Number K of frequencies; the first is one radian per token.
+        longest: Ratio of the first frequency to that of k = K.
+        device: Device of the result.
 
     Shapes:
         (rows·columns, 2·waves), float32.
@@ -99,14 +99,14 @@ def phases(rows: int, columns: int, waves: int, longest: float, device: torch.de
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its angle, at least in float32.
+    """Rotate each pair (x_i, x_{i + D/2}) by its angle, in float32 at least.
 
-    Turned by their places, a query and a key have a product that depends on how far apart they
-    are and not on where: ⟨R(a)q, R(b)k⟩ = ⟨q, R(b − a)k⟩.
+    The product of a query and a key that are rotated by their positions depends on the difference
+    of the positions only: ⟨R(a)q, R(b)k⟩ = ⟨q, R(b − a)k⟩.
 
     Args:
-        x: What is turned.
-        angle: In radians.
+        x: Queries or keys.
+        angle: Angles, in radians.
 
     Shapes:
         x (*, N, D), angle (N, D/2) → (*, N, D).
@@ -124,7 +124,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Every token gathers from all tokens what answers its query: softmax(q kᵀ / √D) v, by heads.
+    """Multi-head self-attention over all tokens: softmax(q kᵀ / √D) v in each head.
 
     Args:
         width: Width E of a token.
@@ -133,7 +133,7 @@ class SelfAttention(nn.Module):
             the logits by √D · max|g_q| · max|g_k|.
 
     Shapes:
-        h (B, N, E), angle (N, D/2) or None → (B, N, E). Queries and keys are turned by ``angle``.
+        h (B, N, E), angle (N, D/2) or None → (B, N, E). Queries and keys are rotated by ``angle``.
 
     References:
         Dehghani et al. (2023), Scaling Vision Transformers to 22 Billion Parameters,
@@ -150,27 +150,27 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, h: Tensor, angle: Tensor | None = None) -> Tensor:
-        """What each token gathers."""
+        """The output of the attention for each token."""
         packed = self.query_key_value(h).unflatten(2, (3, self.heads, -1))
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D)
         query, key = self.norm_query(query), self.norm_key(key)
         if angle is not None:
             query, key = rotate(query, angle), rotate(key, angle)
-        # What was normalised or turned is float32 under autocast.
+        # Normalised or rotated tensors are float32 under autocast.
         query, key = query.to(value.dtype), key.to(value.dtype)
         seen = F.scaled_dot_product_attention(query, key, value)
         return self.project(seen.transpose(1, 2).flatten(2))
 
 
 class Modulation(nn.Module):
-    """The vectors that steer a block, from the embedding: a linear layer that starts at zero.
+    """The vectors that modulate a block: a zero-initialised linear layer of the embedding.
 
-    Computed in float32, under autocast too: one row for each image and not for each token, so it
-    costs next to nothing, and an error here is the same for all tokens and does not average out.
+    Computed in float32, under autocast too. It has one row per image and not per token, so this
+    costs little, and a rounding error here is the same for all tokens and does not average out.
 
     Args:
         width: Width E of the embedding and of a vector.
-        vectors: How many vectors.
+        vectors: Number of vectors.
 
     Shapes:
         embedding (B, E) → ``vectors`` times (B, 1, E).
@@ -188,7 +188,7 @@ class Modulation(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then a perceptron, each beside an identity and steered by the embedding.
+    """Attention, then a perceptron, each with a skip connection and modulated by the embedding.
 
     Args:
         width: Width E of a token.
@@ -209,7 +209,7 @@ class DiTBlock(nn.Module):
         )
 
     def forward(self, h: Tensor, embedding: Tensor, angle: Tensor | None = None) -> Tensor:
-        """Add to ``h`` what the tokens say to each other, and what each makes of it."""
+        """Add the output of the attention to ``h``, then that of the perceptron."""
         shift, scale, gate, shift_own, scale_own, gate_own = self.modulation(embedding)
         h = h + gate * self.attend(torch.addcmul(shift, self.norm(h), 1 + scale), angle)
         return h + gate_own * self.perceptron(
@@ -217,31 +217,32 @@ class DiTBlock(nn.Module):
         )
 
 
-class DiT(SteeredNetwork):
-    """A diffusion transformer for images or latents, steered by λ, label and other numbers.
+class DiT(ConditionalNetwork):
+    """A diffusion transformer for images or latents, conditioned on λ, label and other numbers.
 
-    For much data and much compute: it knows nothing of neighbourhoods and must learn them, and
-    then it gains from every enlargement. On small images and few data a `UNet` is ahead. The work
-    grows with the square of the number of tokens, so large images come as latents. The output
-    starts at exactly zero.
+    For large data sets and much compute: it has no built-in locality and must learn it, but keeps
+    improving with its size. On small images with little data a `UNet` is better. The cost grows
+    with the square of the number of tokens, so large images are given as latents. The output is
+    exactly zero at initialisation.
 
     Args:
         image_shape: (C, H, W) of the images; H and W multiples of ``patch``. Images of other
             sides pass as well, if they are multiples too.
         patch: Side P of a patch; half the side means four times the tokens.
-        size: S, B, L or XL: a published choice of the three that follow.
+        size: S, B, L or XL: the published values of the next three arguments.
         depth: Number of blocks; None takes the size's.
         width: Width E of a token, a multiple of 4·``heads``; None takes the size's.
         heads: Number of attention heads; None takes the size's.
         num_classes: Number of classes, for a class-conditional network; None for none.
-        rope: Turn queries and keys by their places, too, so that tokens find each other by
-            distance; alone it would not tell a token where it stands.
-        qk_norm: Normalise queries and keys, against attention that grows until training breaks
-            down; worth its small price in long runs, in bfloat16 and at high learning rates.
-        fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) shown beside z, such as (6, 7) for
-            256 grey levels and (3, 4) for 17; () for none. Not for latents.
-        conditions: What else the network is told of an example, by name, and how many numbers
-            that is, such as {attributes: 40}, each of size about 1; None for nothing.
+        rope: Also rotate queries and keys by their positions, so that attention can depend on the
+            distance between tokens. The position embedding stays, since rotations do not encode
+            absolute positions.
+        qk_norm: Normalise queries and keys, so that growing attention logits cannot make training
+            diverge; worth its small cost in long runs, in bfloat16 and at high learning rates.
+        fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) given as input with z, such as
+            (6, 7) for 256 grey levels and (3, 4) for 17; () for none. Not for latents.
+        conditions: Further conditions, by name, with the number of values of each, such as
+            {attributes: 40}, each of size about 1; None for none.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -264,7 +265,7 @@ class DiT(SteeredNetwork):
         >>> z, logsnr = torch.randn(2, 3, 8, 12), torch.tensor([-1.0, 4.0])
         >>> net(z, logsnr, label=torch.tensor([7, -1])).shape
         torch.Size([2, 3, 8, 12])
-        >>> net(z, logsnr).abs().max().item()  # at first it says nothing
+        >>> net(z, logsnr).abs().max().item()  # zero at initialisation
         0.0
         >>> with torch.device("meta"):  # the size of DiT-XL/2, without its memory
         ...     large = DiT(image_shape=(4, 32, 32), patch=2, size="XL", num_classes=1000)
@@ -319,7 +320,7 @@ class DiT(SteeredNetwork):
         self._check(self.image_shape)
 
         features, channels = self.width, image_shape[0]
-        self.make_steering(features, num_classes, self.conditions)
+        self.make_embeddings(features, num_classes, self.conditions)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
         self.layer_in = nn.Linear(seen * patch**2, features)
@@ -329,16 +330,16 @@ class DiT(SteeredNetwork):
         self.norm_out = nn.LayerNorm(features, eps=1e-6, elementwise_affine=False)
         self.modulation_out = Modulation(features, vectors=2)
         self.layer_out = nn.Linear(features, channels * patch**2)
-        self._begin()
+        self._initialise()
 
-    def _begin(self) -> None:
-        """First values: even variance through the layers, zero for what steers and what says."""
+    def _initialise(self) -> None:
+        """Xavier initialisation; zero for the modulation and output layers."""
         for layer in [self.layer_in, *self.blocks.modules()]:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        steering = [m.layer for m in self.modules() if isinstance(m, Modulation)]
-        for layer in [*steering, self.layer_out]:
+        modulation = [m.layer for m in self.modules() if isinstance(m, Modulation)]
+        for layer in [*modulation, self.layer_out]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -362,7 +363,7 @@ class DiT(SteeredNetwork):
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         self._check(z.shape[1:])
-        embedding = F.silu(self.steer(logsnr, label, dropped, cond))
+        embedding = F.silu(self.embed(logsnr, label, dropped, cond))
 
         height, width = z.shape[2:]
         grid = height // self.patch, width // self.patch
@@ -372,7 +373,7 @@ class DiT(SteeredNetwork):
         head = self.width // self.heads
         angle = phases(*grid, head // 4, 100.0, z.device) if self.rope else None
         for block in self.blocks:
-            h = self.recall(block, h, embedding, angle)
+            h = self.call_block(block, h, embedding, angle)
         shift, scale = self.modulation_out(embedding)
         out = self.layer_out(torch.addcmul(shift, self.norm_out(h), 1 + scale))
         return unpatchify(out, self.patch, height, width).to(z.dtype)

@@ -1,11 +1,10 @@
-"""How numbers and names are put so that a network can use them.
+"""Embeddings of λ, labels, further conditions and noisy pixels.
 
-A log-SNR is a number on a line, where neighbours should act alike: it is spread over waves of
-many lengths, smooth in λ. A label is a name without neighbours: it looks up a row of a table.
-What else is known of an example are numbers as they come, which pass through two linear layers.
-All become vectors of one width, which are added and steer every block. A noisy pixel, at last,
-is a number whose last digits matter when there is little noise: it, too, is shown together with
-fine waves of itself.
+λ is a continuous number, whose embedding should be smooth: sines and cosines of many wavelengths.
+A label is a category, embedded by a row of a table. Further conditions are real numbers, which
+pass through two linear layers. All three become vectors of one width; their sum modulates every
+block. The last digits of a noisy pixel matter when there is little noise, so pixels can be given
+to a network together with fine waves of themselves.
 
 Legend: B batch, F features; λ = ``logsnr`` (B,), ``label`` (B,) with −1 for "no label", z noisy
 images (B, C, H, W).
@@ -23,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 class LogSNREmbedding(nn.Module):
     """Waves of λ through two linear layers: MLP([cos(ω_k λ), sin(ω_k λ)]).
 
-    The wavelengths 2π/ω_k run geometrically from ``longest`` (it tells pure noise from clean
-    data) down to ``shortest`` (it tells 0 from 0.1). All is computed in float32, under autocast
-    too: what a network must do is a steep function of λ, for which bfloat16 has less than three
-    digits.
+    The wavelengths 2π/ω_k form a geometric sequence from ``longest``, which distinguishes pure
+    noise from clean data, down to ``shortest``, which resolves differences of 0.1. Computed in
+    float32, under autocast too: a network's output is a steep function of λ, of which bfloat16
+    keeps less than three digits.
 
     Args:
         features: Width F of the result, at least 1.
@@ -72,9 +71,10 @@ class LogSNREmbedding(nn.Module):
         self.layer_out = nn.Linear(features, features)
 
     def frequencies(self) -> Tensor:
-        """The angular frequencies ω_k in rising order, (waves,), on the device of the parameters.
+        """The angular frequencies ω_k in ascending order, (waves,), on the parameters' device.
 
-        Computed at every call, not kept in a buffer, which ``.to(torch.bfloat16)`` would round.
+        Computed at every call and not stored in a buffer, which ``.to(torch.bfloat16)`` would
+        round.
         """
         slow, fast = math.log(2 * math.pi / self.longest), math.log(2 * math.pi / self.shortest)
         device = self.layer_in.weight.device
@@ -96,12 +96,12 @@ class LogSNREmbedding(nn.Module):
 
 
 class FourierWaves(nn.Module):
-    """The image beside fine waves of itself: z, then sin(2ⁿπz) and cos(2ⁿπz) for each exponent n.
+    """The image with fine waves of itself: z, then sin(2ⁿπz) and cos(2ⁿπz) for each exponent n.
 
-    At small noise a pixel is known up to its grey level, and the noise is what is left over: its
-    distance to the nearest level, a thousandth of the pixel's range. A convolution cannot see that
-    much finer than the picture; a wave with the period of the levels shows it at full size.
-    Computed in float32 at least, under autocast too: 2⁷π has no digit of its phase in bfloat16.
+    At low noise the grey level of a pixel is certain, and the noise is its distance to that level,
+    a thousandth of the pixel's range. A convolution can hardly resolve that; a wave with the
+    period of the levels has it at full amplitude. Computed in float32 at least, under autocast
+    too: in bfloat16 the phase 2⁷πz would have no correct digit.
 
     Args:
         exponents: The n, integers of at least 0. A wave has period 2¹⁻ⁿ: for 256 levels on [−1, 1]
@@ -131,7 +131,7 @@ class FourierWaves(nn.Module):
         self.exponents = tuple(exponents)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Append the waves as further channels."""
+        """Append the waves as channels."""
         with torch.autocast(z.device.type, enabled=False):
             exact = z if z.dtype in (torch.float32, torch.float64) else z.float()
             waves = [exact * (2**n * math.pi) for n in self.exponents]
@@ -144,12 +144,12 @@ class FourierWaves(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A table of one row per class, and one more for "no label".
+    """A table with one row per class, and one more for "no label".
 
-    The extra row is what classifier-free guidance trains by dropping labels: the same network
-    then predicts with and without them. It is row 0, and class k is row k + 1, so nothing need
-    be compared with −1; a label outside [−1, num_classes) has no row and raises IndexError (on
-    CUDA, a device assertion).
+    Classifier-free guidance trains the extra row by dropping labels: the same network then
+    predicts with and without them. It is row 0, and class k is row k + 1, so no comparison with −1
+    is needed; a label outside [−1, num_classes) has no row and raises IndexError (on CUDA, a
+    device assertion).
 
     Args:
         num_classes: Number of classes, at least 1.
@@ -177,7 +177,7 @@ class LabelEmbedding(nn.Module):
         self.num_classes = num_classes
         self.features = features
         self.table = nn.Embedding(num_classes + 1, features)
-        # About the size of what LogSNREmbedding gives at first, to which this is added.
+        # About the initial size of LogSNREmbedding's output, to which this is added.
         nn.init.normal_(self.table.weight, std=0.2)
 
     def forward(self, label: Tensor | None, batch: int) -> Tensor:
@@ -192,17 +192,17 @@ class LabelEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """Numbers that are known of an example, through two linear layers: MLP([c₁, c₂, …, dropped]).
+    """Further conditions through two linear layers: MLP([c₁, c₂, …, dropped]).
 
-    Zero may be a value like any other, so that a condition is dropped is a number of its own.
+    Zero may be a valid value, so whether the conditions are dropped is a separate input.
 
     Args:
-        sizes: How many numbers each condition has for an example, by its name; at least one.
+        sizes: Number of values of each condition per example, by name; at least one condition.
         features: Width F of the result.
 
     Shapes:
-        each condition (B, *) with so many numbers behind B, of any type; dropped (B,), bool, or
-        None for nowhere; no condition at all is one dropped everywhere → (B, F).
+        each condition (B, *), of any type; dropped (B,), bool, or None for none dropped; no
+        condition at all means all dropped → (B, F).
 
     Raises:
         ValueError: If a size is below 1; if a condition is missing, unknown, or of another size.
@@ -244,31 +244,31 @@ class ConditionEmbedding(nn.Module):
         return f"sizes={self.sizes}, features={self.features}"
 
 
-class SteeredNetwork(nn.Module):
-    """A network that λ, a label and other numbers steer: e = embed(λ) + embed(label) + embed(c).
+class ConditionalNetwork(nn.Module):
+    """A network conditioned on λ, a label and other numbers c: e = e(λ) + e(label) + e(c).
 
-    What all networks of this folder have in common, errors included. A network calls
-    `make_steering` where its first layers are made, and `steer` for e. Where it has an argument
-    `activation_checkpointing` it calls its blocks by `recall`.
+    The common base of the networks here. A network calls `make_embeddings` where its first layers
+    are made, and `embed` to compute e. If it has an argument `activation_checkpointing`, it calls
+    its blocks by `call_block`.
     """
 
     activation_checkpointing = False
 
-    def make_steering(
+    def make_embeddings(
         self, features: int, num_classes: int | None, conditions: Mapping[str, int]
     ) -> None:
-        """Make what is needed of the three embeddings.
+        """Make those of the three embeddings that are needed.
 
         Args:
             features: Width F of e.
             num_classes: Number of classes, None for none.
-            conditions: How many numbers each further condition has, by its name.
+            conditions: Number of values of each further condition, by name.
         """
         self.embed_logsnr = LogSNREmbedding(features)
         self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
         self.embed_condition = ConditionEmbedding(conditions, features) if conditions else None
 
-    def steer(
+    def embed(
         self,
         logsnr: Tensor,
         label: Tensor | None,
@@ -279,15 +279,15 @@ class SteeredNetwork(nn.Module):
 
         Args:
             logsnr: λ.
-            label: Class of each example, −1 for none; None for none at all.
-            dropped: Whose conditions are dropped; None for nobody's.
-            cond: The further conditions; empty for all dropped.
+            label: Class of each example, −1 for no label; None means all −1.
+            dropped: Whether the conditions of each example are dropped; None for no example.
+            cond: The further conditions; empty means all dropped.
 
         Shapes:
             logsnr, label and dropped (B,), each condition (B, *) → (B, F).
 
         Raises:
-            ValueError: If the network was built without what it is given.
+            ValueError: If the network was built without labels or conditions but is given some.
         """
         embedding: Tensor = self.embed_logsnr(logsnr)
         if self.embed_label is not None:
@@ -306,11 +306,11 @@ class SteeredNetwork(nn.Module):
             )
         return embedding
 
-    def recall(self, block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
-        """Call a block; with `activation_checkpointing` keep only what it was given.
+    def call_block(self, block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+        """Call a block; with `activation_checkpointing` store only its inputs in training.
 
-        In training, what it computes on its way is then forgotten, and computed again, random
-        numbers included, when the backward pass comes to it. Loss and gradients are the same.
+        Its activations are then computed again, random numbers included, during the backward
+        pass. Loss and gradients are the same.
 
         Args:
             block: The block.

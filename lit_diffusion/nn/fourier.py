@@ -1,4 +1,4 @@
-"""Any network, shown fine waves of its input: what exact likelihoods need.
+"""Fourier features of the input for any network, which likelihoods need.
 
 Legend: B batch, C channels, H × W pixels, K exponents.
 """
@@ -12,24 +12,25 @@ from lit_diffusion.nn.unet import UNet
 
 
 class FourierFeatures(nn.Module):
-    """A network that sees z beside its waves: f([z, sin(2ⁿπz), cos(2ⁿπz), ...], λ), first C of it.
+    """A network of z and its waves: the first C channels of f([z, sin(2ⁿπz), cos(2ⁿπz), …], λ).
 
-    Data come in grey levels, so at little noise the best guess is the nearest level: a staircase
-    of z, far too fine for a network that sees only z. The waves have the period of the steps. For
-    likelihood they are worth more than any change of architecture; for how samples look they
-    hardly matter. This puts them before any network; `UNet` also takes them as an argument.
+    Data have discrete grey levels, so at low noise the best estimate is the nearest level: a step
+    function of z, too fine for a network whose only input is z. The waves have the period of the
+    steps. They matter much for likelihood and little for the appearance of samples. This class
+    adds them to any network; `UNet` and `DiT` also take them as an argument.
 
     Args:
         network: Maps images of C·(1 + 2K) channels to the same shape, like all networks here;
             None means a `UNet` for that shape.
         exponents: The K integers n, each at least 0. A wave has period 2¹⁻ⁿ: (6, 7) for 256 grey
-            levels on [−1, 1], (3, 4) for 17; a small network of few inputs also gains from all
-            that are coarser.
+            levels on [−1, 1], (3, 4) for 17; a small network of few inputs also gains from the
+            coarser ones.
         image_shape: (C, H, W) of the images.
 
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 or None → (B, C, H, W). The waves are
-        computed in float32 at least, under autocast too: bfloat16 has no digit of a fine phase.
+        computed in float32 at least, under autocast too, since bfloat16 has no digit of a fine
+        phase.
 
     Raises:
         ValueError: If an exponent is negative, or if the network is built for another shape.
@@ -64,10 +65,10 @@ class FourierFeatures(nn.Module):
         self.waves = FourierWaves(self.exponents)
         inner = self.inner_shapes(self.image_shape, self.exponents)["network"]
         self.network = UNet(image_shape=inner) if network is None else network
-        built = getattr(self.network, "image_shape", inner)  # a network need not say its shape
+        built = getattr(self.network, "image_shape", inner)  # not every network has it
         if tuple(built) != inner:
             raise ValueError(
-                f"FourierFeatures shows its network images of shape {inner}, "
+                f"FourierFeatures passes images of shape {inner} to its network, "
                 f"{image_shape[0]}·(1 + 2·{len(self.exponents)}) channels, but the network is "
                 f"built for {tuple(built)}: give it image_shape={inner}, {inner[0]} channels."
             )
@@ -78,27 +79,27 @@ class FourierFeatures(nn.Module):
         exponents: tuple[int, ...] = (6, 7),
         **others: Any,
     ) -> dict[str, tuple[int, int, int]]:
-        """The image_shape that each network among the arguments must be built for, by its name.
+        """The image_shape for which each network among the arguments must be built, by name.
 
-        A wrapper that has this method gets its inner networks' shapes set by the command line, so
-        that a config says the shape once.
+        The command line sets the shapes of the inner networks of a wrapper that has this method,
+        so that a config need not repeat them.
 
         Args:
             image_shape: (C, H, W) of the images.
             exponents: As for the class.
-            **others: Its other arguments, which do not matter.
+            **others: Its other arguments, which are ignored.
         """
         channels, height, width = image_shape
         return {"network": (channels * (1 + 2 * len(exponents)), height, width)}
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes the inner network knows; None if it takes no labels."""
+        """Number of classes of the inner network; None if it takes no labels."""
         return getattr(self.network, "num_classes", None)
 
     @property
     def conditions(self) -> dict[str, int] | None:
-        """What else the inner network is told; None if it does not say."""
+        """Further conditions of the inner network; None if it declares none."""
         return getattr(self.network, "conditions", None)
 
     def forward(
@@ -106,9 +107,9 @@ class FourierFeatures(nn.Module):
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape."""
         out: Tensor = self.network(self.waves(z), logsnr, label, **cond)
-        # Only as many channels as there are images; what stands beside them learns nothing.
+        # The first C channels; the others get no gradient.
         return out[:, : z.shape[1]]
 
     def extra_repr(self) -> str:
-        """The arguments, but for the network, which is shown as a part."""
+        """The arguments except for the network, which is shown as a submodule."""
         return f"exponents={self.exponents}, image_shape={self.image_shape}"

@@ -1,4 +1,4 @@
-"""The multilayer perceptron: for points on a line or a plane, where there is nothing to convolve.
+"""The multilayer perceptron: for data of a few numbers without spatial structure.
 
 Legend: B batch, D = C·H·W numbers of an example, F features.
 """
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.embeddings import SteeredNetwork
+from lit_diffusion.nn.embeddings import ConditionalNetwork
 
 
 class MLPBlock(nn.Module):
-    """Two linear layers beside an identity, steered by the embedding: h ← h + f(h; e).
+    """A residual block of two linear layers, modulated by the embedding: h ← h + f(h; e).
 
-    Between the layers the features are scaled by 1 + s(e) and shifted by b(e). The last layer
-    starts at zero.
+    Between the layers the features are scaled by 1 + s(e) and shifted by b(e). The last layer is
+    zero-initialised.
 
     Args:
         features: Width F, at least 1.
@@ -34,21 +34,21 @@ class MLPBlock(nn.Module):
         nn.init.zeros_(self.layer_out.bias)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Add to ``h`` what the layers make of it at this noise level."""
+        """Add the output of the layers to ``h``."""
         scale, shift = self.modulation(embedding).chunk(2, dim=1)
         branch = torch.addcmul(shift, self.layer_in(F.silu(self.norm(h))), 1 + scale)
         return h + self.layer_out(F.silu(branch))
 
 
-class ResidualMLP(SteeredNetwork):
-    """A residual perceptron, steered by λ and label: out = W·norm(h), h ← h + f(h; λ, label).
+class ResidualMLP(ConditionalNetwork):
+    """A residual perceptron of z, λ and label: out = W·norm(h), h ← h + f(h; λ, label).
 
-    For data of a few numbers, up to some hundreds: toy densities, tables, codes. Every number
-    sees every other, and their order means nothing. For images take `UNet`, which knows that
-    neighbours belong together. The output starts at exactly zero.
+    For data of up to some hundreds of numbers, such as toy densities, tables or codes. It does not
+    use the order of the numbers; for images take `UNet`, which uses that neighbouring pixels are
+    related. The output is exactly zero at initialisation.
 
     Args:
-        image_shape: (C, H, W) of the examples, of which C·H·W numbers are seen as one vector.
+        image_shape: (C, H, W) of the examples, which are flattened to vectors of C·H·W numbers.
         features: Width F, at least 1.
         layers: Number of residual blocks, at least 1.
         num_classes: Number of classes, for a class-conditional network; None for none.
@@ -66,7 +66,7 @@ class ResidualMLP(SteeredNetwork):
 
     Example:
         >>> net = ResidualMLP(image_shape=(2, 1, 1), features=64)
-        >>> net(torch.randn(5, 2, 1, 1), torch.zeros(5)).abs().max().item()  # says nothing yet
+        >>> net(torch.randn(5, 2, 1, 1), torch.zeros(5)).abs().max().item()  # zero at first
         0.0
         >>> sum(p.numel() for p in net.parameters())
         42306
@@ -93,7 +93,7 @@ class ResidualMLP(SteeredNetwork):
         self.layers = layers
         self.num_classes = num_classes
         size = image_shape[0] * image_shape[1] * image_shape[2]
-        self.make_steering(features, num_classes, conditions={})
+        self.make_embeddings(features, num_classes, conditions={})
         self.layer_in = nn.Linear(size, features)
         self.blocks = nn.ModuleList(MLPBlock(features) for _ in range(layers))
         self.norm_out = nn.LayerNorm(features)
@@ -108,7 +108,7 @@ class ResidualMLP(SteeredNetwork):
                 f"this ResidualMLP was built for examples of shape {self.image_shape}, got "
                 f"{tuple(z.shape[1:])}; give image_shape={tuple(z.shape[1:])}."
             )
-        embedding = F.silu(self.steer(logsnr, label, dropped=None, cond={}))
+        embedding = F.silu(self.embed(logsnr, label, dropped=None, cond={}))
         h = self.layer_in(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -1,10 +1,10 @@
 """The U-Net: an encoder–decoder with skip connections.
 
-On the way down each level halves the image and widens the channels, so a 3×3 convolution sees
-further at the same cost. On the way up each block is handed, by concatenation, what the step
-opposite left on the way down (a *skip*): coarse knowledge meets fine detail. One more idea fits
-it for diffusion: it must act quite differently at different noise levels, so λ scales and shifts
-the normalised features inside every block (adaptive group norm).
+In the encoder each level halves the image and widens the channels, so that a 3×3 convolution
+covers a larger part of the image at the same cost. In the decoder each block also takes the
+features of the encoder at the same level, concatenated as a *skip connection*, which restores
+fine detail. A diffusion network must behave differently at different noise levels, so λ scales and
+shifts the normalised features inside every block (adaptive group norm).
 
     z ─ conv ─ block ─╮         level 0, channels[0]         ╭─ block ─ block ─ norm, conv ─ out
                   half the size                       double the size
@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffusion.nn.blocks import Block, Upsample, group_norm, zero_initialized
-from lit_diffusion.nn.embeddings import FourierWaves, SteeredNetwork
+from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
 
 
 class Skip(NamedTuple):
-    """What a layer on the way down hands across: its level, and its number of channels."""
+    """A skip connection: the level it comes from, and its number of channels."""
 
     level: int
     channels: int
 
 
 def _check_shape(image_shape: Sequence[int], channels: Sequence[int], downsample: bool) -> None:
-    """Refuse images and levels that do not fit together."""
+    """Raise unless images and levels fit together."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(
             f"image_shape must be three positive integers (C, H, W), got {image_shape}."
@@ -58,7 +58,7 @@ def _check_numbers(
     head_channels: int,
     embedding_features: int | None,
 ) -> None:
-    """Refuse numbers outside their ranges."""
+    """Raise if a number is outside its range."""
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}.")
     if fourier and min(fourier) < 0:
@@ -72,25 +72,25 @@ def _check_numbers(
         )
 
 
-class UNet(SteeredNetwork):
+class UNet(ConditionalNetwork):
     """A U-Net for images of any size, conditioned on λ and optionally on labels and other numbers.
 
-    The workhorse: convolutions do with little data and few steps, where a transformer needs many
-    of both. The output starts at exactly zero. ``image_shape`` fixes the channels and where
-    attention stands; images of other sizes pass as well. With ``downsample=False`` it takes the
-    shape of Variational Diffusion Models, made for likelihood: every block at full resolution,
-    attention only in the middle. For likelihood give ``fourier``, too: on the digits it took 4.1
-    bits/dim to 1.8.
+    The default choice: convolutions need less data and fewer steps than a transformer. The output
+    is exactly zero at initialisation. ``image_shape`` fixes the channels and which levels have
+    attention; images of other sizes are accepted as well. With ``downsample=False`` it has the
+    form of Variational Diffusion Models, designed for likelihood: every block at full resolution,
+    attention only in the middle. For likelihood also give ``fourier``: on the digits it reduced
+    4.1 bits/dim to 1.8.
 
     Args:
         image_shape: (C, H, W) of the images.
         channels: Features of each level, from the finest to the coarsest; each further level
             halves the image.
-        blocks: Residual blocks per level on the way down, at least 1; the way up has one for every
-            skip, which makes one more.
+        blocks: Residual blocks per level of the encoder, at least 1; the decoder has one for
+            every skip connection.
         attention: Heights of the feature maps that get attention, counted for images of
-            ``image_shape``; a height that does not occur is passed over. If ``downsample`` is
-            False, listing H puts attention in the middle.
+            ``image_shape``; a height that does not occur is ignored. If ``downsample`` is False,
+            listing H puts attention in the middle.
         num_classes: Number of classes, for a class-conditional network; None for none.
         dropout: Probability of dropping a feature inside a block, in [0, 1).
         downsample: Whether each further level halves the image.
@@ -103,9 +103,8 @@ class UNet(SteeredNetwork):
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
-        channels_last: Keep the features of a pixel side by side in memory, weights included, in
-            which order most convolutions are faster (on a CPU by 2 to 6 %); the numbers agree to
-            rounding.
+        channels_last: Store features and weights in the order NHWC, in which most convolutions are
+            faster (on a CPU by 2 to 6 %); the numbers agree up to rounding.
 
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
@@ -160,18 +159,18 @@ class UNet(SteeredNetwork):
         self.channels_last = channels_last
 
         # The order of construction fixes the first weights under a seed.
-        self.make_steering(self._embedding_width, num_classes, self.conditions)
+        self.make_embeddings(self._embedding_width, num_classes, self.conditions)
         self.waves = FourierWaves(self.fourier)
         self.down, skips = self._encoder()
         self.middle = self._bottleneck()
         self.up = self._decoder(skips)
         self.norm_out = group_norm(self.channels[0])
         self.conv_out = zero_initialized(nn.Conv2d(self.channels[0], image_shape[0], 3, padding=1))
-        if channels_last:  # features follow their first weights
+        if channels_last:  # features take the order of the weights
             self.to(memory_format=torch.channels_last)
 
     def _encoder(self) -> tuple[nn.ModuleList, list[Skip]]:
-        """The layers on the way down, and the skip that each of them leaves."""
+        """The layers of the encoder, and the skip connection of each."""
         width = self.channels[0]
         seen = self.image_shape[0] * (1 + 2 * len(self.fourier))
         layers: list[nn.Module] = [nn.Conv2d(seen, width, 3, padding=1)]
@@ -192,7 +191,7 @@ class UNet(SteeredNetwork):
         return nn.ModuleList([self._block(width, width, attend), self._block(width, width, False)])
 
     def _decoder(self, skips: list[Skip]) -> nn.ModuleList:
-        """The layers on the way up: one block for each skip, from the last to the first."""
+        """The layers of the decoder: one block per skip connection, from the last to the first."""
         width = self.channels[-1]
         layers: list[nn.Module] = []
         finer = [None, *skips[:-1]]
@@ -217,7 +216,7 @@ class UNet(SteeredNetwork):
         return heights
 
     def _attends(self, level: int) -> bool:
-        """Whether the blocks of a level have attention; without downsampling none has."""
+        """Whether the blocks of a level have attention; none has it without downsampling."""
         return self.downsample and self._heights()[level] in self.attention
 
     def _block(self, channels_in: int, channels_out: int, attend: bool) -> Block:
@@ -243,19 +242,19 @@ class UNet(SteeredNetwork):
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
-        embedding = F.silu(self.steer(logsnr, label, dropped, cond))
+        embedding = F.silu(self.embed(logsnr, label, dropped, cond))
 
         h, skips = self.waves(z), []
         for step in self.down:
-            h = self.recall(step, h, embedding) if isinstance(step, Block) else step(h)
+            h = self.call_block(step, h, embedding) if isinstance(step, Block) else step(h)
             skips.append(h)
         for step in self.middle:
-            h = self.recall(step, h, embedding)
+            h = self.call_block(step, h, embedding)
         for step in self.up:
             if isinstance(step, Upsample):
                 h = step(h, skips[-1].shape[2:])
             else:
-                h = self.recall(step, h, embedding, skips.pop())
+                h = self.call_block(step, h, embedding, skips.pop())
         return self.conv_out(F.silu(self.norm_out(h))).to(z.dtype)
 
     def extra_repr(self) -> str:

@@ -1,9 +1,9 @@
-"""Samplers: from noise to data, one algorithm per file.
+"""Samplers: algorithms that map noise to data, one per file.
 
-Ancestral and DDIM are of first order and differ in how much fresh noise they add. Heun and
-DPM-Solver++ are of second order: Heun evaluates the network again at the end of the step,
-DPM-Solver++ reuses the previous estimate. `base` defines what a sampler is. A class of your own
-joins the registry by subclassing `Sampler`.
+`AncestralSampler` and `DDIMSampler` are of first order and differ in how much fresh noise they
+add. `HeunSampler` and `DPMSolverSampler` are of second order: the first evaluates the network
+again at the end of each step, the second reuses the previous estimate. `base` defines what a
+sampler is. Subclassing `Sampler` registers a class of your own.
 """
 
 from lit_diffusion.registry import Registry

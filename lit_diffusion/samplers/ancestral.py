@@ -1,7 +1,7 @@
 """Ancestral sampling: the reverse chain of DDPM and VDM.
 
-Letters: z noisy data (B, *), logsnr = λ, c = 1 − e^(λ − λ_s); a step goes from λ to
-logsnr_next = λ_s > λ, and the letters α_s, σ_s, z_s are those at the end of it.
+Letters: z noisy data (B, *), logsnr = λ. A step goes from λ to logsnr_next = λ_s > λ, where the
+letters are α_s, σ_s, z_s; c = 1 − e^(λ − λ_s).
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ __all__ = ["AncestralSampler"]
 class AncestralSampler(Sampler):
     """Samples each level from the posterior given the one before: z_s ~ q(z_s | z_t, x = x̂).
 
-    The sampler of DDPM and VDM. Robust to errors of the denoiser, because fresh noise masks
-    them. Its variance is biased low at few steps, so the originals take hundreds; small images
-    are fine with 50.
+    The sampler of DDPM and VDM. It is robust to errors of the denoiser, because fresh noise masks
+    them. The variance of its samples is too small at few steps, so the original papers take
+    hundreds; 50 suffice for small images.
 
-    That bias has a cause: the posterior's variance β̃ = σ_s² c is right if x̂ is certain, but x̂ is
-    only a mean. For data that are standard normal the right variance is that of a step of the
-    forward process, β = 1 − α_t²/α_s², and every other case of unit variance lies between.
-    `variance` = v goes from the first to the second, std² = β̃^(1−v) β^v, hence
-    std = σ_s^(1−v) σ_t^v √c.
+    The cause is that the posterior variance β̃ = σ_s² c is exact if x is known, but x̂ is only its
+    mean. For standard normal data the exact variance is that of a step of the forward process,
+    β = 1 − α_t²/α_s²; other data of unit variance are between the two. `variance` = v interpolates
+    between them, std² = β̃^(1−v) β^v, hence std = σ_s^(1−v) σ_t^v √c.
 
     Args:
         steps: Number of network calls, at least 1.
         schedule: The noise levels to visit; None means cosine over the trained range.
-        variance: Place v of log std² between log β̃, at 0, and log β, at 1; 0 by default.
+        variance: Interpolation v of log std² from log β̃, at 0, to log β, at 1.
 
     Raises:
         ValueError: If variance is outside [0, 1].
@@ -65,15 +64,15 @@ class AncestralSampler(Sampler):
     def __post_init__(self) -> None:
         if not 0 <= self.variance <= 1:
             raise ValueError(
-                f"AncestralSampler: variance must be in [0, 1], from the posterior's to the "
-                f"forward process's, got {self.variance}."
+                f"AncestralSampler: variance must be in [0, 1], from the posterior's to that of "
+                f"the forward process, got {self.variance}."
             )
 
     def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
-        """Move: z ← mean of the posterior + σ_s^(1−v) σ_t^v √c·noise."""
+        """Move to λ_s: z ← mean of the posterior + σ_s^(1−v) σ_t^v √c·noise."""
         logsnr, logsnr_next, _, generator = step
         mean, _ = posterior(z, denoiser(z, logsnr).x, logsnr, logsnr_next)
-        # β/β̃ = σ_t²/σ_s². In logs, for between very clean levels that quotient can be 0/0.
+        # β/β̃ = σ_t²/σ_s². In logarithms, because the quotient of two very clean levels can be 0/0.
         log_variance = torch.lerp(logsigmoid(-logsnr_next), logsigmoid(-logsnr), self.variance)
         std = torch.sqrt(-torch.expm1(logsnr - logsnr_next)) * torch.exp(log_variance / 2)
         return mean + broadcast_to_data(std, z) * noise_like(z, generator), None

@@ -1,14 +1,14 @@
-"""The base class of samplers: from noise to data, one step per noise level.
+"""The base class of samplers, which holds the loop over noise levels.
 
 Letters: z noisy data (B, *), logsnr = λ; a step goes from λ to logsnr_next > λ.
 
 A sampler visits the levels of a noise schedule in increasing λ. Each step calls the denoiser for
-(x̂, ε̂) and moves z to the next level; at the last level the result is x̂ itself. The schedule is the
-sampler's: how λ was sampled in training and which levels are visited afterwards are independent.
+(x̂, ε̂) and moves z to the next level; at the last level the result is x̂. This schedule belongs to
+the sampler: which levels it visits does not depend on how λ was sampled in training.
 
-A subclass implements `step`; the loop is in the base. `steps` counts levels, so a sampler with one
-call per step calls the network `steps` times (DDPM's 1000), and one with two calls does so at each
-level but the last (EDM's 18 → 35); see `calls`. The family is in `samplers`.
+`steps` is the number of levels. A sampler with one call per step calls the network `steps` times
+(DDPM: 1000), and one with two calls per step does so at every level but the last (EDM: 18 levels,
+35 calls); see `calls`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["DenoiserCall", "Sampler", "SamplerStep"]
 
 
 class DenoiserCall(Protocol):
-    """The denoiser as a sampler's step calls it: (z, λ) → (x̂, ε̂), conditions already bound."""
+    """The denoiser as a sampler calls it: (z, λ) → (x̂, ε̂), with its conditions already bound."""
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Denoised:
         """Estimate x and ε.
@@ -62,7 +62,7 @@ class SamplerStep(NamedTuple):
 
 
 def karras_grid(logsnr_min: float, logsnr_max: float) -> KarrasSchedule:
-    """EDM's noise levels, restricted to a range of λ: the default of second-order samplers.
+    """EDM's noise levels, restricted to a range of λ; the default of second-order samplers.
 
     Args:
         logsnr_min: Smallest λ the denoiser was trained on.
@@ -79,11 +79,11 @@ class Sampler(ABC):
     """Maps noise to data: z at low λ → x̂ at high λ.
 
     A subclass is a frozen dataclass with the fields `steps` and `schedule`, and any of its own.
-    It states its `order` of convergence, its `calls_per_step` if not 1, and implements `step`.
-    At the last level the base returns x̂; a subclass that needs more there overrides `finish`.
+    It implements `step` and sets its `order` of convergence, and `calls_per_step` if that is not
+    1. At the last level the base class returns x̂; override `finish` to do more there.
 
     Between the first and the last call of the denoiser nothing is copied to or from the device and
-    no shape changes, so the host can run ahead and a compiled network is not compiled again.
+    no shape changes, so the host can run ahead and a compiled network is compiled only once.
 
     Example:
         >>> z = torch.randn(1000, 4)
@@ -99,7 +99,7 @@ class Sampler(ABC):
 
     @property
     def calls(self) -> int:
-        """Number of calls of the denoiser for one batch, with one at the last level.
+        """Number of calls of the denoiser for one batch, including one at the last level.
 
         Example:
             >>> DDIMSampler(steps=18).calls, HeunSampler(steps=18).calls
@@ -134,7 +134,7 @@ class Sampler(ABC):
         return denoiser(z, step.logsnr).x
 
     def default_schedule(self, logsnr_min: float, logsnr_max: float) -> NoiseSchedule:
-        """The schedule over a range of λ if none is given: a cosine.
+        """The schedule over a range of λ that is used if none is given: cosine.
 
         Args:
             logsnr_min: Smallest λ the denoiser was trained on.
@@ -166,7 +166,7 @@ class Sampler(ABC):
         progress: Callable[[Any], Any] = iter,
         **cond: Any,
     ) -> Tensor:
-        """Sample: map z, noise at the first level, to data.
+        """Map z, noise at the first level, to data.
 
         Args:
             denoiser: Called as denoiser(z, logsnr, **cond).
@@ -182,7 +182,7 @@ class Sampler(ABC):
         def bound(z: Tensor, logsnr: Tensor) -> Denoised:
             return denoiser(z, logsnr, **cond)
 
-        # All levels at once, before the loop: each copy to a device synchronises with it.
+        # All levels are copied before the loop, since each copy waits for the device.
         to_data = pad(self.levels(), (0, 1), value=math.inf).to(z.device)  # data are at λ = ∞
         levels = [level.expand(len(z)) for level in to_data]
         memory = None

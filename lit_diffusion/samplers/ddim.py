@@ -1,7 +1,7 @@
-"""DDIM: the deterministic step, and noise between it and the ancestral one.
+"""DDIM: a deterministic sampler, with noise up to that of ancestral sampling.
 
-Letters: z noisy data (B, *), logsnr = λ, c = 1 − e^(λ − λ_s); a step goes from λ to
-logsnr_next = λ_s > λ, and the letters α_s, σ_s, z_s are those at the end of it.
+Letters: z noisy data (B, *), logsnr = λ. A step goes from λ to logsnr_next = λ_s > λ, where the
+letters are α_s, σ_s, z_s; c = 1 − e^(λ − λ_s).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["DDIMSampler"]
 class DDIMSampler(Sampler):
     """Recombines x̂ and ε̂ at the next noise level: z_s = α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n.
 
-    With η = 0 it is deterministic: Euler's method on the probability-flow ODE, good at 20 to
-    100 steps, and the image is a function of the starting noise. v is the posterior's variance,
-    so η = 1 is the ancestral sampler.
+    n is fresh noise and v = σ_s² c the variance of the posterior, so η = 1 is ancestral sampling.
+    With η = 0 it is deterministic, Euler's method for the probability-flow ODE: good at 20 to 100
+    steps, and the image is a function of the initial noise.
 
     Args:
         steps: Number of network calls, at least 1.
@@ -55,7 +55,7 @@ class DDIMSampler(Sampler):
             raise ValueError(f"DDIMSampler: eta must be in [0, 1], got {self.eta}.")
 
     def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
-        """Move: z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
+        """Move to λ_s: z ← α_s x̂ + √(σ_s² − η²v) ε̂ + η√v n."""
         x, eps = denoiser(z, step.logsnr)
         alpha, sigma = alpha_sigma(step.logsnr_next)
         fresh_share = self.eta**2 * -torch.expm1(step.logsnr - step.logsnr_next)

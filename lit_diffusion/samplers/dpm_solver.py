@@ -1,7 +1,7 @@
 """DPM-Solver++(2M): a second-order step that reuses the previous estimate.
 
-Letters: z noisy data (B, *), logsnr = λ, c = 1 − e^(λ − λ_s); a step goes from λ to
-logsnr_next = λ_s > λ, and the letters α_s, σ_s, z_s are those at the end of it.
+Letters: z noisy data (B, *), logsnr = λ. A step goes from λ to logsnr_next = λ_s > λ, where the
+letters are α_s, σ_s, z_s.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["DPMSolverSampler"]
 
 @dataclass(frozen=True)
 class DPMSolverSampler(Sampler):
-    """DPM-Solver++(2M): DDIM with x̂ extrapolated from the last two estimates, at no further call.
+    """DPM-Solver++(2M): DDIM with x̂ extrapolated from the last two estimates, without extra calls.
 
-    With h = (λ_s − λ)/2 and r = h_last/h, x̂_last and h_last being those of the step before,
+    With h = (λ_s − λ)/2 and r = h_last/h, where x̂_last and h_last are those of the previous step,
     z_s = (σ_s/σ) z + α_s (1 − e^(−h)) (x̂ + (x̂ − x̂_last)/2r). DDIM assumes that x̂ is constant
-    during a step; here it is extrapolated linearly, which gives second order. The choice for few
-    calls, if the levels are spaced roughly evenly in λ, as those of `KarrasSchedule` and
-    `LinearSchedule` do. Few cosine levels end in a step many times longer than the one before,
-    over which x̂ is extrapolated too far.
+    during a step; here it is extrapolated linearly, which gives second order. It suits few calls
+    if the levels are spaced roughly evenly in λ, as those of `KarrasSchedule` and
+    `LinearSchedule` are. With few cosine levels the last step is many times longer than the one
+    before, and x̂ is extrapolated too far.
 
     Args:
         steps: Number of network calls, at least 1.
@@ -60,7 +60,7 @@ class DPMSolverSampler(Sampler):
         return karras_grid(logsnr_min, logsnr_max)
 
     def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
-        """Move: z ← α_s x̂ + σ_s ε̂, DDIM's step, + α_s (1 − e^(−h)) (x̂ − x̂_last)/2r."""
+        """Move to λ_s: z ← α_s x̂ + σ_s ε̂ (DDIM) + α_s (1 − e^(−h)) (x̂ − x̂_last)/2r."""
         logsnr, logsnr_next, memory, _ = step
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(logsnr_next)

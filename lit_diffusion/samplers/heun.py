@@ -1,7 +1,7 @@
-"""Heun: the second-order step of EDM, with churn.
+"""Heun's method: the second-order sampler of EDM, with churn.
 
-Letters: z noisy data (B, *), logsnr = λ, c = 1 − e^(λ − λ_s); a step goes from λ to
-logsnr_next = λ_s > λ, and the letters α_s, σ_s, z_s are those at the end of it.
+Letters: z noisy data (B, *), logsnr = λ. A step goes from λ to logsnr_next = λ_s > λ, where the
+letters are α_s, σ_s, z_s.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ __all__ = ["HeunSampler"]
 
 @dataclass(frozen=True)
 class HeunSampler(Sampler):
-    """Heun's method for d(z/α) = ε̂ d(σ/α): DDIM's step, corrected by half the change of ε̂.
+    """Heun's method for d(z/α) = ε̂ d(σ/α): a DDIM step, corrected by half the change of ε̂.
 
     With z' = α_s x̂ + σ_s ε̂ it is z_s = z' + ½ (σ_s − α_s σ/α) (ε̂(z', λ_s) − ε̂). The sampler of
-    EDM: of second order at two network calls a step, with nothing remembered between steps. Its
-    default levels are those of `KarrasSchedule`, for which it was designed. The factor in brackets
-    is large where one step spans much of the strong noise: with few cosine levels over [−20, 20]
-    the first step is badly wrong.
+    EDM: second order at two network calls per step, without memory between steps. Its default
+    levels are those of `KarrasSchedule`, for which it was designed. The factor in brackets is
+    large if one step covers much of the range of strong noise: with few cosine levels over
+    [−20, 20] the first step has a large error.
 
-    `s_churn` > 0 makes it stochastic: before a step fresh noise raises the noise level σ/α by a
-    factor of 1 + γ, γ = min(s_churn/steps, √2 − 1), which covers errors of the network as
-    ancestral noise does. Unlike in the paper the level is never raised beyond the first
-    one, since the network need not have been trained there; so the first step is not churned.
+    `s_churn` > 0 makes it stochastic: before each step fresh noise raises the noise level σ/α by a
+    factor of 1 + γ, γ = min(s_churn/steps, √2 − 1), which masks errors of the network as ancestral
+    noise does. Unlike in the paper, the level is not raised above the first one, where the network
+    may not have been trained, so the first step has no churn.
 
     Args:
         steps: Number of levels, at least 1; the network is called 2·steps − 1 times.
@@ -42,8 +42,8 @@ class HeunSampler(Sampler):
         s_churn: Total churn, 0 (deterministic) or above.
         s_min: Churn only where σ/α = e^(−λ/2) is at least this.
         s_max: Churn only where σ/α = e^(−λ/2) is at most this, at least s_min.
-        s_noise: Standard deviation of the fresh noise, above 0; a little above 1 makes up for
-            detail that a network takes away.
+        s_noise: Standard deviation of the fresh noise, above 0; slightly above 1 compensates for
+            detail that a network removes.
 
     Raises:
         ValueError: If s_churn is below 0, s_min above s_max, or s_noise not above 0.
@@ -95,10 +95,7 @@ class HeunSampler(Sampler):
         return karras_grid(logsnr_min, logsnr_max)
 
     def _churned(self, z: Tensor, step: SamplerStep, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Add noise to z, down to a λ not below the first level; return both.
-
-        All of it on the device, per example.
-        """
+        """Add noise to z, down to a λ not below the first level; return z and that λ."""
         logsnr = step.logsnr
         if self.s_churn == 0:
             return z, logsnr
@@ -108,26 +105,26 @@ class HeunSampler(Sampler):
         raised = torch.where(chosen, logsnr - 2 * math.log1p(gamma), logsnr)
         raised = torch.maximum(raised, first)
         _, sigma = alpha_sigma(logsnr)
-        # α'/α in logs. The noise that is missing at the new level, α' √(σ'²/α'² − σ²/α²), in a
-        # form without a difference of squares.
+        # α'/α in logarithms. The noise to add at the new level, α' √(σ'²/α'² − σ²/α²), in a form
+        # without a difference of squares.
         shrink = torch.exp((logsigmoid(raised) - logsigmoid(logsnr)) / 2)
         missing = shrink * sigma * torch.expm1(logsnr - raised).sqrt()
         fresh = self.s_noise * noise_like(z, step.generator)
         return broadcast_to_data(shrink, z) * z + broadcast_to_data(missing, z) * fresh, raised
 
     def step(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> tuple[Tensor, Any]:
-        """Move: z ← z' + ½ (σ_s − α_s σ/α)(ε̂' − ε̂) after z' = α_s x̂ + σ_s ε̂."""
+        """Move to λ_s: z ← z' + ½ (σ_s − α_s σ/α)(ε̂' − ε̂) after z' = α_s x̂ + σ_s ε̂."""
         first = step.logsnr if step.memory is None else step.memory
         z, logsnr = self._churned(z, step, first)
         x, eps = denoiser(z, logsnr)
         alpha, sigma = alpha_sigma(step.logsnr_next)
         z = broadcast_to_data(alpha, z) * x + broadcast_to_data(sigma, z) * eps
-        # σ_s − α_s σ/α, with σ/α = e^(−λ/2): relative to σ_s no digits are lost at high λ.
+        # σ_s − α_s σ/α with σ/α = e^(−λ/2), written so that no digits are lost at high λ.
         lever = -sigma * torch.expm1((step.logsnr_next - logsnr) / 2)
         z = z + broadcast_to_data(lever / 2, z) * (denoiser(z, step.logsnr_next).eps - eps)
         return z, first
 
     def finish(self, denoiser: DenoiserCall, z: Tensor, step: SamplerStep) -> Tensor:
-        """Return x̂ at the last level, after a last churn, as EDM's last step has one."""
+        """Return x̂ at the last level, after churn, as in EDM's last step."""
         first = step.logsnr if step.memory is None else step.memory
         return denoiser(*self._churned(z, step, first)).x

@@ -1,12 +1,12 @@
-"""The laws that every plug-in obeys, for those of this library and for yours.
+"""Checks of the laws that every plug-in must obey, for those of this library and your own.
 
     from lit_diffusion.testing import check_schedule
     def test_mine():
         check_schedule(MySchedule())
 
-Each function states its family's contract as code and raises `AssertionError` with a sentence
-that names the law and the numbers. The tests of this library run them over every registered
-plug-in.
+Each function states the contract of its family as code. It raises `AssertionError` with a message
+that names the violated law and has the numbers. The tests of this library run them on every
+registered plug-in.
 """
 
 from lit_diffusion.testing.decoders import check_decoder

@@ -15,16 +15,17 @@ __all__ = ["check_decoder"]
 
 
 def check_decoder(decoder: Decoder) -> None:
-    """A decoder is a distribution of each number, given z: it adds up to one, and z decides.
+    """Check that a decoder is a distribution of each value of x given z.
 
-    Over its levels, or as a density; at every λ; finite wherever z is; better the higher λ;
-    differentiable in λ, which a learned schedule needs.
+    It sums to one over its levels, or integrates to one as a density, at every λ; log p is finite
+    for every z; the cost decreases with λ and is differentiable in λ, which a learned schedule
+    needs; an example does not depend on the rest of the batch.
 
     Args:
         decoder: The decoder, of any arguments.
 
     Raises:
-        AssertionError: Naming the law that is broken, with numbers.
+        AssertionError: If a law is violated, with its name and the numbers.
 
     Example:
         >>> check_decoder(SoftmaxDecoder(levels=17))
@@ -35,7 +36,7 @@ def check_decoder(decoder: Decoder) -> None:
     discrete = levels is not None
     denoiser = GaussianDenoiser(std=0.5)
     for level in (-5.0, 0.0, 5.0, 10.0):
-        # A row for each z; along the row every value that x can take.
+        # One row per z; along it every value that x can take.
         z = torch.tensor([-1.5, -0.2, 0.0, 0.9], dtype=torch.float64)
         logsnr = torch.full((len(z),), level, dtype=torch.float64)
         reach = 12 * math.exp(-level / 2)
@@ -49,7 +50,7 @@ def check_decoder(decoder: Decoder) -> None:
         worst = float((total - 1).abs().max())
         law(worst < 1e-6, decoder, f"p(x|z) adds up to 1 at λ = {level}, off by {worst:.3g}.")
 
-    # Four different sizes: a coefficient that lands on the wrong axis cannot go unseen.
+    # Four different sizes, so that a coefficient on the wrong axis is noticed.
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(2, 3, 4, 5, generator=generator)
     x = 0.5 * torch.randn(2, 3, 4, 5, generator=generator)

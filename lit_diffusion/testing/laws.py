@@ -1,4 +1,4 @@
-"""What all laws share, and the law of all plug-ins: one can construct, print and describe them."""
+"""The law of all plug-ins: they can be constructed, printed and described; and shared helpers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def law(holds: bool, who: object, sentence: str) -> None:
     """Raise `AssertionError` with the plug-in and the sentence unless the law holds.
 
     Args:
-        holds: Whether it does.
+        holds: Whether the law holds.
         who: The plug-in.
-        sentence: The law, with what was found instead.
+        sentence: The law and what was found instead.
     """
     if not holds:
         raise AssertionError(f"{who!r}: {sentence}")
@@ -32,9 +32,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two tensors agree, compared in float64.
 
     Args:
-        a: One.
-        b: The other.
-        tolerance: Relative and absolute.
+        a: One tensor.
+        b: The other one.
+        tolerance: Relative and absolute tolerance.
     """
     return bool(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance))
 
@@ -50,22 +50,22 @@ def is_frozen(instance: object) -> bool:
 
 
 def check_plugin(cls: type) -> None:
-    """What holds for a plug-in of any family: it can be made, shown and described.
+    """Check what holds for a plug-in of any family: it can be made, printed and described.
 
-    It constructs without arguments; every argument is typed, has a default, an Args line and an
-    attribute of its name; `repr` shows them; it lives in a public module.
+    It can be constructed without arguments; every argument has a type, a default, a line under
+    Args and an attribute of the same name; `repr` shows the arguments; its module is public.
 
     Args:
         cls: The class.
 
     Raises:
-        AssertionError: Naming the law that is broken.
+        AssertionError: If a law is violated, with its name.
 
     Example:
         >>> check_plugin(CosineSchedule)
     """
     public = not any(part.startswith("_") for part in cls.__module__.split("."))
-    law(public, cls, "a plug-in lives in a public module.")
+    law(public, cls, "a plug-in is in a public module.")
     documentation = inspect.getdoc(cls) or ""
     law(bool(documentation), cls, "a plug-in has a docstring.")
     for name, parameter in inspect.signature(cls).parameters.items():

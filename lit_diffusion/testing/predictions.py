@@ -12,13 +12,13 @@ __all__ = ["check_prediction"]
 
 
 def check_prediction(prediction: Prediction) -> None:
-    """A prediction is an invertible row: what it asks for can be turned back into x and ε.
+    """Check that a prediction is an invertible row: its target and z determine x and ε.
 
     Args:
         prediction: The prediction, of any arguments.
 
     Raises:
-        AssertionError: Naming the law that is broken, with numbers.
+        AssertionError: If a law is violated, with its name and the numbers.
 
     Example:
         >>> check_prediction(EDMPrediction(data_std=0.3))
@@ -27,7 +27,7 @@ def check_prediction(prediction: Prediction) -> None:
     law(is_frozen(prediction), prediction, "a prediction is a frozen dataclass.")
     generator = torch.Generator().manual_seed(0)
     for level in (-FAR, -9.0, -2.0, 0.0, 2.0, 9.0, FAR):
-        # Four different sizes: a coefficient that lands on the wrong axis cannot go unseen.
+        # Four different sizes, so that a coefficient on the wrong axis is noticed.
         logsnr = level + torch.linspace(-0.1, 0.1, 2, dtype=torch.float64)
         x, eps, out_error = torch.randn(
             3, 2, 3, 4, 5, generator=generator, dtype=torch.float64

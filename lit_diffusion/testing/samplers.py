@@ -19,17 +19,18 @@ __all__ = ["check_sampler"]
 
 
 def check_sampler(sampler: Sampler) -> None:
-    """A sampler turns noise into the data's distribution, as fast as its order promises.
+    """Check that a sampler maps noise to the distribution of the data, with its order.
 
-    On Gaussian data with the exact denoiser the answer is known: mean and standard deviation
-    come out right, and their error falls as steps^(−order). Seeds reproduce, per batch and per
-    example; float32 stays finite; the denoiser is asked `calls` times.
+    For Gaussian data and the exact denoiser the result is known: mean and standard deviation must
+    be correct, and the error of the latter must decrease as steps^(−order). Seeds must reproduce
+    samples, per batch and per example; float32 must stay finite; the denoiser must be called
+    `calls` times.
 
     Args:
         sampler: The sampler, of any arguments; its steps and schedule are replaced.
 
     Raises:
-        AssertionError: Naming the law that is broken, with numbers.
+        AssertionError: If a law is violated, with its name and the numbers.
 
     Example:
         >>> check_sampler(DDIMSampler())
@@ -41,33 +42,33 @@ def check_sampler(sampler: Sampler) -> None:
     ends = torch.tensor([schedule.logsnr_min, schedule.logsnr_max], dtype=torch.float64)
     alpha, sigma = alpha_sigma(ends)
     std = torch.sqrt((alpha * denoiser.std) ** 2 + sigma**2)
-    # The last answer is x̂ at the last level, which is a little narrower than the data.
+    # The result is x̂ at the last level, whose distribution is slightly narrower than the data's.
     expected = float(alpha[1] * denoiser.std**2 / std[1])
 
-    def draw(steps: int, n: int) -> Tensor:
+    def sample(steps: int, n: int) -> Tensor:
         generator = torch.Generator().manual_seed(steps)
         start = torch.randn(n, 1, generator=generator, dtype=torch.float64)
         start = (start - start.mean()) / start.std(correction=0)  # no sampling error of its own
-        walk = dataclasses.replace(sampler, steps=steps, schedule=schedule)  # type: ignore[type-var]
-        return walk(denoiser, float(alpha[0]) * denoiser.mean + std[0] * start, generator)
+        own = dataclasses.replace(sampler, steps=steps, schedule=schedule)  # type: ignore[type-var]
+        return own(denoiser, float(alpha[0]) * denoiser.mean + std[0] * start, generator)
 
     n = 100_000
     errors = []
     for steps in (17, 33, 65):
-        x = draw(steps, n)
+        x = sample(steps, n)
         errors.append(abs(float(x.std(correction=0)) / expected - 1))
         off = abs(float(x.mean()) - denoiser.mean)
-        law(off < 0.02, sampler, f"the mean comes out right: off by {off:.3g} at {steps} steps.")
-    noise = 3 / math.sqrt(2 * n)  # of a standard deviation measured on n draws
+        law(off < 0.02, sampler, f"the mean is correct: off by {off:.3g} at {steps} steps.")
+    noise = 3 / math.sqrt(2 * n)  # three standard errors of a standard deviation of n samples
     if errors[-1] > noise:
         slope = math.log2((errors[0] + 1e-15) / errors[-1]) / 2
         law(
             slope >= sampler.order - 0.2,
             sampler,
-            f"the error of the standard deviation falls with order {sampler.order}: "
+            f"the error of the standard deviation decreases with order {sampler.order}: "
             f"{errors} at 17, 33, 65 steps is order {slope:.2f}.",
         )
-    law(errors[-1] < 0.2, sampler, f"the spread comes out right, off by {errors[-1]:.3g}.")
+    law(errors[-1] < 0.2, sampler, f"the standard deviation is correct: off by {errors[-1]:.3g}.")
 
     short = dataclasses.replace(sampler, steps=5, schedule=schedule)  # type: ignore[type-var]
     z = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -83,12 +84,12 @@ def check_sampler(sampler: Sampler) -> None:
     halves = torch.cat([seeded(0, 2), seeded(2, 4)])
     law(close(halves, whole, 1e-6), sampler, "a sample depends on its own seed only.")
     for steps in (1, 5):
-        walk = dataclasses.replace(short, steps=steps)  # type: ignore[type-var]
-        calls = _count_calls(walk, z)
+        own = dataclasses.replace(short, steps=steps)  # type: ignore[type-var]
+        calls = _count_calls(own, z)
         law(
-            calls == walk.calls,
+            calls == own.calls,
             sampler,
-            f"it asks as often as it says: calls={walk.calls} at {steps} steps, got {calls}.",
+            f"it calls the denoiser `calls` times: {own.calls} at {steps} steps, got {calls}.",
         )
 
 

@@ -18,18 +18,18 @@ __all__ = ["check_schedule"]
 
 
 def check_schedule(schedule: NoiseSchedule) -> None:
-    """A noise schedule is a density, and its methods agree with one another about it.
+    """Check that a noise schedule is a density and that its methods are consistent.
 
-    λ(0) and λ(1) are the ends exactly; λ(t) decreases strictly; time inverts it; the density is
-    |dt/dλ| and integrates to 1; samples follow it; E_p[f/p] = ∫f; float32 times give the float64
-    answer; it works in inference mode, and survives a state_dict and a copy. If it learns, its
-    ends follow the gradient of the loss and its shape that of E[L²].
+    λ(0) and λ(1) are exactly the ends; λ(t) decreases strictly; `time` is its inverse; the density
+    is |dt/dλ| and integrates to 1; samples follow it; E_p[f/p] = ∫f; float32 times give the
+    float64 result; it works in inference mode, and a state_dict or a copy preserves it. If it is
+    learned, its ends follow the gradient of the loss, and its shape that of E[L²].
 
     Args:
         schedule: The schedule, of any arguments.
 
     Raises:
-        AssertionError: Naming the law that is broken, with numbers.
+        AssertionError: If a law is violated, with its name and the numbers.
 
     Example:
         >>> check_schedule(CosineSchedule(logsnr_min=-10.0, logsnr_max=10.0))
@@ -42,7 +42,7 @@ def check_schedule(schedule: NoiseSchedule) -> None:
 
 
 def _check_quantiles(schedule: NoiseSchedule) -> None:
-    """λ(t), its inverse, and what `at` and `log_prob` give at the same levels."""
+    """λ(t), its inverse, and `at` and `log_prob` at the same levels."""
     low, high = schedule.ends
     ends = schedule.logsnr(torch.tensor([0.0, 1.0])).tolist()
     law(ends == [high, low], schedule, f"λ(0), λ(1) are {[high, low]} exactly, got {ends}.")
@@ -102,10 +102,10 @@ def _check_density(schedule: NoiseSchedule) -> None:
 
 
 def _check_copies(schedule: NoiseSchedule) -> None:
-    """The same answer in another precision, in inference mode and from a copy."""
+    """The same result in another precision, in inference mode and from a copy."""
     t32 = torch.rand(100, generator=torch.Generator().manual_seed(0))
     same = torch.equal(schedule.logsnr(t32), schedule.logsnr(t32.double()))
-    law(same, schedule, "float32 times give the float64 answer.")
+    law(same, schedule, "float32 times give the float64 result.")
     with torch.inference_mode():
         same = close(schedule.at(t32)[1], schedule.at(t32.double())[1], 1e-12)
     law(same, schedule, "at(t) works in inference mode.")
@@ -116,7 +116,7 @@ def _check_copies(schedule: NoiseSchedule) -> None:
 
 
 def _check_learning(schedule: NoiseSchedule) -> None:
-    """The gradients of a loss ½ h(λ)/p(λ), by the waist and by differentiating its moments."""
+    """The gradients of a loss ½ h(λ)/p(λ): from `weighted_error`, and of its moments directly."""
     learned = {name: p for name, p in schedule.named_parameters() if p.requires_grad}
     t = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     logsnr, log_prob = schedule.at(t)

@@ -11,13 +11,13 @@ __all__ = ["check_weighting"]
 
 
 def check_weighting(weighting: Weighting) -> None:
-    """A weighting is a positive finite function of λ, one example at a time.
+    """Check that a weighting is a positive, finite function of λ, evaluated per example.
 
     Args:
         weighting: The weighting, of any arguments.
 
     Raises:
-        AssertionError: Naming the law that is broken, with numbers.
+        AssertionError: If a law is violated, with its name and the numbers.
 
     Example:
         >>> check_weighting(SigmoidWeighting(bias=-1.0))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
     from lit_diffusion.training.learning_rates import WarmupDecayLR
     from lit_diffusion.training.module import LitDiffusion
+    from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
 _COMMANDS = (
     "compare",
@@ -51,6 +52,7 @@ _MODULES = {
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
     "WarmupDecayLR": "learning_rates",
+    "WholeCheckpointIO": "run.checkpoints",
 }
 
 

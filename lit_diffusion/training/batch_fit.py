@@ -1,8 +1,8 @@
 """A batch that does not fit into memory, and the largest one that does.
 
-Out of memory is an error that says how many bytes were wanted last, which nobody chose. What was
-chosen is the size of the batch. So when a training step fails for want of memory, what it held is
-given back, and smaller parts of the same batch are tried, until it is known what fits.
+An out-of-memory error names the bytes of the last allocation, which nobody chose; what was chosen
+is the size of the batch. So when a training step runs out of memory, its memory is freed, and
+smaller parts of the same batch are tried to find the largest one that fits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.training.precision import has_bfloat16
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.trainer import all_callbacks
 
 __all__ = [
     "BatchFit",
@@ -87,17 +88,17 @@ def largest_that_fits(n: int, fits: Callable[[int], bool]) -> int:
 def step_fits(
     model: Any, batch: dict[str, Any], n: int, context: Callable[[], Any], accumulates: bool
 ) -> bool:
-    """Try forward and backward pass of the first n examples of a batch.
+    """Try the forward and backward pass of the first n examples of a batch.
 
-    Of this process alone: gradients are asked for and not accumulated, so no other rank hears of
-    it. The model stays as it was, but for what a network changes in its own forward pass.
+    No other rank takes part, since gradients are computed and not accumulated. The model is left
+    unchanged, except for what a network changes in its own forward pass.
 
     Args:
         model: The LitDiffusion, in training mode.
         batch: A batch on the CPU.
         n: How many of its examples.
         context: Makes the context of a forward pass, such as autocast's.
-        accumulates: Whether gradients of earlier micro-batches are there in the backward pass.
+        accumulates: Whether gradients of earlier micro-batches are held in the backward pass.
     """
     try:
         _two_steps(model, batch, n, context, accumulates)
@@ -114,7 +115,7 @@ def step_fits(
 def _two_steps(
     model: Any, batch: dict[str, Any], n: int, context: Callable[[], Any], accumulates: bool
 ) -> None:
-    """The second finds the gradients of the first, and the memory in the pieces that it left."""
+    """Two steps: the second finds the gradients of the first, and its fragmented memory."""
     whole = batch["image"].shape[:1]
     part = {
         name: value[:n].to(model.device)
@@ -136,10 +137,10 @@ def _two_steps(
 
 
 def state_ratio(optimizer: torch.optim.Optimizer) -> float:
-    """How many bytes an optimizer keeps for each byte of parameters, seen on a small one.
+    """Bytes that an optimizer keeps per byte of parameters, measured on a small parameter.
 
     Args:
-        optimizer: Stays as it is.
+        optimizer: The optimizer, which is left unchanged.
 
     Example:
         >>> optimizer = torch.optim.Adam([torch.zeros(3, requires_grad=True)])
@@ -153,21 +154,21 @@ def state_ratio(optimizer: torch.optim.Optimizer) -> float:
     twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [small]}]
     try:
         twin.step()
-    except Exception:  # one that wants more than a gradient
+    except Exception:  # an optimizer that needs more than a gradient
         return 2.0  # as AdamW
     kept = [value for value in twin.state[small].values() if isinstance(value, Tensor)]
     return sum(value.nbytes for value in kept) / small.nbytes
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Forget what the frames of an error hold, which is all that its step had computed."""
+    """Clear the frames of an error, which hold all that its step had computed."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _callback_of(error: BaseException, callbacks: list[L.Callback]) -> str | None:
-    """The callback in whose method an error came up, by the innermost such frame."""
+    """The callback in whose method an error was raised, by the innermost such frame."""
     kinds = {cls.__name__ for one in callbacks for cls in type(one).__mro__}
     frames = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [name.split(".")[-2] for name in frames if "." in name]
@@ -181,11 +182,11 @@ def _give_back(device: torch.device) -> None:
 
 
 def say_what_fits(error: BaseException, command: str) -> str:
-    """One sentence about memory that ran out: the note of `BatchFit`, where it was there.
+    """One sentence about an out-of-memory error: the note of `BatchFit`, if there is one.
 
     Args:
-        error: One that lacks memory.
-        command: Of `lit-diffusion`, during which it came.
+        error: An out-of-memory error.
+        command: The command of `lit-diffusion` that raised it.
     """
     if notes := getattr(error, "__notes__", None):
         return f"{notes[-1]} (LIT_DIFFUSION_TRACEBACK=1 shows where.)"
@@ -196,26 +197,26 @@ def say_what_fits(error: BaseException, command: str) -> str:
 
 
 class BatchFit(L.Callback):
-    """Tells, when memory runs out, the largest batch that fits, and what else would help.
+    """Reports the largest batch that fits when memory runs out, and what else would help.
 
-    `LitDiffusion` brings it along. The error stays what it is and gets a note, which tracebacks
-    show and the command line prints in its place.
+    `LitDiffusion` adds it by itself. The error is raised unchanged but for a note, which
+    tracebacks show and the command line prints in its place.
     """
 
-    # Other ranks wait in the collective to which this one did not come, until the search is over
+    # Other ranks wait in the collective that this one has not reached, until the search is over
     # and this process ends with the error.
 
     def __init__(self) -> None:
-        self._batch: Any = None  # of the step that is being made
+        self._batch: Any = None  # of the current step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Know the batch."""
+        """Keep the batch of the step."""
         self._batch = batch
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Forget it: what fails from here on is no step."""
+        """Drop it: an error from here on is not the step's."""
         self._batch = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -223,7 +224,7 @@ class BatchFit(L.Callback):
         batch, self._batch = self._batch, None
         if not lacks_memory(exception):
             return
-        callback = _callback_of(exception, trainer.callbacks)  # type: ignore[attr-defined]
+        callback = _callback_of(exception, all_callbacks(trainer))
         _let_go(exception)
         reason = str(exception).strip().partition("\n")[0]
         stage, device = trainer.state.stage, pl_module.device
@@ -237,7 +238,7 @@ class BatchFit(L.Callback):
             batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
             try:
                 found = self._search(trainer, pl_module, batch)
-            except Exception:  # what is said of an error must not take its place
+            except Exception:  # a failing search must not replace the error
                 found = None
             advice = _advice(n, found, trainer.accumulate_grad_batches)
             how = " (tried without compiling)" if found and _is_compiled(pl_module) else ""
@@ -254,7 +255,7 @@ class BatchFit(L.Callback):
         exception.add_note(note)
 
     def _search(self, trainer: L.Trainer, model: Any, batch: dict[str, Any]) -> int | None:
-        """The largest batch that fits; None where that cannot be tried by this rank alone."""
+        """The largest batch that fits; None if one rank cannot search alone."""
         shares = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if shares or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return None
@@ -264,7 +265,7 @@ class BatchFit(L.Callback):
         @contextlib.contextmanager
         def context() -> Iterator[None]:
             with contextlib.ExitStack() as stack:
-                if _is_compiled(model):  # for each size it would be compiled once more
+                if _is_compiled(model):  # or each size would be compiled anew
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                 yield stack.enter_context(trainer.precision_plugin.forward_context())
 
@@ -285,7 +286,7 @@ class BatchFit(L.Callback):
 
 
 def _reserve(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
-    """Take the memory that optimizers will take in their first step, if they did not make it."""
+    """Allocate what the optimizers will allocate in their first step, unless it is past."""
     return [
         torch.empty(round(state_ratio(optimizer) * p.nbytes), dtype=torch.uint8, device=p.device)
         for optimizer in optimizers
@@ -300,7 +301,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _advice(n: int, fits: int | None, accumulated: int) -> str:
-    """What to do about a batch of n; an equal part of it makes the same steps as before."""
+    """What to do about a batch of n; equal parts of it, accumulated, make the same steps."""
     if fits is None:
         return ": set data.batch_size lower"
     if fits == 0:
@@ -316,13 +317,13 @@ def _advice(n: int, fits: int | None, accumulated: int) -> str:
         ways = f"{same} steps"
     elif n // parts >= fits / 2:
         ways = f"{fits}, or {same} steps"
-    else:  # there is no part of n but a very small one
+    else:  # the largest such part of n is very small
         ways = f"{fits}"
     return f"; the largest that fits is {fits}: set data.batch_size={ways}"
 
 
 def _thrift(trainer: L.Trainer, model: Any) -> str:
-    """What else would take less memory, of what this run does not do yet."""
+    """Further ways to save memory that this run does not use yet."""
     ways = []
     if any(
         getattr(module, "activation_checkpointing", None) is False

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,9 +71,10 @@ def main(
     trace = bool(os.environ.get("LIT_DIFFUSION_TRACEBACK"))
     _quiet()
     try:
-        import_plugins(_plugins(argv))
-        prefer_importable_classes()
-        code = _run(command, argv[1:], model_class, data_class)
+        with _messages_on_stderr():
+            import_plugins(_plugins(argv))
+            prefer_importable_classes()
+            code = _run(command, argv[1:], model_class, data_class)
     except UsageError as error:
         if trace:
             raise
@@ -83,7 +84,7 @@ def main(
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         fail(f"{one_line(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if (sentence := _explanation(error, command)) is None or trace:
             raise
         fail(sentence)
@@ -291,6 +292,35 @@ def _explanation(error: BaseException, command: str) -> str | None:
     if type(error).__name__ == "MisconfigurationException":
         return f"{one_line(str(error))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)"
     return None
+
+
+class _OneLine(logging.Formatter):
+    """A message on one line, a warning marked as such."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = " ".join(record.getMessage().split())
+        return f"Warning: {line}" if record.levelno >= logging.WARNING else line
+
+
+@contextlib.contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Show what the package logs, as plain lines on stderr, while a command runs.
+
+    Logging is left as it was found, since a program may call `main` and go on.
+    """
+    logger = logging.getLogger("lit_diffusion")
+    level, propagate = logger.level, logger.propagate
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # else a handler of the root logger would show a message again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _quiet() -> None:

@@ -1,8 +1,8 @@
-"""Compiling: what is as large as the images becomes a few kernels made for it, in place.
+"""Compile a model in place, so that its operations are fused into a few kernels.
 
-In place, so that weights keep their names and checkpoints fit with and without. What a compiler
-has made is kept in a folder that outlives the machine's temporary files, so that the next start
-of the same network takes seconds and not a minute.
+In place, so that weights keep their names and checkpoints can be exchanged with those of a model
+that is not compiled. Compiled kernels are cached in a folder that outlives the machine's temporary
+files, so that the next start of the same network takes seconds instead of a minute.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.models import SamplingModel
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["compile_in_place", "why_not"]
 
@@ -25,14 +25,14 @@ def compile_in_place(
 ) -> bool:
     """Compile a model's network, and its loss with the network in it, at their first call.
 
-    Where nothing can be compiled the model stays as it is, with a warning; returns whether it is
-    compiled.
+    Where nothing can be compiled the model is left as it is, with a warning. Returns whether the
+    model is compiled.
 
     Args:
         model: The model.
         device: Where it will run.
-        required: Whether that it cannot be is an error.
-        mode: Of `torch.compile`.
+        required: Whether to raise an error where nothing can be compiled.
+        mode: The mode of `torch.compile`.
 
     Raises:
         ValueError: If nothing can be compiled and it is required.
@@ -45,9 +45,9 @@ def compile_in_place(
                 f"nothing can be compiled for {device} ({reason}): install what is missing, or do "
                 "not ask for it."
             )
-        rank_zero_warn(
-            f"nothing can be compiled for {device} ({reason}): going on without, slower and "
-            "otherwise the same."
+        warn(
+            f"nothing can be compiled for {device} ({reason}): continuing without, which "
+            "is slower and otherwise the same."
         )
         return False
     model.denoiser.network.compile(mode=mode)
@@ -56,7 +56,7 @@ def compile_in_place(
 
 
 def compile_cache_folder() -> Path:
-    """Where compiled kernels are kept if TORCHINDUCTOR_CACHE_DIR does not say it."""
+    """Where compiled kernels are kept if TORCHINDUCTOR_CACHE_DIR is not set."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_diffusion/compiled"
     )
@@ -65,8 +65,8 @@ def compile_cache_folder() -> Path:
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device, in a few words; None if it can.
 
-    Found by compiling something very small: what it takes (a C++ compiler, Triton, the headers of
-    Python, a GPU that is not too old) is known to torch and not to us.
+    Found by compiling a very small function, since only torch knows what is needed: a C++
+    compiler, Triton, the headers of Python, a GPU that is not too old.
 
     Args:
         device: Where the model is.
@@ -80,7 +80,7 @@ def why_not(device: torch.device) -> str | None:
     try:
         probe(torch.ones(8, device=device))
     except Exception as error:
-        # Whatever wraps it, the first line of the innermost cause is the one to act on.
+        # However it is wrapped, the first line of the innermost cause is the one to act on.
         innermost: BaseException = error
         cause: BaseException | None = error
         while cause is not None:

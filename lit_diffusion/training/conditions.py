@@ -2,9 +2,9 @@
 
     batch["attributes"]  →  network(z, logsnr, label=…, attributes=…, dropped=…)
 
-A condition is a tensor with a row for each example and a name, by which it stands in the batch and
-among the network's arguments. Where guidance drops it, its rows are zero and `dropped` says so:
-see `lit_diffusion.drop_condition`.
+A condition is a tensor with one row per example. Its name is its key in the batch and an argument
+of the network. Where guidance drops it, its rows are zero and `dropped` is true: see
+`lit_diffusion.drop_condition`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_diffusion.training.data.columns import BATCH
 
 __all__ = ["RESERVED", "check_labels", "check_network", "from_batch", "named_conditions"]
 
-# Conditions travel as keyword arguments through all of these, where their own names are taken.
+# Conditions are passed as keyword arguments through all of these, whose own names are reserved.
 _ON_THE_WAY = (
     Decoder.reconstruction,
     Denoiser.forward,
@@ -55,14 +55,14 @@ def named_conditions(network: nn.Module, given: Sequence[str] | None) -> tuple[s
 
 
 def check_network(network: nn.Module, names: Sequence[str]) -> None:
-    """Refuse names that are taken, and a network that does not take all of them.
+    """Refuse reserved names, and a network that does not take all of the names.
 
     Args:
         network: The network.
         names: Names of the conditions.
 
     Raises:
-        ValueError: Naming the first that will not do.
+        ValueError: If a name is refused; the message names the first.
     """
     for name in names:
         if name in RESERVED:
@@ -76,7 +76,7 @@ def check_network(network: nn.Module, names: Sequence[str]) -> None:
     while (takes := _arguments(inner)) is None and isinstance(
         getattr(inner, "network", None), nn.Module
     ):
-        inner = inner.network  # a wrapper hands on what it does not know
+        inner = inner.network  # a wrapper passes on what it does not take itself
     for name in (*names, "dropped"):
         if takes is not None and name not in takes:
             raise ValueError(
@@ -114,7 +114,7 @@ def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tens
 
 
 def check_labels(label: Tensor, num_classes: int) -> None:
-    """Refuse labels that are no class, on the CPU only.
+    """Refuse labels that are not classes, on the CPU only.
 
     On a GPU reading the labels would wait for the device, which refuses them by itself.
 

@@ -15,7 +15,7 @@ class WarmupDecayLR(LRScheduler):
     sharper optimum. Steps are optimizer steps.
 
     Args:
-        optimizer: What it steers.
+        optimizer: The optimizer whose learning rates are set.
         warmup: Optimizer steps until the full learning rate is reached.
         decay: Share of all steps, at the end, over which it falls to zero; 0 for none.
         total_steps: All optimizer steps; None means the trainer's max_steps.
@@ -65,5 +65,5 @@ class WarmupDecayLR(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, object]:
-        """Only the position: the shape of the curve is the config's."""
+        """Only the position; the shape of the curve comes from the config."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}

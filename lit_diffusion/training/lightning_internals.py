@@ -1,4 +1,4 @@
-"""All that is used of the private parts of Lightning, its parser and W&B, each with the reason.
+"""Everything used of the private parts of Lightning, its parser and W&B, with the reasons.
 
 Each function stands for one private name. `tests/training/test_lightning_internals.py` compares
 each with what a user sees of the library, and so fails by name when a release changes it.
@@ -44,10 +44,10 @@ def wandb_process() -> Any:
 
 
 def prefer_importable_classes() -> None:
-    """Let a bare name in a config mean the class that may be imported, where another has it too.
+    """Let a bare class name in a config mean the class that may be imported, if others share it.
 
     jsonargparse resolves a bare name among all imported subclasses of the argument's type, and
-    calls it ambiguous if two have it: diffusers has a FourierFeatures as well as we. Its setting
+    calls it ambiguous if two have it: diffusers, too, has a FourierFeatures. Its setting
     `import_path_allowlist` is only asked afterwards, and there is no public way to choose the
     candidates (4.53). Two classes that may both be imported stay ambiguous.
     """

@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,7 +42,8 @@ from lit_diffusion.training.optimizers import (
 )
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -59,44 +59,41 @@ __all__ = ["LitDiffusion"]
 class LitDiffusion(SamplingModel, L.LightningModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
-    The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` is what is optimised, `schedule`
-    only where it is sampled, `prediction` what the network outputs, `sampler` how images are
-    drawn afterwards. Any of them can be changed without the others.
+    The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
+    only where it is sampled, `prediction` what the network outputs, and `sampler` how images are
+    sampled afterwards. Each of them can be changed without the others.
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape.
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
-        weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
-        num_timesteps: Number T of steps of a discrete chain, whose levels are then the only ones;
+        weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
+        num_timesteps: Number T of steps of a discrete chain, which then has the only noise levels;
             None means continuous time.
-        decoder: Makes the loss the whole bound, with prior and reconstruction; None leaves them
-            out. A schedule that learns its ends needs it.
+        decoder: Makes the loss the full bound, with prior and reconstruction; None omits them. A
+            schedule with learned ends requires it.
         prediction: What the network outputs; None means `VPrediction()`.
-        sampler: Draws images; None means `DDIMSampler()`. If it names no schedule of its own it
-            uses its default one over the trained range of λ.
-        optimizer: Makes the optimizer from the parameters.
+        sampler: Samples images; None means `DDIMSampler()`. Without a schedule of its own it uses
+            its default one over the trained range of λ.
+        optimizer: Creates the optimizer from the parameters.
         schedule_lr: Learning rate of a learned schedule, which has no weight decay; None means
-            the optimizer's.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped at each
+            that of the optimizer.
+        lr_scheduler: Creates the learning-rate schedule from the optimizer, updated at each
             optimizer step; None means a constant rate.
-        image_shape: Channels, height and width of the data; the command line sets it to the
-            data's.
-        label_dropout: Probability of hiding an example's label in training, and all its further
-            conditions with it, in [0, 1], so that the model also learns to do without and samples
-            can be guided.
-        conditions: Further inputs of the network, tensors of a batch by their names, which are
-            also the network's arguments; None means what the network asks for by an attribute
-            `conditions`.
-        clip_denoised: Keep x̂ within [−1, 1] while sampling: right for images, wrong for latents.
-        seed: Of all noise in training, validation and sampling.
+        image_shape: Channels, height and width of the data; set by the command line.
+        label_dropout: Probability, in [0, 1], of dropping an example's label in training, together
+            with its further conditions. Guidance needs a model that was trained without them, too.
+        conditions: Names of further inputs of the network, which are keys of a batch and arguments
+            of the network; None means the network's attribute `conditions`.
+        clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
+        seed: Seed of all noise in training, validation and sampling.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
-            label_dropout is no probability, or schedule_lr not above 0, or the network does not
-            take a condition.
-        TypeError: If a part is not what it should be, such as a class without its brackets.
+            label_dropout is not a probability, or schedule_lr not above 0, or the network does
+            not take a condition.
+        TypeError: If a part has the wrong type, such as a class instead of an instance.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
@@ -139,7 +136,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = sampler
-        self.walk()  # refuses a sampler that leaves the range
+        self.sampler_in_range()  # refuses a sampler that leaves the range
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule_lr = schedule_lr
@@ -192,15 +189,13 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     # Training and validation ---------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The callback that every model brings along: `BatchFit`, unless the trainer has one."""
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(one, BatchFit) for one in callbacks) else [BatchFit()]
+        """The callback that every model adds: `BatchFit`, unless the trainer has one."""
+        given = all_callbacks(self.trainer)
+        return [] if any(isinstance(one, BatchFit) for one in given) else [BatchFit()]
 
     def setup(self, stage: str) -> None:
-        """Have checkpoints written whole or not at all, and settle what the device cannot do."""
+        """Settle a precision that the device does not have."""
         settle_precision(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_fit_start(self) -> None:
         """Refuse to lose the average of a run that is resumed."""
@@ -215,7 +210,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         x = batch["image"]
-        trainer: Any = self.trainer
+        trainer = self.trainer
         n = len(x)
         micro = batch_idx % trainer.accumulate_grad_batches
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
@@ -230,7 +225,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = terms.loss.mean()
-        if (step + 1) % trainer.log_every_n_steps == 0:  # the logger would drop the others
+        if (step + 1) % log_interval(trainer) == 0:  # the logger would drop the others
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
             self.log("train/eps_mse", terms.eps_mse.detach().mean(), sync_dist=True)
         return {
@@ -287,10 +282,10 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         return self.sample(len(noise), noise, label, progress=self.watch(), cond=cond)
 
     def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What of a batch the network is told beside the image, by the names of its arguments.
+        """The conditions of a batch, by the names of the network's arguments.
 
-        The label, if it knows classes, and `conditions`. A model that makes them of something
-        else, such as an encoder's answer to a text, overrides this.
+        These are the label, if the network knows classes, and `conditions`. A model that computes
+        them from something else, such as an encoded text, overrides this.
 
         Args:
             batch: A batch of the data.
@@ -333,7 +328,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     # Sampling ------------------------------------------------------------------------------
 
     def watch(self) -> Callable[[Any], Iterable[Any]]:
-        """A progress bar for a walk of more than 100 levels, where the trainer shows bars."""
+        """A progress bar for sampling over more than 100 levels, if the trainer shows bars."""
         long = len(self.sampler.levels()) > 100
         if long and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None:
             return functools.partial(tqdm, desc="Samples", leave=False)
@@ -346,7 +341,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Training goes on from the raw weights; everything else uses the average."""
+        """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
             return
@@ -364,7 +359,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         strict: bool = True,
         **arguments: Any,
     ) -> LitDiffusion:
-        """Make the model of a checkpoint again, with its average weights if it has them.
+        """Rebuild the model of a checkpoint, with its average weights if it has them.
 
         Nothing in the file is executed, and only allowed modules are imported.
 
@@ -372,7 +367,7 @@ class LitDiffusion(SamplingModel, L.LightningModule):
             checkpoint_path: The file.
             map_location: Device for the weights; None means the CPU.
             strict: Whether every weight must be found.
-            **arguments: Take the place of what the checkpoint says, or of what it could not keep.
+            **arguments: Replace what the checkpoint says, or supply what it could not keep.
 
         Raises:
             FileNotFoundError: If there is no such file.

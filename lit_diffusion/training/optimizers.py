@@ -39,7 +39,7 @@ def with_learning_rates(
     Args:
         optimizer: The optimizer.
         make: Makes the schedule from the optimizer; None means a constant rate.
-        max_steps: Optimizer steps of the run; −1 if nobody says.
+        max_steps: Optimizer steps of the run; −1 if it is not given.
 
     Raises:
         ValueError: If the rate decays and the end of the run is not known.
@@ -74,8 +74,8 @@ def clip_each_group(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give the moments that were just loaded the memory format of their weights.
 
-    A checkpoint keeps the format of its time. A fused optimizer assumes that both are the same,
-    and would pair the wrong numbers without an error.
+    A checkpoint keeps the format it was saved in. A fused optimizer assumes that both are equal
+    and would otherwise pair the wrong numbers without an error.
 
     Args:
         optimizer: After `load_state_dict`.

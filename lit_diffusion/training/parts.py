@@ -1,4 +1,4 @@
-"""The parts of a model: whether each is what it should be, and whether they agree."""
+"""Checks of the parts of a model: that each is of its kind, and that they agree."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_parts(
         if not isinstance(part, family):
             raise TypeError(
                 f"LitDiffusion: expected an instance of {family.__name__}, got {part!r}; "
-                "was its pair of brackets forgotten?"
+                "if this is a class, call it."
             )
     check_data_std(weighting, prediction)
     if schedule.learns_ends and sampler.schedule is not None:

@@ -1,4 +1,4 @@
-"""bfloat16 that was asked of a device that has none."""
+"""Fall back to float32 where bfloat16 is requested of a device that does not have it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.messages import warn
 
 __all__ = ["has_bfloat16", "settle_precision"]
 
@@ -34,15 +34,16 @@ def has_bfloat16(device: torch.device) -> bool:
 def settle_precision(trainer: Any) -> None:
     """Fall back to float32, with a warning, if a trainer's device has no bfloat16.
 
-    bf16-mixed is for speed, which such a device does not gain: it would emulate bfloat16, or
-    fail. The weights are float32 with it and without.
+    bf16-mixed is for speed, and such a device would emulate it slowly, or fail. The weights are
+    float32 either way. No plug-in handed to the trainer can decide this, since the device is known
+    only once the trainer is made.
 
     Args:
-        trainer: Before it has made the model ready for the device.
+        trainer: The trainer, before it prepares the model for the device.
 
     Raises:
-        ValueError: If bfloat16 is what the weights themselves were to be, or is made by another
-            strategy's own plug-in: then falling back would be another training.
+        ValueError: If the weights themselves were to be bfloat16, or the strategy has a precision
+            plug-in of its own: falling back would then be a different training.
     """
     precision, device = str(trainer.precision), trainer.strategy.root_device
     if not precision.startswith("bf16") or has_bfloat16(device):
@@ -53,7 +54,5 @@ def settle_precision(trainer: Any) -> None:
             f"trainer.precision={precision}: {lacks}; set trainer.precision=16-mixed, which is "
             "its half precision, or 32-true."
         )
-    rank_zero_warn(
-        f"{lacks}: training in float32 (trainer.precision=16-mixed is its half precision)."
-    )
+    warn(f"{lacks}: training in float32 (trainer.precision=16-mixed is its half precision).")
     trainer.strategy.precision_plugin = Precision()

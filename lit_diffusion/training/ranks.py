@@ -1,4 +1,4 @@
-"""Ranks: what several processes of one job know together.
+"""Collective operations of the processes of one job, its ranks.
 
 Each function is the identity in a job of one process, and a collective in any other: every rank
 must call it.
@@ -16,7 +16,7 @@ __all__ = ["add_up", "collect", "collect_rows", "place"]
 
 
 def place() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """This rank, and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -34,7 +34,7 @@ def add_up(values: Tensor) -> Tensor:
 
 
 def collect(value: Any) -> list[Any]:
-    """What every rank has, by rank.
+    """The values of all ranks, in the order of the ranks.
 
     Args:
         value: Small plain data.
@@ -50,8 +50,8 @@ def collect_rows(index: Tensor, rows: Tensor) -> Tensor:
     """The rows of all ranks, sorted by their numbers.
 
     Args:
-        index: Number of each row; no two alike in the whole job.
-        rows: Any number of them, also none.
+        index: Number of each row, unique in the whole job.
+        rows: Any number of rows, including none.
 
     Shapes:
         index (n,), int64; rows (n, F); result (N, F).
@@ -59,7 +59,7 @@ def collect_rows(index: Tensor, rows: Tensor) -> Tensor:
     if place()[1] > 1:
         from torchmetrics.utilities.distributed import gather_all_tensors
 
-        # The numbers travel with the rows; float64 holds them exactly up to 2⁵³.
+        # The indices are gathered with the rows; float64 is exact for integers up to 2⁵³.
         wide = torch.cat([index.to(rows.device)[:, None].double(), rows.double()], 1)
         together = torch.cat(gather_all_tensors(wide))
         index, rows = together[:, 0].long(), together[:, 1:].to(rows.dtype)

@@ -13,7 +13,14 @@ import warm
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import EMA, ImageDataModule, LastCheckpoint, Likelihood, LitDiffusion
+from lit_diffusion.training import (
+    EMA,
+    ImageDataModule,
+    LastCheckpoint,
+    Likelihood,
+    LitDiffusion,
+    WholeCheckpointIO,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = ld.SoftmaxDecoder(17)
@@ -49,6 +56,7 @@ def trainer(folder, callbacks=(), **arguments):
         "enable_model_summary": False,
         "use_distributed_sampler": False,
         "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in callbacks),
+        "plugins": [WholeCheckpointIO()],
         "max_epochs": -1,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
@@ -68,7 +76,7 @@ def test_the_terms_are_logged_and_add_up(tmp_path):
     likelihood = Likelihood(DIGITS)
     found = numbers(tmp_path, tiny_model(), likelihood)
     assert found["val/bpd"] == pytest.approx(sum(found[f"val/{name}"] for name in NAMES))
-    assert likelihood.summary.startswith(f"val/bpd: {found['val/bpd']:.4f} bits per dimension")
+    assert likelihood.summary.startswith(f"val/bpd: at most {found['val/bpd']:.4f} ± ")
     for said in ("20 examples", "continuous time", "λ in [-10, 13.3]", "levels=17", "±"):
         assert said in likelihood.summary
     tested = trainer(tmp_path, [likelihood]).test(tiny_model(), tiny_data(), verbose=False)[0]
@@ -77,7 +85,7 @@ def test_the_terms_are_logged_and_add_up(tmp_path):
 
 def test_the_number_is_the_bound_of_the_held_out_set(tmp_path):
     model = tiny_model()
-    draws = numbers(tmp_path, model, Likelihood(DIGITS, draws=50))
+    found = numbers(tmp_path, model, Likelihood(DIGITS, samples_per_example=50))
     data = tiny_data(batch_size=20)
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
@@ -89,7 +97,7 @@ def test_the_number_is_the_bound_of_the_held_out_set(tmp_path):
         ]
     bits = torch.stack([term.bits_per_dim.mean() for term in terms])
     error = 3 * float(bits.std()) / 50**0.5
-    assert draws["val/bpd"] == pytest.approx(float(bits.mean()), abs=2 * error)
+    assert found["val/bpd"] == pytest.approx(float(bits.mean()), abs=2 * error)
 
 
 def test_whatever_the_batches(tmp_path):
@@ -114,19 +122,19 @@ def test_whatever_the_weighting_and_the_training_schedule(tmp_path, weighting):
 
 def test_a_chain_has_its_own_bound(tmp_path):
     model = tiny_model()
-    continuous = numbers(tmp_path, model, Likelihood(DIGITS, draws=20))["val/bpd"]
-    likelihood = Likelihood(DIGITS, num_timesteps=5, draws=20)
+    continuous = numbers(tmp_path, model, Likelihood(DIGITS, samples_per_example=20))["val/bpd"]
+    likelihood = Likelihood(DIGITS, num_timesteps=5, samples_per_example=20)
     chain = numbers(tmp_path, model, likelihood)["val/bpd"]
     assert chain > 2 * continuous
     assert ", 5 steps, " in likelihood.summary
     own = tiny_model(num_timesteps=5)
-    assert Likelihood(DIGITS, draws=20).protocol(own)["num_timesteps"] == 5
-    assert numbers(tmp_path, own, Likelihood(DIGITS, draws=20))["val/bpd"] == chain
+    assert Likelihood(DIGITS, samples_per_example=20).settings(own).num_timesteps == 5
+    assert numbers(tmp_path, own, Likelihood(DIGITS, samples_per_example=20))["val/bpd"] == chain
 
 
 def test_the_models_own_decoder_is_the_default(tmp_path):
-    assert Likelihood().protocol(learned_model())["decoder"] == DIGITS
-    assert Likelihood().protocol(tiny_model())["decoder"] == ld.SoftmaxDecoder(256)
+    assert Likelihood().settings(learned_model()).decoder == DIGITS
+    assert Likelihood().settings(tiny_model()).decoder == ld.SoftmaxDecoder(256)
 
 
 def test_the_average_weights_are_judged(tmp_path):
@@ -147,7 +155,7 @@ import sys, json
 sys.path.insert(0, {tests!r})
 from test_bound import *
 if __name__ == "__main__":
-    likelihood = Likelihood(draws=2)
+    likelihood = Likelihood(samples_per_example=2)
     run = trainer({folder!r}, [likelihood, EMA(0.9), LastCheckpoint()], devices=2,
                   strategy="ddp", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None)
     model = learned_model()
@@ -169,11 +177,11 @@ def test_two_ranks_tell_the_number_of_one(tmp_path):
     (_, one, ends, summary), (_, other, other_ends, other_summary) = told
     assert ends == other_ends  # the learned schedule stays in step
     assert summary == other_summary
-    assert "over 20 examples, 2 draw(s) each" in summary  # of both ranks together
+    assert "over 20 examples, 2 noise level(s) each" in summary  # of both ranks together
     for name in ("bpd", *NAMES):
         assert one[f"val/{name}"] == other[f"val/{name}"]
     model = LitDiffusion.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    alone = numbers(tmp_path, model, Likelihood(draws=2))
+    alone = numbers(tmp_path, model, Likelihood(samples_per_example=2))
     for name in ("bpd", *NAMES):
         assert alone[f"val/{name}"] == pytest.approx(one[f"val/{name}"], rel=1e-5)
 
@@ -251,7 +259,7 @@ def test_it_trains_is_averaged_and_resumes_exactly(tmp_path):
 
 def test_a_sampler_with_ends_of_its_own_cannot_follow():
     sampler = ld.DDIMSampler(schedule=ld.CosineSchedule(-5.0, 5.0))
-    with pytest.raises(ValueError, match="leave the sampler's schedule out"):
+    with pytest.raises(ValueError, match="leave out the sampler's schedule"):
         learned_model(sampler=sampler)
     learned_model(learn="shape", sampler=sampler)
 
@@ -312,7 +320,8 @@ def test_fit_validate_and_test_print_the_bound(cli):
     [
         (["--trainer.callbacks+=Likelihood", "--trainer.callbacks.decoder=SoftmaxDecoder",
           "--trainer.callbacks.decoder.levels=5"], "do not match levels=5"),
-        (["--trainer.callbacks+=Likelihood", "--trainer.callbacks+=Likelihood"], "listed 2 times"),
+        (["--trainer.callbacks+=Likelihood", "--trainer.callbacks+=Likelihood"],
+         "expected one in trainer.callbacks, got 2"),
         (["--model.num_timesteps=0"], "at least 1 step"),
         (["--model.schedule.learn=true"], "Give a decoder"),
         (["--model.decoder=SoftmaxDecodr"], "SoftmaxDecoder"),

@@ -414,7 +414,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, mistake, tmp_path):
 
 def test_another_objective_on_resume_is_said_and_recorded(cli):
     _, out, err = fit(cli, CONFIGS / "digits.yaml")
-    assert "Objective: ELBOWeighting(), drawn from LinearSchedule" in err
+    assert "Objective: ELBOWeighting(), sampled from LinearSchedule" in err
     folder = run_folder(out)
     before = (folder / "config.yaml").read_text()
     code, _, err = fit(

@@ -103,7 +103,7 @@ def test_an_objective_from_python():
     described = objective(ld.CosineSchedule(), ld.SigmoidWeighting(bias=1.0), ld.EpsPrediction())
     assert described.objective.monotone
     assert described.figure is None
-    assert str(described).startswith("Objective: SigmoidWeighting(bias=1), drawn from Cosine")
+    assert str(described).startswith("Objective: SigmoidWeighting(bias=1), sampled from Cosine")
     with pytest.raises(ValueError, match="data_std"):
         objective(weighting=ld.EDMWeighting(0.3), prediction=ld.EDMPrediction(0.5))
 

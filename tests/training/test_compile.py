@@ -142,7 +142,7 @@ def no_compiler(fresh, monkeypatch, tmp_path):
 
 def test_without_a_compiler_a_run_goes_on_and_says_so(no_compiler, tmp_path):
     model = tiny_model(network=Small())
-    with pytest.warns(UserWarning, match=r"nothing can be compiled for cpu \(.*\): going on"):
+    with pytest.warns(UserWarning, match=r"nothing can be compiled for cpu \(.*\): continuing"):
         trainer(tmp_path, max_steps=2, callbacks=[Compile()]).fit(model, tiny_data())
     assert model.denoiser.network._compiled_call_impl is None
     assert model.loss._compiled is None

@@ -530,7 +530,7 @@ def test_the_interval_of_a_grid_without_conditions_counts():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
     def draw(**arguments):
-        return SampleGrid(rows=1, columns=3, **arguments).draw(model)
+        return SampleGrid(rows=1, columns=3, **arguments).sample(model)
 
     plain, guided = draw(), draw(guidance=5.0)
     assert not torch.allclose(plain, guided)
@@ -880,7 +880,7 @@ def test_a_grid_has_a_column_for_each_class(cli, labelled, words, columns, rows)
         (["--label=seven"], "label: expected"),
         (["--per_class=0"], "--per_class must be at least 1"),
         (["--num_samples=0"], "--num_samples must be at least 1"),
-        (["--per_class=2", "--num_samples=4"], "leave --num_samples out"),
+        (["--per_class=2", "--num_samples=4"], "omit --num_samples"),
         (["--guidance_interval=[0,1]"], "give --guidance"),
         (["--guidance=2", "--guidance_interval=[1,0]"], "low < high"),
         (["--guidance=2", "--guidance_interval=1"], "guidance_interval: expected"),

@@ -65,7 +65,7 @@ def test_without_words_it_repeats_what_training_logged(run, cli):
     for name in ("bpd", "bpd_prior", "bpd_diffusion", "bpd_reconstruction"):
         assert bound[name]["value"] == pytest.approx(logged[name].value, rel=1e-6, abs=1e-9)
     assert bound["bpd"]["error"] == pytest.approx(logged["bpd"].error, rel=1e-4)
-    assert bound["bpd"]["protocol"]["draws"] == 8
+    assert bound["bpd"]["protocol"]["samples per example"] == 8
     assert "| AncestralSampler | 2 | 2 |" in (run / "evaluation" / "evaluation.md").read_text()
     assert not (run / "evaluation" / "evaluation.png").exists()  # one point is no curve
     measured = [one for one in read_measurements(run) if one.name == "fid"]
@@ -109,7 +109,7 @@ def test_a_checkpoint_without_its_run_needs_a_config(run, cli):
     few = ["--num_samples=10", "--features=ClassifierFeatures", "--split=test", "--bound=false"]
     code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
     assert code == 2
-    assert "alone.ckpt does not lie in a run folder" in err  # and not: measured on other data
+    assert "alone.ckpt is not in a run folder" in err  # and not: measured on other data
     few += ["--data.path=digits8x8", "--out=here"]
     code, _, err = cli("evaluate", "--ckpt_path=alone.ckpt", *few)
     assert code == 0, err
@@ -153,10 +153,13 @@ MISTAKES = [
     (["--ckpt_path=nope.ckpt"], "No checkpoint at nope.ckpt"),
     (["--data.path=./nope"], "expected a file or folder at './nope'"),
     (["--guidance=2", "--guidance_interval=[2,1]"], "interval must be (low, high)"),
-    (["--guidance_interval=[-2,2]"], "which is none: give --guidance"),
+    (["--guidance_interval=[-2,2]"], "which means none: give --guidance"),
     (["--config=nope.yaml"], "--config nope.yaml cannot be read"),
     (["--device=nope"], "--device nope is not available: Expected one of cpu, cuda"),
-    (["--likelihood.draws=0"], "num_timesteps and draws must be at least 1"),
+    (
+        ["--likelihood.samples_per_example=0"],
+        "num_timesteps and samples_per_example must be at least 1",
+    ),
     (["--data.image_shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
     (["--nope=1"], "no argument is called --nope"),
 ]

@@ -191,7 +191,7 @@ def test_the_hub_can_read_the_card(cli, run):
 def test_the_card_says_what_the_model_is(cli, run):
     text = card_of(cli, run)
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "unknown"
-    assert "ELBOWeighting(), drawn from CosineSchedule" in text
+    assert "ELBOWeighting(), sampled from CosineSchedule" in text
     assert "Nearest published objective: " in text
     assert "| classes | 10 |" in text
     assert "![Samples](samples.png)" in text
@@ -215,7 +215,7 @@ def test_the_numbers_are_those_of_these_weights_with_their_protocol(cli, run, tm
     assert f"| {bits.value:.4g} ± {bits.error:.2g} |" in numbers
     (row,) = [line for line in numbers.splitlines() if "12.5 ± 0.25" in line]
     assert row.startswith(f"| 5 | evaluate | {weights} | 77 samples |")
-    assert "1. Protocol\n\n   - drawn from: LinearSchedule" in numbers
+    assert "1. Protocol\n\n   - sampled from: LinearSchedule" in numbers
     assert "SoftmaxDecoder(levels=17)" in numbers
     assert "4321" not in numbers  # of another step
     assert "9876" not in numbers  # of other weights
@@ -280,7 +280,7 @@ def test_a_folder_with_something_in_it_is_left_alone(cli, run, tmp_path):
     (tmp_path / "mine" / "kept.txt").write_text("kept")
     code, _, err = cli("export", run, "--out", "mine")
     assert code == 2
-    assert "a new folder or an empty one" in err
+    assert "a new or empty folder" in err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["kept.txt"]
     (tmp_path / "empty").mkdir()
     assert cli("export", run, "--out", "empty")[0] == 0

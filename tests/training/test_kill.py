@@ -1,5 +1,6 @@
 """Real processes, killed or told to leave at any moment, and what they leave behind."""
 
+import functools
 import json
 import os
 import pickle
@@ -145,7 +146,7 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     code = process.wait(timeout=60)
     log = (tmp_path / "log.txt").read_text()
     assert code == 128 + getattr(signal, name), log[-3000:]
-    told = re.search(rf"{name}: step (\d+) is saved, go on with --ckpt_path last", log)
+    told = re.search(rf"{name}: step (\d+) is saved; continue with --ckpt_path last", log)
     assert told, log[-3000:]
     assert step_of(tmp_path) == int(told[1])
     assert "Traceback" not in log
@@ -237,7 +238,7 @@ def test_a_run_survives_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatc
     monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", save)
     last = LastCheckpoint(2)
     run = trainer(tmp_path, max_steps=4, callbacks=[last], limit_val_batches=0)
-    with pytest.warns(UserWarning, match=r"No space left on device. Training goes on\."):
+    with pytest.warns(UserWarning, match=r"No space left on device. Training continues\."):
         run.fit(tiny_model(), tiny_data(steps_per_epoch=9))
     assert load_checkpoint(last._path)["global_step"] == 4
     run = trainer(tmp_path, max_steps=5, callbacks=[LastCheckpoint(2)], limit_val_batches=0)
@@ -256,6 +257,37 @@ def test_epochs_of_one_batch_are_warned_of(tmp_path):
         run.fit(tiny_model(), tiny_data(steps_per_epoch=1))
 
 
+def test_without_its_plugin_the_callback_warns(tmp_path):
+    from test_module import tiny_data, tiny_model, trainer
+
+    from lit_diffusion.training import LastCheckpoint
+
+    last = LastCheckpoint()
+    run = trainer(tmp_path, max_steps=1, callbacks=[last], plugins=[])
+    with pytest.warns(UserWarning, match=r"give the trainer plugins=\[WholeCheckpointIO\(\)\]"):
+        run.fit(tiny_model(), tiny_data())
+    assert load_checkpoint(last._path)["global_step"] == 1
+
+
+def test_the_command_line_hands_the_plugin_to_the_trainer(cli, configs, monkeypatch):
+    import lightning as L
+
+    from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+
+    found, fit = [], L.Trainer.fit
+
+    @functools.wraps(fit)
+    def watched(self, *args, **kwargs):
+        found.append(self.strategy.checkpoint_io)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(L.Trainer, "fit", watched)
+    words = ["fit", "--config", configs / "digits.yaml", "--trainer.fast_dev_run=1"]
+    code, _, err = cli(*words, "--trainer.accelerator=cpu")
+    assert code == 0, err
+    assert [type(io) for io in found] == [WholeCheckpointIO]
+
+
 def test_orphans_are_cleaned(tmp_path):
     orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
     orphan.write_bytes(b"half")
@@ -269,7 +301,7 @@ def test_orphans_are_cleaned(tmp_path):
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     import lightning as L
 
-    from lit_diffusion.training import ImageDataModule, LitDiffusion
+    from lit_diffusion.training import ImageDataModule, LitDiffusion, WholeCheckpointIO
 
     class Evil:
         def __reduce__(self):
@@ -277,9 +309,14 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {}, "epoch": 0, "global_step": 1, "evil": Evil()}, path)
-    for weights_only in (None, False):  # even where one asks for it
+    # With our plug-in, even where one asks for it.
+    for plugins, weights_only in ([], None), ([WholeCheckpointIO()], False):
         trainer = L.Trainer(
-            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            plugins=plugins,
         )
         with pytest.raises(pickle.UnpicklingError):
             trainer.fit(

@@ -247,7 +247,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     words = ["sample", "--ckpt_path", "last", "--num_samples", 5, "--batch_size", 2]
     code, _, err = cli(*words, "--out", "folder")
     assert code == 2
-    assert "give --out a .npy" in err
+    assert "give a .npy file as --out" in err
     assert cli(*words, "--out", "deep/samples.npy")[0] == 0
     drawn = np.load("deep/samples.npy")
     assert (drawn.shape, drawn.dtype) == ((5, 4, 16, 16), np.float32)
@@ -273,8 +273,8 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
 def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkeypatch):
     from pyarrow import parquet
 
-    Path("latents.partial").mkdir()
-    Path("latents.partial/train-00000.parquet").write_bytes(b"of a process that was killed")
+    Path(".latents.1.tmp").mkdir()
+    Path(".latents.1.tmp/train-00000.parquet").write_bytes(b"of a process that was killed")
 
     def full(*words, **options):
         raise OSError(28, "No space left on device")
@@ -302,7 +302,7 @@ def test_mistakes_are_one_line(cli, vae, rgb, tmp_path):
         return lines[0]
 
     (tmp_path / "there").mkdir()
-    assert "is there already" in refused(*encode(cli, vae, rgb, "there"))
+    assert "exists already" in refused(*encode(cli, vae, rgb, "there"))
     line = refused(*encode(cli, vae, rgb, "new", "--data.image_shape", "[3,33,32]"))
     assert "multiples of 2, got (3, 33, 32)" in line
     assert "3 channels" in refused(*encode(cli, vae, rgb, "new", "--data.image_shape", "[1,8,8]"))

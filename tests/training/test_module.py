@@ -21,6 +21,7 @@ from lit_diffusion.training import (
     LitDiffusion,
     SampleGrid,
     WarmupDecayLR,
+    WholeCheckpointIO,
 )
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
@@ -58,7 +59,7 @@ def trainer(folder, **arguments):
     }
     arguments = {**defaults, **arguments}
     if any(isinstance(c, LastCheckpoint) for c in arguments.get("callbacks", [])):
-        arguments["enable_checkpointing"] = True
+        arguments = {"plugins": [WholeCheckpointIO()], **arguments, "enable_checkpointing": True}
     return L.Trainer(**arguments)
 
 
@@ -188,7 +189,7 @@ def test_one_data_std():
             LitDiffusion(weighting=weighting, prediction=ld.EDMPrediction(0.3))
 
 
-def test_forgotten_brackets():
+def test_a_class_in_place_of_an_instance():
     for arguments in (
         {"weighting": ld.EDMWeighting},
         {"schedule": ld.CosineSchedule},
@@ -196,9 +197,9 @@ def test_forgotten_brackets():
         {"sampler": ld.DDIMSampler},
         {"network": UNet},
     ):
-        with pytest.raises(TypeError, match="brackets"):
+        with pytest.raises(TypeError, match="if this is a class, call it"):
             LitDiffusion(**arguments)
-    with pytest.raises(TypeError, match="brackets"):
+    with pytest.raises(TypeError, match="if this is a class, call it"):
         ld.DiffusionLoss(weighting=ld.EDMWeighting)
 
 

@@ -1,6 +1,7 @@
 """What happens at each noise level: the NoiseLevelLoss callback and `lit-diffusion compare`."""
 
 import csv
+import dataclasses
 import functools
 import math
 import sys
@@ -402,7 +403,8 @@ def validated(folder, size):
 
 
 def same_numbers(one, other):
-    for ours, theirs in zip(one[2:], other[2:], strict=True):
+    for field in dataclasses.fields(one)[2:]:
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-8, equal_nan=True)
 
 

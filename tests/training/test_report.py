@@ -205,7 +205,7 @@ def test_fit_ends_with_a_report(trained):
     assert session["device"] == "cpu"
     for told in (session["started"][:10], session["python"], session["lightning"], "finished"):
         assert told in page.text
-    assert "could not be made" not in page.text
+    assert "could not be rendered" not in page.text
     assert trained.name in page.text
 
 
@@ -266,7 +266,7 @@ def test_large_pictures_are_made_smaller(run):
 def test_the_headline_is_the_last_of_the_runs_own_validation(run):
     fill(run)
     add_measurements(run, [Measurement("fid", 98.765, None, 2, "val", {"samples": 3})])
-    for split, shown in (("another", ""), ("test", " floor 1.25")):
+    for split, shown in (("another", ""), ("test", " baseline 1.25")):
         about = {"reference": {"split": split, "features": "F"}}
         add_measurements(run, [Measurement("fid_floor", 1.25, None, 4, "val", about)])
         page = Page(write_report(run))
@@ -288,7 +288,7 @@ def test_a_run_that_has_hardly_anything(tmp_path):
         folder.mkdir()
         (folder / name).write_text(text)
         page = Page(write_report(folder))
-        assert "could not be made" not in page.text, page.text
+        assert "could not be rendered" not in page.text, page.text
         assert "Not recorded." in page.text
         shown = "#loss" in page.heads
         assert shown == (name == "metrics.csv")
@@ -309,9 +309,9 @@ def test_a_damaged_file_costs_its_section_only(run, name, section):
     path = run / name
     path.write_bytes(path.read_bytes()[:7] + b"\xff\xfe, cut")
     page = Page(write_report(run))
-    assert page.text.count("could not be made") == (2 if name == "metrics.json" else 1)
+    assert page.text.count("could not be rendered") == (2 if name == "metrics.json" else 1)
     after = page.text.rpartition(section)[2]
-    assert "could not be made" in after
+    assert "could not be rendered" in after
     assert "Environment" in after
 
 
@@ -326,7 +326,7 @@ def test_a_run_in_progress_can_be_reported(run):
     page = Page(write_report(run))
     assert "running, or killed" in page.text
     assert "wall time at least 1 h 2 min" in page.text
-    assert "could not be made" not in page.text
+    assert "could not be rendered" not in page.text
     assert re.search(r"\bsteps 4\b", page.text)
 
 
@@ -401,6 +401,7 @@ def test_the_report_is_named_before_the_run_folder(cli):
     assert len(list(Path("runs").glob("*/*/report.html"))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the environment of", "ignore:the report of")
 def test_a_failing_report_fails_no_run(cli, monkeypatch):
     def broken(*args):
         raise OSError("no room")
@@ -464,8 +465,8 @@ def test_the_command_writes_where_it_is_told(cli, run, tmp_path):
     [
         ([], "required: run"),
         (["RUN", "RUN"], "one argument too many"),
-        (["."], "is no run folder"),
-        (["nowhere"], "is no run folder"),
+        (["."], "is not a run folder"),
+        (["nowhere"], "is not a run folder"),
         (["last"], "there is no run below runs"),
         (["RUN", "--out", "page.png"], "--out must be an .html file, got page.png"),
         (["RUN", "--out", "folder.html"], "--out must be an .html file"),
@@ -561,4 +562,4 @@ def test_a_run_of_many_starts_shows_the_first_and_the_newest(cli, run, tmp_path)
     assert cli("report", folder)[0] == 0
     text = Page(folder / "report.html").text
     assert [i for i in range(7) if f"device {i}" in text] == [0, 4, 5, 6]
-    assert "3 starts between are in environment.json" in text
+    assert "3 more sessions are in environment.json" in text

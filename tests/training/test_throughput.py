@@ -287,7 +287,7 @@ def test_what_cannot_be_counted_ends_no_run(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
         model = tiny_model(network=Nothing())
-    with pytest.warns(UserWarning, match="there is no mfu"):
+    with pytest.warns(UserWarning, match="no mfu, since counting operations failed"):
         found, _ = fit(tmp_path, [Throughput(1.0)], model=model, max_steps=3)
     assert set(found[2]) == {"images_per_s", "step_ms", "data_wait"}
 

@@ -68,7 +68,7 @@ def test_the_list_has_all_families(said):
 
 def test_a_run_has_all_of_them(said):
     assert "BumpWeighting(centre=0, width=2)" in of(said, "my_run.yaml")
-    assert "drawn from RampSchedule(" in of(said, "my_run.yaml")
+    assert "RampSchedule(logsnr_min=-10, " in of(said, "my_run.yaml")
     with_callback, without = said["metrics"]
     assert "samples/mean" in with_callback
     assert "samples/mean" not in without

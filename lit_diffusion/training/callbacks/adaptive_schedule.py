@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.schedules import AdaptiveSchedule
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.trainer import output_folder
 
-__all__ = ["AdaptiveScheduleUpdate", "draw_density"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["AdaptiveScheduleUpdate", "plot_density"]
 
 
 class AdaptiveScheduleUpdate(L.Callback):
-    """Feeds an `AdaptiveSchedule` with the losses of training: h = w(λ)·mean (ε̂ − ε)².
+    """Updates an `AdaptiveSchedule` from the training losses: p(λ) ∝ E[w(λ) · mean (ε̂ − ε)² | λ].
 
-    Every rank adds up its own examples, and every n steps the sums of all go into the schedule of
-    each, so the schedules stay the same. Nothing waits for the device. What is not in the schedule
-    yet goes into the checkpoint, rank by rank, so that a resumed run is the same run.
+    Sampling λ where the weighted loss is large keeps the loss of an example nearly constant in λ,
+    which reduces the variance of the gradient. In continuous time the objective does not change,
+    only where it is sampled. The levels of a discrete chain move with its schedule, which changes
+    its bound by about 1/num_timesteps.
 
-    At each validation schedule.png in the run folder shows the density as it has become.
-
-    In continuous time the objective stays what it was. The levels of a discrete chain are its
-    schedule's and move along, so its bound then changes by about 1/steps.
+    Each rank sums over its own examples. Every n steps the sums of all ranks update the schedule
+    on each rank, so that the schedules stay equal; in between nothing synchronises with the
+    device. Sums that are not yet in the schedule are stored in the checkpoint, rank by rank, so
+    that a resumed run is identical to an uninterrupted one. At each validation schedule.png in
+    the run folder shows the present density.
 
     Args:
         every_n_steps: Optimizer steps between two updates, at least 1.
-        weighted: Follow w(λ)·mean (ε̂ − ε)². False leaves w out: the schedule then follows the
-            entropy rate of the data, whatever the objective.
+        weighted: Whether w(λ) is included. Without it the schedule follows the entropy rate of
+            the data, whatever the objective.
 
     Raises:
-        ValueError: If every_n_steps is below 1, or the model's schedule is no AdaptiveSchedule.
+        ValueError: If every_n_steps is below 1, or the schedule is not an `AdaptiveSchedule`.
 
     References:
         Kingma & Gao (2023), arXiv:2303.00848 (adaptive noise schedules); without w: Raya et al.
         (2026), InfoNoise, arXiv:2602.18647.
     """
 
-    # The sums are neither a buffer, which DDP would overwrite with rank 0's, nor in the callback's
-    # state, which only rank 0 writes: they are gathered when a checkpoint is made.
+    # The sums are not a buffer, which DDP would overwrite with that of rank 0, and not part of the
+    # callback's state, which only rank 0 writes: they are gathered when a checkpoint is saved.
 
     def __init__(self, every_n_steps: int = 10, weighted: bool = True) -> None:
         if every_n_steps < 1:
@@ -51,30 +59,29 @@ class AdaptiveScheduleUpdate(L.Callback):
             )
         self.every_n_steps = every_n_steps
         self.weighted = weighted
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(0)  # empty until training begins
         self._loaded: Tensor | None = None
         self._last_step = 0
         self._folder: Path | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Check the schedule, and restore this rank's sums from a checkpoint."""
-        schedule: Any = pl_module.loss.schedule  # type: ignore[union-attr]
+        schedule = pl_module.loss.schedule
         if not isinstance(schedule, AdaptiveSchedule):
             raise ValueError(
-                f"AdaptiveScheduleUpdate needs model.schedule to be an AdaptiveSchedule, got "
+                "AdaptiveScheduleUpdate: expected an AdaptiveSchedule as model.schedule, got "
                 f"{type(schedule).__name__}; configs/with/adaptive.yaml sets both."
             )
         self._sums = torch.zeros(4, schedule.bins, dtype=torch.float64, device=pl_module.device)
         if self._loaded is not None and self._loaded.shape[1:] == self._sums.shape:
-            ranks = self._loaded.to(pl_module.device)
-            if len(ranks) == trainer.world_size:
-                self._sums += ranks[trainer.global_rank]
-            elif trainer.is_global_zero:  # another number of ranks: one takes what all had
-                self._sums += ranks.sum(0)
+            by_rank = self._loaded.to(pl_module.device)
+            if len(by_rank) == trainer.world_size:
+                self._sums += by_rank[trainer.global_rank]
+            elif trainer.is_global_zero:  # a different number of ranks: one takes all sums
+                self._sums += by_rank.sum(0)
         self._loaded = None
-        folder = trainer.log_dir  # a collective: every rank asks
-        kept = trainer.is_global_zero and trainer.loggers and not trainer.fast_dev_run
-        self._folder = Path(folder) if kept and folder is not None else None
+        folder = output_folder(trainer)
+        self._folder = folder if trainer.is_global_zero and trainer.loggers else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step, which a resumed run knows only now."""
@@ -84,59 +91,56 @@ class AdaptiveScheduleUpdate(L.Callback):
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
     ) -> None:
         """Add a micro-batch; update the schedule every n optimizer steps."""
-        loss: Any = pl_module.loss
+        loss: DiffusionLoss = pl_module.loss
+        schedule: AdaptiveSchedule = pl_module.loss.schedule
         logsnr, values = outputs["logsnr"], outputs["eps_mse"]
         if self.weighted:
             values = loss.weighting(logsnr) * values
-        self._sums += loss.schedule.tally(logsnr, values)
+        self._sums += schedule.tally(logsnr, values)
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
         self._last_step = step
         if step % self.every_n_steps == 0:
-            total: Any = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-            loss.schedule.absorb(total)
+            schedule.absorb(trainer.strategy.reduce(self._sums.clone(), reduce_op="sum"))
             self._sums.zero_()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Plot the density."""
         if self._folder is not None and not trainer.sanity_checking:
-            schedule: Any = pl_module.loss.schedule  # type: ignore[union-attr]
             path = self._folder / "schedule.png"
-            save_figure(draw_density(schedule, trainer.global_step), path)
+            save_figure(plot_density(pl_module.loss.schedule, trainer.global_step), path)
             show(trainer, "schedule", path)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the losses that were skipped."""
-        rejected = int(pl_module.loss.schedule.rejected)  # type: ignore[union-attr, arg-type]
-        if rejected and trainer.is_global_zero:
-            L.pytorch.utilities.rank_zero_warn(
-                f"AdaptiveSchedule: {rejected} non-finite losses were ignored."
-            )
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Report the losses that were left out."""
+        rejected = int(pl_module.loss.schedule.rejected)
+        if rejected:
+            warn(f"AdaptiveSchedule: {rejected} non-finite losses were left out.")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store the sums of every rank."""
-        if self._sums is not None:
-            ranks = trainer.strategy.all_gather(self._sums)
-            checkpoint["adaptive_schedule_sums"] = ranks.reshape(-1, *self._sums.shape).cpu()
+        if self._sums.numel():
+            by_rank = trainer.strategy.all_gather(self._sums)
+            checkpoint["adaptive_schedule_sums"] = by_rank.reshape(-1, *self._sums.shape).cpu()
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Hold the sums until the model is on its device."""
+        """Keep the sums until the model is on its device."""
         self._loaded = checkpoint.get("adaptive_schedule_sums")
 
 
-def draw_density(schedule: AdaptiveSchedule, step: int) -> Any:
-    """Plot the density of an adaptive schedule, now and at the start.
+def plot_density(schedule: AdaptiveSchedule, step: int) -> Figure:
+    """Plot the density p(λ) of an adaptive schedule, now and at the start.
 
     Args:
         schedule: The schedule.

@@ -1,4 +1,4 @@
-"""Averages of the weights beside the one that a run is judged by."""
+"""Maintain several averages of the weights, and save snapshots to construct others from."""
 
 from __future__ import annotations
 
@@ -8,41 +8,43 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
 from lit_diffusion.training.callbacks.ema import name_of, trained_weights
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.snapshots import folder_of, next_step, write_snapshot
+from lit_diffusion.training.run.trainer import output_folder
 
 __all__ = ["Averages"]
 
 
 class Averages(L.Callback):
-    """Follows the weights by several averages at once, and keeps snapshots to make others from.
+    """Maintains several averages of the weights, θ̄ ← θ̄ + (1 − d)(θ − θ̄), and saves snapshots.
 
-    How long to average is not known before a run, and too late to choose after it; from snapshots
-    of two power averages `lit-diffusion ema` makes that of any width at any of their steps. The
-    averages themselves are in every checkpoint. What validation and samples use is `EMA`'s.
+    The best averaging length is not known before a run, and an average cannot be computed after
+    it. From snapshots of two power averages, `lit-diffusion ema` constructs the average of any
+    width at any of their steps. The averages themselves are in every checkpoint. Validation and
+    samples use the average of `EMA`, not these.
 
     Args:
-        stds: Relative widths σ of power averages, each in (0, 0.2887]. They are in the snapshots.
-        decays: Constant decays, each in [0, 1). They are in the checkpoints only.
-        snapshot_every_n_steps: Optimizer steps between the first snapshots, in averages/ of the
-            run folder; from the tenth on they stand a tenth of their step apart. The last step
-            has one, too. Each takes two bytes a weight and width. 0 for none.
+        stds: Relative widths σ of power averages, each in (0, 0.2887]; saved in the snapshots.
+        decays: Constant decays d, each in [0, 1); saved in the checkpoints only.
+        snapshot_every_n_steps: Optimizer steps between the first ten snapshots, which are written
+            to averages/ in the run folder; later ones follow at intervals of a tenth of their
+            step, and the last step has one. Each takes two bytes per weight and width. 0 for none.
 
     Raises:
-        ValueError: If a number is outside its range, there is none, or one twice.
+        ValueError: If a number is outside its range or repeated, or there is none.
 
     References:
         Karras et al. (2023), Analyzing and Improving the Training Dynamics of Diffusion Models,
         arXiv:2312.02696, section 3.
     """
 
-    # It reads the weights in training only, where they are the raw ones, and writes to nothing
-    # but its own tensors. A snapshot is written before the checkpoint of its step, so a run that
-    # is killed in between writes the same file again.
+    # The weights are read only during training, when they are the raw ones. A snapshot is written
+    # before the checkpoint of its step, so a run that is killed in between and resumed writes the
+    # same file again.
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class Averages(L.Callback):
         profiles = [*map(PowerProfile, self.stds), *map(ConstantProfile, self.decays)]
         if not profiles or len(set(profiles)) < len(profiles):
             raise ValueError(
-                "Averages: at least one sigma_rel or decay, each once, "
+                "Averages: expected at least one std or decay, none repeated, "
                 f"got stds={self.stds} and decays={self.decays}."
             )
         if snapshot_every_n_steps < 0:
@@ -84,19 +86,17 @@ class Averages(L.Callback):
             begin = [known["weights"].get(name, w) for name, w in self._weights.items()]
             torch._foreach_copy_(average.values, begin)
             self._averages.append(average)
-        folder = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks
-        self._run = (
-            None if trainer.fast_dev_run or not self.snapshot_every_n_steps else Path(folder)
-        )
+        folder = output_folder(trainer)
+        self._run = folder if self.snapshot_every_n_steps else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, and remove snapshots that the run, resumed before them, makes again."""
+        """Record the step, and remove later snapshots, which the resumed run will write again."""
         step = self._last_step = trainer.global_step
         late = [str(one.profile) for one in self._averages if step > one.updates == 0]
         if late:
-            rank_zero_warn(
-                f"Averages: the checkpoint does not have {', '.join(late)}; from step {step} on "
-                "the weights are averaged."
+            warn(
+                f"Averages: the checkpoint does not contain {', '.join(late)}; averaging starts "
+                f"at step {step}."
             )
         if self._run is None:
             return
@@ -111,7 +111,7 @@ class Averages(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Follow the weights, once for each optimizer step, and write what is due."""
+        """Update the averages at each optimizer step, and write a snapshot if one is due."""
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
@@ -124,12 +124,12 @@ class Averages(L.Callback):
             self._due = next_step(step, self.snapshot_every_n_steps)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the end, unless it is written."""
+        """Write a snapshot of the last step, unless there is one."""
         if self._run is not None and self._written < trainer.global_step:
             self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Put the power averages into a file; if that cannot be, the run goes on."""
+        """Write the power averages; if that fails, the run continues with a warning."""
         self._written = step = trainer.global_step
         powers = [one for one in self._averages if isinstance(one.profile, PowerProfile)]
         if self._run is None or not trainer.is_global_zero or not powers:
@@ -137,13 +137,13 @@ class Averages(L.Callback):
         try:
             path = write_snapshot(self._run, step, list(self._weights), powers)
         except OSError as error:
-            rank_zero_warn(f"{error} Training goes on.")
+            warn(f"{error} Training continues.")
         else:
             if path is None:
-                rank_zero_warn(f"Averages: no snapshot at step {step}, it would not be finite.")
+                warn(f"Averages: no snapshot at step {step}, since a weight is not finite.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Every average, with its name and how many updates it has seen."""
+        """Every average, with its name and its number of updates."""
         return {
             "averages": [
                 {
@@ -157,5 +157,5 @@ class Averages(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the averages until the parameters are on their device."""
+        """Keep the averages until the parameters are on their device."""
         self._loaded = state_dict["averages"]

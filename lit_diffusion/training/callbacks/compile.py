@@ -1,4 +1,4 @@
-"""Compile the network as a run begins."""
+"""Compile the network at the start of a run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["Compile"]
 
 
 class Compile(L.Callback):
-    """Compiles the network, and in training the noise, the loss and their gradient with it.
+    """Compiles the network, and in training the noise, the loss and the gradient as well.
 
-    For GPUs, where it saves most of the trips through memory between two matrix products; on a
-    CPU convolutions take nearly all the time, and nothing is won. The first step takes from half a
-    minute to some minutes; of the same network in the same versions only the first time, since
-    the kernels are kept (in ~/.cache/lit_diffusion/compiled, or where TORCHINDUCTOR_CACHE_DIR
-    says). Weights and checkpoints are those of a run without; numbers agree to rounding.
+    Useful on GPUs, where it avoids most memory traffic between two matrix products. On a CPU
+    convolutions take nearly all the time, and nothing is gained. The first step takes from half a
+    minute to several minutes, but only once for a network and its versions, since the kernels are
+    cached (in ~/.cache/lit_diffusion/compiled, or in TORCHINDUCTOR_CACHE_DIR). Weights and
+    checkpoints are the same as without compilation; numbers agree to rounding.
 
-    Where nothing can be compiled, for want of a compiler or on a GPU that is too old, a run goes
-    on without, and says so.
+    If compilation is impossible, because there is no compiler or the GPU is too old, the run
+    continues without it, with a warning.
 
     Args:
-        max_autotune: Try several kernels for each product and keep the fastest: a first step of
-            many minutes, for long runs.
-        required: Whether to stop where nothing can be compiled.
+        max_autotune: Try several kernels for each product and keep the fastest. The first step
+            then takes many minutes, so this is for long runs.
+        required: Whether to stop if compilation is impossible.
 
     Raises:
-        ValueError: If nothing can be compiled and it is required.
+        ValueError: If compilation is required and impossible.
     """
 
     def __init__(self, max_autotune: bool = False, required: bool = False) -> None:
@@ -37,8 +37,8 @@ class Compile(L.Callback):
         self.required = required
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Compile in place; until the first call nothing happens."""
-        # Not the modes with graphs of CUDA: these reuse the memory of what a step returns, which
+        """Compile in place; the compiler runs at the first call of the network."""
+        # Not the modes with CUDA graphs: these reuse the memory of the outputs of a step, which
         # callbacks keep until the next log step.
         mode = "max-autotune-no-cudagraphs" if self.max_autotune else None
         compile_in_place(pl_module, trainer.strategy.root_device, self.required, mode)

@@ -1,4 +1,4 @@
-"""The average of the weights that a run is judged by."""
+"""Maintain the average of the weights that validation, samples and checkpoints use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
 __all__ = ["EMA", "name_of", "trained_weights"]
@@ -18,17 +18,18 @@ __all__ = ["EMA", "name_of", "trained_weights"]
 class EMA(L.Callback):
     """Exponential moving average of the parameters: θ̄ ← θ̄ + (1 − d)(θ − θ̄) at each step.
 
-    Samples and likelihoods of the average are much better than those of the last weights, whose
-    noise it removes. The decay d rises as (1 + n)/(10 + n) until it reaches its value, so that
-    the initial weights are forgotten. With `sigma_rel` it is a power function instead, whose
-    window is that fraction of the run, however long the run is. Validation, test and prediction
-    use the average, and so does every checkpoint's `state_dict`; the raw weights stand beside it
-    for training to go on. `Averages` keeps others besides.
+    Averaging removes the noise of the last optimizer steps, so samples and likelihoods of the
+    average are much better than those of the raw weights. The decay d increases with the number n
+    of updates as (1 + n)/(10 + n) until it reaches its value, so that the initial weights are
+    forgotten. With `sigma_rel` the weights in the average follow a power function instead, whose
+    width is a constant fraction of the run. Validation, test and prediction use the average, and
+    it is the `state_dict` of every checkpoint, which also has the raw weights to resume from.
+    `Averages` maintains further ones.
 
     Args:
-        decay: d, in [0, 1); 0.999 averages over about a thousand steps. None means 0.999, if
-            there is no sigma_rel.
-        sigma_rel: Relative width σ of a power function, in (0, 0.2887], in place of decay.
+        decay: The decay d, in [0, 1); 0.999 averages over about a thousand steps. None means 0.999
+            unless sigma_rel is given.
+        sigma_rel: Relative width σ of a power function, in (0, 0.2887], instead of a decay.
 
     Raises:
         ValueError: If decay or sigma_rel is outside its range, or both are given.
@@ -39,14 +40,14 @@ class EMA(L.Callback):
         arXiv:2312.02696, section 3.
     """
 
-    # The swap stands in the outer hooks (…_start, …_end): a callback that works in the inner ones
-    # (epoch, batch) sees the average wherever it stands in the list. Weights are swapped by value,
-    # since optimizer, DDP and compiled graphs hold on to the tensors.
+    # Weights are swapped in the outer hooks (…_start, …_end), so that callbacks which use the
+    # inner ones (epoch, batch) see the average at any place in the list. They are swapped by
+    # value, since optimizer, DDP and compiled graphs keep references to the tensors.
 
     def __init__(self, decay: float | None = None, sigma_rel: float | None = None) -> None:
         if decay is not None and sigma_rel is not None:
             raise ValueError(
-                f"EMA: one of decay and sigma_rel, got decay={decay} and sigma_rel={sigma_rel}."
+                f"EMA: expected either decay or sigma_rel, got {decay} and {sigma_rel}."
             )
         self.decay = decay
         self.sigma_rel = sigma_rel
@@ -55,35 +56,37 @@ class EMA(L.Callback):
         else:
             self._profile = ConstantProfile(0.999 if decay is None else decay)
         self.updates = 0
-        self._weights: dict[str, Tensor] = {}  # found once: walking the modules costs 0.3 ms
+        self._weights: dict[str, Tensor] = {}  # found once, which takes 0.3 ms
         self._average: RunningAverage | None = None
-        self._raw: list[Tensor] | None = None  # the weights, while the average is in their place
+        self._raw: list[Tensor] | None = None  # the raw weights while they are swapped out
         self._loaded: dict[str, Tensor] | None = None
-        self._kept = ""  # name of the average in the checkpoint; older ones do not say
+        self._loaded_name = ""  # of the average in the checkpoint; early ones do not name it
         self._in_place = ""  # name of the module's weights while no average is updated
         self._last_step = 0
 
     @property
     def profile(self) -> str:
-        """Which average validation, samples and checkpoints have, such as EMA(decay=0.999)."""
+        """The name of the average, such as EMA(decay=0.999)."""
         if self._average is None and self._in_place:
             return self._in_place
         return name_of(self._profile, self.updates, self._last_step)
 
     @property
     def swapped(self) -> bool:
-        """Whether the average is in the weights' place."""
+        """Whether the model has the average in place of its raw weights."""
         return self._raw is not None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Create the average on the parameters' device, or take it from the checkpoint."""
         self._weights = trained_weights(pl_module)
         start, self._loaded = self._loaded or {}, None
-        if start and isinstance(self._profile, PowerProfile) and self._kept != str(self._profile):
-            # A constant decay forgets what it began with, a power function would not.
-            rank_zero_warn(
-                f"EMA: the checkpoint has the average {self._kept or 'of a constant decay'}, not "
-                f"{self._profile}, which begins anew from the weights as they are."
+        other = self._loaded_name != str(self._profile)
+        if start and other and isinstance(self._profile, PowerProfile):
+            # A constant decay forgets where it started; a power function does not.
+            warn(
+                f"EMA: expected the average {self._profile} in the checkpoint, got "
+                f"{self._loaded_name or 'one of a constant decay'}: averaging restarts from the "
+                "present weights."
             )
             start, self.updates = {}, 0
         elif not start and trainer.global_step == 0:
@@ -93,58 +96,63 @@ class EMA(L.Callback):
         torch._foreach_copy_(self._average.values, begin)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which a resumed run knows only by now."""
+        """Record the step, which a resumed run knows only now."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Follow the weights, once for each optimizer step."""
-        if trainer.global_step == self._last_step:  # a micro-batch of an accumulated step
-            return
+        """Update the average at each optimizer step."""
+        if self._average is None or trainer.global_step == self._last_step:
+            return  # the latter after a micro-batch of an accumulated step
         self._last_step = trainer.global_step
         self._average.update(list(self._weights.values()))
         self.updates = self._average.updates
 
     @torch.no_grad()
-    def _in(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _swap_in(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Put the average in place of the weights."""
         if self._average is not None and self._raw is None:
             weights = list(self._weights.values())
             self._raw = [w.clone() for w in weights]
             torch._foreach_copy_(weights, self._average.values)
-            pl_module.weights = self.profile  # type: ignore[assignment]
+            pl_module.weights = self.profile
 
     @torch.no_grad()
-    def _out(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def _swap_out(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Put the weights back."""
         if self._raw is not None:
             torch._foreach_copy_(list(self._weights.values()), self._raw)
             self._raw = None
-            pl_module.weights = RAW  # type: ignore[assignment]
+            pl_module.weights = RAW
 
-    on_validation_start = on_test_start = on_predict_start = _in
-    on_validation_end = on_test_end = on_predict_end = _out
-    on_exception = _out
+    on_validation_start = on_test_start = on_predict_start = _swap_in
+    on_validation_end = on_test_end = on_predict_end = _swap_out
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Restore the raw weights."""
+        self._swap_out(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the module, which is what one samples from afterwards."""
-        self._in(trainer, pl_module)
+        """Leave the average in the module, to sample from it afterwards."""
+        self._swap_in(trainer, pl_module)
         self._in_place = self.profile
         self._average, self._raw, self._weights = None, None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many updates the average has seen, and which it is."""
+        """The number of updates, and the name of the average."""
         return {"updates": self.updates, "profile": str(self._profile)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.updates, self._kept = state_dict["updates"], state_dict.get("profile", "")
+        """Restore the number of updates."""
+        self.updates, self._loaded_name = state_dict["updates"], state_dict.get("profile", "")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the average as the model's state with its name, and the raw weights beside it."""
+        """Save the average as the state of the model, with its name, beside the raw weights."""
         if self._average is not None:
             names = self._weights
             raw = {} if self._raw is None else dict(zip(names, self._raw, strict=True))
@@ -155,13 +163,13 @@ class EMA(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the average until the parameters are on their device."""
+        """Keep the average until the parameters are on their device."""
         self._loaded = take_average(checkpoint)
         self._in_place = weights_name(checkpoint)
 
 
 def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:
-    """The parameters that are trained, by all the names they have in the state.
+    """The trained parameters, by all the names that they have in the state.
 
     Args:
         pl_module: The model.
@@ -171,11 +179,11 @@ def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:
 
 
 def name_of(profile: Profile, updates: int, step: int) -> str:
-    """Which average of a run this is; one that did not begin with the run says so.
+    """The name of an average, with its first step if it did not start with the run.
 
     Args:
-        profile: How it follows the weights.
-        updates: How many updates it has seen.
+        profile: How it weights the steps.
+        updates: The number of its updates.
         step: Optimizer steps of the run.
 
     Example:

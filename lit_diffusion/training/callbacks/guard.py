@@ -1,4 +1,4 @@
-"""What a run does when a number stops being one."""
+"""Detect NaN or infinite losses and gradients; stop, or skip the step."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Guard", "account", "gather", "plain"]
 
-KEPT = 1000  # steps whose λ's are remembered at most, however seldom is logged
+MAX_STEPS = 1000  # without a check, even if fewer are logged: their batches take memory
 
 
 @dataclass
 class _Step:
-    """One optimizer step as it was, on the device: nobody has looked at it yet."""
+    """One optimizer step that has not been checked; its tensors are on the device."""
 
     number: int
     losses: list[Tensor] = field(default_factory=list)  # of each micro-batch
@@ -36,31 +37,32 @@ class _Step:
 
 
 class Guard(L.Callback):
-    """Ends or mends a run whose loss or gradient is NaN or infinite, and writes down the step.
+    """Detects NaN or infinite losses and gradients, records the step, and stops or skips it.
 
-    One such gradient turns every weight into NaN, and a checkpoint that is saved afterwards
-    replaces a good one. With `stop` no checkpoint is written from the bad step on, and the run
-    ends with an error at the next step that is logged, validated or saved: until then nothing
-    waits for the device. With `skip` the optimizer leaves the step out, weights and moments stay
-    as they are, and training goes on; the host then waits for the device at every step.
+    One such gradient turns every weight into NaN, and a checkpoint saved afterwards replaces a
+    good one. With `stop` no checkpoint is written from the bad step on, and the run ends with an
+    error at the next step that is logged, validated or saved; until then nothing synchronises
+    with the device. With `skip` the optimizer omits the step, so that weights and moments do not
+    change, and training continues; the host then waits for the device at every step.
 
-    Each event leaves non_finite/step-….json in the run folder, with the examples, λ's and losses
-    of the step, and beside it the checkpoint from which `lit-diffusion replay` goes there again.
-    In 16-mixed precision infinite gradients are the scaler's business, and only the loss counts.
+    Each event writes non_finite/step-….json in the run folder, with the examples, noise levels λ
+    and losses of the step, and beside it the checkpoint from which `lit-diffusion replay` repeats
+    the step. In 16-mixed precision the gradient scaler handles infinite gradients, and only the
+    loss is checked.
 
     Args:
-        on_non_finite: `stop`, or `skip` the step; all ranks do the same.
-        max_skips: Steps that may be skipped in the whole run, at least 1; one more stops it.
+        on_non_finite: `stop` the run or `skip` the step; all ranks do the same.
+        max_skips: Maximum number of skipped steps in the whole run, at least 1; one more stops it.
             Each of them may keep a checkpoint.
 
     Raises:
-        ValueError: If on_non_finite is neither, or max_skips below 1; in training at a step that
-            is not skipped.
+        ValueError: If on_non_finite is neither, or max_skips below 1; during training at a step
+            that is not skipped.
     """
 
-    # A step is a row in a list until a look, and the tensors in it are those that were there
-    # anyway; only the gradient is checked at once, in one pass over it. Buffers that a network
-    # changes in its forward pass, such as those of batch norm, are beyond reach.
+    # An unchecked step is an entry of a list that holds references to existing tensors. Only the
+    # gradient is checked immediately, on the device, in one pass over it. Buffers that a network
+    # changes in its forward pass, such as those of batch norm, are not restored.
 
     def __init__(
         self, on_non_finite: Literal["stop", "skip"] = "stop", max_skips: int = 10
@@ -74,27 +76,26 @@ class Guard(L.Callback):
         self.skips = 0
         self._now = _Step(0)
         self._steps: list[_Step] = []
-        self._skipping = ""  # what is wrong with the step that is being left out
+        self._skipping = ""  # what is not finite in the step that is being skipped
         self._saved: set[int] = set()  # steps at which this run has a checkpoint
         self._folder: Path | None = None
-        self._verdict: str | None = None
+        self._error: str | None = None  # with which the run ends
+        self._one = torch.ones(1)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Agree on the folder."""
-        folder = trainer.log_dir  # a collective: every rank asks
-        if folder is None:
-            folder = trainer.default_root_dir
-        self._folder = None if trainer.fast_dev_run else Path(folder) / "non_finite"
+        """Begin a run without unchecked steps."""
+        folder = output_folder(trainer)
+        self._folder = None if folder is None else folder / "non_finite"
         self._one = torch.ones(1, device=pl_module.device)
-        self._steps, self._saved, self._verdict, self._skipping = [], set(), None, ""
+        self._steps, self._saved, self._error, self._skipping = [], set(), None, ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which a resumed run knows only by now."""
+        """Record the step, which a resumed run knows only now."""
         self._now = _Step(trainer.global_step)
         if trainer.ckpt_path is not None:
             self._saved.add(trainer.global_step)
 
-    # Along a step ----------------------------------------------------------------------------
+    # During a step ---------------------------------------------------------------------------
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
@@ -106,7 +107,7 @@ class Guard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Check the gradient, before it is clipped; if steps are skipped, decide."""
+        """Check the gradient before it is clipped; with `skip`, discard it if it is bad."""
         self._now.overflow = torch.zeros_like(self._one)
         gradients = [
             p.grad
@@ -115,8 +116,8 @@ class Guard(L.Callback):
             if p.grad is not None
         ]
         if gradients and trainer.precision != "16-mixed":
-            # What GradScaler does before a step, here with a scale of 1, which changes nothing. A
-            # norm costs ten times as much, and overflows where the gradient does not.
+            # The check of GradScaler, here with a scale of 1, which changes nothing. A norm would
+            # cost ten times as much, and may overflow where the gradient is finite.
             torch._amp_foreach_non_finite_check_and_unscale_(
                 gradients, self._now.overflow, self._one
             )
@@ -134,27 +135,27 @@ class Guard(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Remember a micro-batch; after a skipped step write it down, at a log step look."""
+        """Keep the micro-batch; record a step that was skipped, and check steps when logging."""
         self._now.batches.append(account(outputs, batch))
         if trainer.global_step == self._now.number:  # a micro-batch of an accumulated step
             return
         step, self._now = self._now, _Step(trainer.global_step)
         if self._skipping:
             what, self._skipping = self._skipping, ""
-            told = self._tell(trainer, pl_module, step, what)
+            sentence = self._record(trainer, pl_module, step, what)
             if self.skips > self.max_skips:
-                self._verdict = f"{told} {self.max_skips} steps were skipped before it."
-                raise ValueError(self._verdict)
-            rank_zero_warn(f"{told} Step skipped, {self.skips} of at most {self.max_skips}.")
+                self._error = f"{sentence} {self.max_skips} steps were skipped before it."
+                raise ValueError(self._error)
+            warn(f"{sentence} Step skipped, {self.skips} of at most {self.max_skips}.")
         elif self.on_non_finite == "stop":
             self._steps.append(step)
-            if trainer.global_step % trainer.log_every_n_steps == 0 or len(self._steps) == KEPT:
-                self._look(trainer, pl_module)
+            if trainer.global_step % log_interval(trainer) == 0 or len(self._steps) == MAX_STEPS:
+                self._check(trainer, pl_module)
 
-    # The look --------------------------------------------------------------------------------
+    # The check -------------------------------------------------------------------------------
 
     def _first(self, trainer: L.Trainer, steps: list[_Step]) -> tuple[int, str]:
-        """The first bad one of some steps and what is bad in it; the same on every rank."""
+        """Index of the first bad step and what is not finite in it, the same on every rank."""
         losses = torch.stack([torch.stack([0 * self._one[0], *s.losses]).sum() for s in steps])
         gradients = torch.cat([self._one * 0 if s.overflow is None else s.overflow for s in steps])
         bad = torch.stack([~losses.isfinite(), gradients > 0], 1).float()
@@ -165,44 +166,44 @@ class Guard(L.Callback):
                 return i, " and ".join(words)
         return -1, ""
 
-    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop if a step since the last look was bad, or if one was before."""
-        if self._verdict is not None:
-            raise ValueError(self._verdict)
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop if any step so far was bad."""
+        if self._error is not None:
+            raise ValueError(self._error)
         steps, self._steps = self._steps, []
         i, what = self._first(trainer, steps) if steps else (-1, "")
         if what:
-            self._verdict = self._tell(trainer, pl_module, steps[i], what)
-            raise ValueError(self._verdict)
+            self._error = self._record(trainer, pl_module, steps[i], what)
+            raise ValueError(self._error)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look before weights that may be NaN are validated."""
+        """Check before weights that may be NaN are validated."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._look(trainer, pl_module)
+            self._check(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at what came after the last log step."""
-        self._look(trainer, pl_module)
+        """Check the steps after the last logged one."""
+        self._check(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look before a file is written, which would take the place of a good one."""
-        self._look(trainer, pl_module)
+        """Check before a checkpoint replaces a good one."""
+        self._check(trainer, pl_module)
         self._saved.add(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were skipped."""
+        """The number of skipped steps."""
         return {"skips": self.skips} if self.skips else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped steps."""
         self.skips = state_dict["skips"]
 
-    # The file --------------------------------------------------------------------------------
+    # The record ------------------------------------------------------------------------------
 
-    def _tell(self, trainer: L.Trainer, pl_module: Any, step: _Step, what: str) -> str:
-        """Write a step down, with what its replay needs; return one line about it."""
+    def _record(self, trainer: L.Trainer, pl_module: Any, step: _Step, what: str) -> str:
+        """Write a step to a file, with all that its replay needs; return one line about it."""
         mine = [plain(batch) for batch in step.batches]
         batches = [
             {"rank": rank, "micro_batch": micro, **batch}
@@ -225,26 +226,26 @@ class Guard(L.Callback):
                 "device": device_name(pl_module.device),
                 "torch": torch.__version__,
                 "config": self._keep_config(trainer, path.with_suffix(".yaml")),
-                "checkpoint": self._keep_checkpoint(trainer, step.number),
+                "checkpoint": self._keep_checkpoint(trainer, self._folder, step.number),
                 "batches": batches,
             }
             lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
             write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
-        trainer.strategy.barrier("non_finite")  # a copied checkpoint takes its time
-        return f"{line} `lit-diffusion replay {path}` shows where it comes from."
+        trainer.strategy.barrier("non_finite")  # copying a checkpoint takes time
+        return f"{line} `lit-diffusion replay {path}` shows its cause."
 
     def _keep_config(self, trainer: L.Trainer, path: Path) -> str | None:
-        """The config that is in force: the run folder may have several by now."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        """Save the config of this session; the run folder may have several."""
+        for callback in all_callbacks(trainer):
             if isinstance(callback, SaveConfigCallback):
                 write_whole(path, callback.parser.dump(callback.config, skip_none=False))
                 return path.name
         return None
 
-    def _keep_checkpoint(self, trainer: L.Trainer, step: int) -> str | None:
-        """The last checkpoint before the step; a link keeps it when a later one replaces it."""
+    def _keep_checkpoint(self, trainer: L.Trainer, folder: Path, step: int) -> str | None:
+        """Link the last checkpoint before the step, so that it is kept when it is replaced."""
         folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
-        folders.append(self._folder.parent / "checkpoints")  # type: ignore[union-attr]
+        folders.append(folder.parent / "checkpoints")
         paths = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt")]
         if trainer.ckpt_path is not None:
             paths.append(Path(trainer.ckpt_path))
@@ -255,12 +256,12 @@ class Guard(L.Callback):
             except (OSError, ValueError):
                 continue
             at = checkpoint["global_step"]
-            # A folder may hold files of an earlier run, and weights alone do not go on.
+            # A folder may hold files of an earlier run, and weights alone cannot be resumed.
             if at in self._saved and at <= step and "optimizer_states" in checkpoint:
                 found[at] = path
         if not found:
             return None
-        start = self._folder / f"start-{max(found):07d}.ckpt"  # type: ignore[operator]
+        start = folder / f"start-{max(found):07d}.ckpt"
         start.unlink(missing_ok=True)
         try:
             os.link(found[max(found)], start)
@@ -270,14 +271,14 @@ class Guard(L.Callback):
 
 
 def account(outputs: Any, batch: Any) -> dict[str, Any]:
-    """What to remember of a micro-batch: which examples, at which λ, with which losses.
+    """The examples of a micro-batch, their noise levels λ and their losses.
 
     Args:
-        outputs: What training_step returned.
-        batch: What it was given.
+        outputs: The result of training_step.
+        batch: The batch that it was called with.
 
     Shapes:
-        each (B,); None for what is not known.
+        each (B,), or None if it is not known.
     """
     outputs = outputs if isinstance(outputs, dict) else {}
     index = batch.get("index") if isinstance(batch, dict) else None
@@ -285,11 +286,11 @@ def account(outputs: Any, batch: Any) -> dict[str, Any]:
 
 
 def gather(trainer: L.Trainer, value: Any) -> list[Any]:
-    """The values of all ranks, on each of them: a collective.
+    """The values of all ranks, on each of them; a collective.
 
     Args:
-        trainer: Knows how many ranks there are.
-        value: This rank's, anything that can be pickled.
+        trainer: Has the number of ranks.
+        value: The value of this rank; anything that can be pickled.
     """
     values = [value]
     if trainer.world_size > 1:
@@ -299,7 +300,7 @@ def gather(trainer: L.Trainer, value: Any) -> list[Any]:
 
 
 def plain(batch: dict[str, Tensor | None]) -> dict[str, list[Any] | None]:
-    """As JSON has it: numbers in all their digits, and words for those that are none."""
+    """The lists of numbers that JSON can hold: NaN and infinity are strings."""
     return {
         name: None
         if values is None
@@ -309,7 +310,7 @@ def plain(batch: dict[str, Tensor | None]) -> dict[str, list[Any] | None]:
 
 
 def _where(batches: list[dict[str, Any]]) -> str:
-    """The examples whose loss is not finite, or the range of λ if the gradient alone is not."""
+    """The examples whose loss is not finite, or the range of λ if only the gradient is not."""
     every = [
         (example, logsnr, loss)
         for batch in batches

@@ -1,25 +1,26 @@
-"""The checkpoint to resume from."""
+"""Save the checkpoint to resume from: regularly, at validations, on signals and at the end."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import sync
 
 __all__ = ["LastCheckpoint"]
 
-#: What ends a job before its time: kill and torchrun send the first, SLURM's --signal either.
+#: Signals that end a job early: kill and torchrun send the first, SLURM's --signal either.
 SIGNALS = ("SIGTERM", "SIGUSR1")
-PENDING = "last.ckpt.pending"  # a name that no search for *.ckpt finds
+PENDING = "last.ckpt.pending"  # not found by a search for *.ckpt
 
 
 class LastCheckpoint(Checkpoint):
@@ -57,6 +58,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.save_on_signal = save_on_signal
         self._path = Path()
+        self._enabled = True  # False with fast_dev_run, which writes nothing
         self._saved_step = -1
         self._last_step = 0
         self._late = False  # whether one is due, but could not be saved yet
@@ -68,21 +70,26 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the path of the file."""
-        folder = trainer.log_dir  # a collective: every rank asks
-        if folder is None:
-            folder = trainer.default_root_dir
-        self._path = Path(folder) / "checkpoints" / "last.ckpt"
+        """Find the path of the file."""
+        folder = output_folder(trainer)
+        self._enabled = folder is not None
+        self._path = (folder or Path()) / "checkpoints" / "last.ckpt"
+        whole = isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
+        if stage == "fit" and self._enabled and not whole:
+            warn(
+                "LastCheckpoint: a kill while last.ckpt is written may destroy it; to prevent "
+                "that, give the trainer plugins=[WholeCheckpointIO()]."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step of a resumed run, and listen for signals."""
+        """Record the step of a resumed run, and install the signal handlers."""
         self._saved_step = self._last_step = trainer.global_step
-        if trainer.fast_dev_run:
+        if not self._enabled:
             return
         if trainer.num_training_batches == 1 and trainer.max_steps != 1:
-            rank_zero_warn(
-                "LastCheckpoint: with epochs of one batch there are checkpoints at validations "
-                "and at the end only; set data.steps_per_epoch to 2 or more."
+            warn(
+                "LastCheckpoint: with epochs of one batch, checkpoints are saved only at "
+                "validations and at the end; set data.steps_per_epoch to 2 or more."
             )
         self._signal, self._leaving, self._process = 0, 0, os.getpid()
         self._pending, self._late, self._between_steps = False, False, True
@@ -101,13 +108,13 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save every n optimizer steps, and if a rank was told to end."""
+        """Save every n optimizer steps, and if a rank has received a signal."""
         step = trainer.global_step
         self._between_steps = step != self._last_step
         if not self._between_steps:  # a micro-batch of an accumulated step
             return
         self._last_step = step
-        self._leaving = self._told(trainer)
+        self._leaving = self._received(trainer)
         due = step % self.every_n_steps == 0 or self._late or self._leaving
         if due and step != self._saved_step:
             if _validates_or_ends(trainer, batch_idx):
@@ -118,29 +125,29 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Publish what was saved after the step before, and end if a rank was told to."""
+        """Publish the checkpoint of the previous step, and end if a rank has received a signal."""
         self._publish(trainer)
         if self._leaving:
             self._leave(trainer, self._leaving)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop a checkpoint from before the validation, which a resumed run would skip."""
+        """Remove a checkpoint from before the validation, which a resumed run would skip."""
         self._drop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what was validated, as soon as its step is whole."""
+        """Save the validated weights, now or when their optimizer step is complete."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if not self._between_steps:
             self._late = True
             return
-        leave = self._told(trainer)
+        number = self._received(trainer)
         self._save(trainer, self._path)
-        if leave:
-            self._leave(trainer, leave)
+        if number:
+            self._leave(trainer, number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end, unless it is saved."""
+        """Save the last step, unless it is saved."""
         self._drop(trainer)
         if trainer.global_step != self._saved_step:
             self._save(trainer, self._path, required=True)
@@ -148,7 +155,7 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Keep what was saved before the error."""
+        """Publish the checkpoint that was saved before the error."""
         self._publish(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -158,8 +165,8 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def _save(self, trainer: L.Trainer, path: Path, required: bool = False) -> bool:
-        """Write a checkpoint; whether that succeeded."""
-        if trainer.fast_dev_run:
+        """Write a checkpoint; return whether that succeeded."""
+        if not self._enabled:
             return False
         try:
             trainer.save_checkpoint(path, weights_only=False)  # with the optimizer
@@ -167,20 +174,20 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            rank_zero_warn(f"{error} Training continues.")
+            warn(f"{error} Training continues.")
             return False
         self._saved_step, self._late = trainer.global_step, False
         return True
 
     def _publish(self, trainer: L.Trainer) -> None:
-        """Give the pending checkpoint its name, now that the row of its step is logged."""
+        """Rename the pending checkpoint, now that the row of its step is logged."""
         if self._pending and trainer.is_global_zero:
             self._path.with_name(PENDING).replace(self._path)
             sync(self._path.parent)
         self._pending = False
 
     def _drop(self, trainer: L.Trainer) -> None:
-        """Remove a pending checkpoint, since a better one will follow."""
+        """Remove a pending checkpoint, since a later one will follow."""
         if self._pending:
             self._pending, self._saved_step = False, -1
             if trainer.is_global_zero:
@@ -194,24 +201,22 @@ class LastCheckpoint(Checkpoint):
             os.kill(os.getpid(), number)
         self._signal = number
 
-    def _told(self, trainer: L.Trainer) -> int:
-        """The signal that some rank has received, 0 for none: a collective."""
+    def _received(self, trainer: L.Trainer) -> int:
+        """The signal that some rank has received, 0 for none; a collective."""
         if trainer.world_size == 1 or not self.save_on_signal:
             return self._signal
-        told = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
-        return (self._signal or signal.SIGTERM) if told else 0
+        some = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
+        return (self._signal or signal.SIGTERM) if some else 0
 
     def _leave(self, trainer: L.Trainer, number: int) -> None:
-        """End the process; the trainer cleans up as it does after an error."""
+        """End the process; the trainer cleans up as after an error."""
         if not trainer.is_global_zero:
-            # A launcher that sees a rank fail would kill rank 0 before it has cleaned up.
+            # A launcher kills rank 0 before it has cleaned up if another rank fails.
             raise SystemExit(0)
         step = trainer.global_step
-        saved = f"step {step} is saved, go on with --ckpt_path last"
+        saved = f"step {step} is saved; continue with --ckpt_path last"
         lost = f"step {step} could not be saved"
-        sys.stderr.write(
-            f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.\n"
-        )
+        warn(f"{signal.Signals(number).name}: {saved if self._saved_step == step else lost}.")
         raise SystemExit(128 + number)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -15,31 +14,48 @@ from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import randomness
+from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.trainer import all_callbacks, output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
 __all__ = ["Likelihood"]
 
 
-class Likelihood(L.Callback):
-    """Computes the variational bound in validation and test: bits per dimension, in three terms.
+class BoundSettings(NamedTuple):
+    """The settings of a bound that `variational_bound` takes.
 
-    Logged are …/bpd and what it is made of, …/bpd_prior, …/bpd_diffusion, …/bpd_reconstruction,
-    all in bits per dimension, whatever weighting the model is trained with. The noise is keyed by
-    example and the noise levels are spread evenly over the whole set, so the number is the same
-    for the same weights, whatever the batches and ranks. With an `EMA` it is that of the average.
+    Args:
+        decoder: The distribution of the data given the cleanest z.
+        num_timesteps: Number of steps of the chain; None for continuous time.
+        schedule: The density that λ is sampled from.
+    """
+
+    decoder: Decoder
+    num_timesteps: int | None
+    schedule: NoiseSchedule
+
+
+class Likelihood(L.Callback):
+    """Computes the variational bound on −log₂ p(x) per dimension, in validation and test.
+
+    Logged are …/bpd and its three terms, …/bpd_prior, …/bpd_diffusion and …/bpd_reconstruction,
+    all in bits per dimension. Unlike the loss they do not depend on the weighting, so models with
+    different objectives can be compared. The noise is a function of the example and the noise
+    levels are stratified over the whole set, so the same weights give the same number for any
+    batch size and any number of ranks. With an `EMA` it is the bound of the average.
 
     Args:
         decoder: The distribution of the data given the cleanest z; None means the model's own,
             else `SoftmaxDecoder()` over the 256 bytes.
-        num_timesteps: Number T of steps of the chain whose bound it is, at least 1; None means
-            the model's own, continuous time if it has none.
-        draws: Noise levels per example, at least 1; more reduce the standard error.
-        schedule: Sampled for λ, over the model's range; None means uniform, or the model's own
-            if that is learned or the time discrete.
+        num_timesteps: Number T of steps of the chain whose bound is computed, at least 1; None
+            means the model's own, which may be continuous time.
+        samples_per_example: Noise levels per example, at least 1; more reduce the standard error.
+        schedule: The density that λ is sampled from, over the model's range; None means uniform,
+            or the model's own if that is learned or time is discrete.
 
     Raises:
-        ValueError: If num_timesteps or draws is below 1.
+        ValueError: If num_timesteps or samples_per_example is below 1, or the ranges of λ differ.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630.
@@ -49,28 +65,31 @@ class Likelihood(L.Callback):
         self,
         decoder: Decoder | None = None,
         num_timesteps: int | None = None,
-        draws: int = 1,
+        samples_per_example: int = 1,
         schedule: NoiseSchedule | None = None,
     ) -> None:
-        if draws < 1 or (num_timesteps is not None and num_timesteps < 1):
+        if samples_per_example < 1 or (num_timesteps is not None and num_timesteps < 1):
             raise ValueError(
-                "Likelihood: num_timesteps and draws must be at least 1, "
-                f"got {num_timesteps} and {draws}."
+                "Likelihood: num_timesteps and samples_per_example must be at least 1, "
+                f"got {num_timesteps} and {samples_per_example}."
             )
         self.decoder = decoder
         self.num_timesteps = num_timesteps
-        self.draws = draws
+        self.samples_per_example = samples_per_example
         self.schedule = schedule
         self.summary: str | None = None
         self._sums = torch.zeros(0)
 
-    def protocol(self, pl_module: Any) -> dict[str, Any]:
-        """The settings of the bound: decoder, steps, and the schedule that λ is sampled from.
+    def settings(self, model: LitDiffusion) -> BoundSettings:
+        """Decoder, number of steps, and the schedule that λ is sampled from.
 
         Args:
-            pl_module: The LitDiffusion whose bound it is.
+            model: The model whose bound is computed.
+
+        Raises:
+            ValueError: If the schedule has another range of λ than the model.
         """
-        loss = pl_module.loss
+        loss = model.loss
         decoder = self.decoder or loss.decoder or SoftmaxDecoder()
         num_timesteps = loss.num_timesteps if self.num_timesteps is None else self.num_timesteps
         schedule = self.schedule
@@ -80,105 +99,106 @@ class Likelihood(L.Callback):
             schedule = loss.schedule if own else LinearSchedule(*loss.schedule.ends)
         elif schedule.ends != loss.schedule.ends:
             raise ValueError(
-                f"Likelihood: the model covers λ in {list(loss.schedule.ends)} and the schedule "
-                f"{list(schedule.ends)}: give it that range, or leave it out."
+                "Likelihood: expected a schedule over the model's range of λ, "
+                f"{list(loss.schedule.ends)}, got {list(schedule.ends)}: give it that range, or "
+                "leave it out."
             )
-        return {
-            "decoder": decoder,
-            "num_timesteps": num_timesteps,
-            "schedule": schedule.to(pl_module.device),
-        }
+        return BoundSettings(decoder, num_timesteps, schedule.to(model.device))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second `Likelihood`, which would overwrite the numbers of the first."""
-        count = sum(isinstance(callback, Likelihood) for callback in trainer.callbacks)
+        count = sum(isinstance(callback, Likelihood) for callback in all_callbacks(trainer))
         if count > 1:
             raise ValueError(
-                f"Likelihood is listed {count} times and their numbers have one name: keep one."
+                f"Likelihood: expected one in trainer.callbacks, got {count}, whose numbers would "
+                "have the same names: keep one."
             )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check at once that the decoder fits the data, not after the first hour."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        protocol = self.protocol(pl_module)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check now that the decoder fits the data, not at the first validation."""
+        data: Any = getattr(trainer, "datamodule", None)
+        decoder, _, schedule = self.settings(pl_module)
         for batch in [] if data is None else data.val_dataloader():
             x = data.on_after_batch_transfer(dict(batch), 0)["image"]
-            protocol["decoder"].check(x)
-            protocol["decoder"].warn_if_costly(protocol["schedule"].ends[1])
+            decoder.check(x)
+            decoder.warn_if_costly(schedule.ends[1])
             break
 
-    def bound(self, pl_module: Any, batch: dict[str, Any]) -> BoundTerms:
-        """The terms of each example, averaged over the draws.
+    def bound(self, model: LitDiffusion, batch: dict[str, Any]) -> BoundTerms:
+        """The terms of each example, averaged over its noise levels.
 
         Args:
-            pl_module: The LitDiffusion whose bound it is.
+            model: The model whose bound is computed.
             batch: A batch of the validation data.
 
         Shapes:
             terms (B,), float64.
         """
         x, index, total = batch["image"], batch["index"], int(batch["total"])
-        protocol = self.protocol(pl_module)
+        decoder, num_timesteps, schedule = self.settings(model)
+        cond: dict[str, Any] = model.condition(batch)
         found = []
-        for draw in range(self.draws):
-            noise = randomness.generators(pl_module.seed, f"bound {draw}", index.tolist())
-            t = fixed_times(index, total, draw, self.draws)
+        for sample in range(self.samples_per_example):
+            noise = randomness.generators(model.seed, f"bound {sample}", index.tolist())
+            t = fixed_times(index, total, sample, self.samples_per_example)
             terms = variational_bound(
-                pl_module.denoiser,
+                model.denoiser,
                 x,
-                **protocol,
+                schedule=schedule,
+                decoder=decoder,
+                num_timesteps=num_timesteps,
                 generator=noise,
                 t=t,
-                **pl_module.condition(batch),
+                **cond,
             )
             found.append(torch.stack(terms))
         return BoundTerms(*torch.stack(found).mean(0))
 
-    def sums(self, pl_module: Any, batch: dict[str, Any]) -> Tensor:
-        """Sums over a batch: the three terms in bits, the square of their sum, the examples.
+    def sums(self, model: LitDiffusion, batch: dict[str, Any]) -> Tensor:
+        """Sums over a batch: the three terms in bits, the square of their sum, and the examples.
 
         Args:
-            pl_module: The LitDiffusion whose bound it is.
+            model: The model whose bound is computed.
             batch: A batch of the validation data.
 
         Shapes:
             result (5,), float64.
         """
-        terms = BoundTerms(*(term / math.log(2) for term in self.bound(pl_module, batch)))
+        terms = BoundTerms(*(term / math.log(2) for term in self.bound(model, batch)))
         rows = [*terms, terms.total**2, torch.ones_like(terms.total)]
         return torch.stack([row.sum() for row in rows])
 
     def measurements(
-        self, pl_module: Any, total: Tensor, step: int, stage: str, weights: str
+        self, model: LitDiffusion, total: Tensor, step: int, stage: str, weights: str
     ) -> list[Measurement]:
         """The bound and its three terms with their protocol, from the `sums` of a whole set.
 
         Args:
-            pl_module: The LitDiffusion whose bound it is.
+            model: The model whose bound was computed.
             total: The sums.
             step: Optimizer steps of the model.
             stage: val, test or evaluate.
-            weights: Which weights they are.
+            weights: The name of its weights.
 
         Shapes:
             total (5,), float64.
         """
-        found = self.protocol(pl_module)
-        low, high = pl_module.loss.schedule.ends
+        decoder, num_timesteps, schedule = self.settings(model)
+        low, high = model.loss.schedule.ends
         protocol = {
             "examples": int(total[-1]),
-            "draws": self.draws,
-            "num_timesteps": found["num_timesteps"],
+            "samples per example": self.samples_per_example,
+            "num_timesteps": num_timesteps,
             "λ": [float(low), float(high)],
-            "drawn from": repr(found["schedule"]),
-            "decoder": repr(found["decoder"]),
+            "sampled from": repr(schedule),
+            "decoder": repr(decoder),
             "error": "standard error over the examples",
             "weights": weights,
             "versions": versions(),
         }
         terms = BoundTerms(*(total[:3] / total[-1]))
         error = ((total[3] / total[-1] - terms.total**2).clamp(min=0) / total[-1]).sqrt()
-        values = {"bpd": (terms.total, float(error))}
+        values: dict[str, tuple[Tensor, float | None]] = {"bpd": (terms.total, float(error))}
         values |= {f"bpd_{name}": (term, None) for name, term in terms._asdict().items()}
         return [
             Measurement(name, float(value), error, step, stage, protocol)
@@ -191,7 +211,7 @@ class Likelihood(L.Callback):
     def _add(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -201,15 +221,14 @@ class Likelihood(L.Callback):
         if not trainer.sanity_checking:
             self._sums += self.sums(pl_module, batch)
 
-    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _finish(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the means over the whole set, the same on every rank."""
         if trainer.sanity_checking:
             return
-        total: Tensor = trainer.strategy.reduce(self._sums, reduce_op="sum")  # type: ignore[assignment]
+        total: Tensor = trainer.strategy.reduce(self._sums, reduce_op="sum")
         stage = "test" if trainer.state.fn == "test" else "val"
-        folder = trainer.log_dir  # a collective: every rank asks
-        n = int(total[-1])
-        if n == 0:
+        folder = output_folder(trainer)
+        if total[-1] == 0:
             return
         measured = self.measurements(
             pl_module, total, trainer.global_step, stage, weights_in_use(pl_module)
@@ -218,23 +237,23 @@ class Likelihood(L.Callback):
             value = torch.tensor(one.value, device=pl_module.device)
             pl_module.log(f"{stage}/{one.name}", value, prog_bar=one.name == "bpd", sync_dist=True)
         if trainer.is_global_zero and folder is not None:
-            add_measurements(Path(folder), measured)
+            add_measurements(folder, measured)
+        self.summary = self._sentence(pl_module, stage, measured)
+
+    def _sentence(self, model: LitDiffusion, stage: str, measured: list[Measurement]) -> str:
+        """The summary that the command prints."""
         bits, *terms = measured
-        protocol = self.protocol(pl_module)
-        chain = (
-            "continuous time"
-            if protocol["num_timesteps"] is None
-            else f"{protocol['num_timesteps']} steps"
-        )
-        low, high = pl_module.loss.schedule.ends  # type: ignore[union-attr, operator]
+        decoder, num_timesteps, _ = self.settings(model)
+        chain = "continuous time" if num_timesteps is None else f"{num_timesteps} steps"
+        low, high = model.loss.schedule.ends
         parts = ", ".join(f"{one.name.removeprefix('bpd_')} {one.value:.4f}" for one in terms)
-        density = not hasattr(protocol["decoder"], "levels")
+        density = not hasattr(decoder, "levels")
         what = ", of a density in units of x, not of grey levels" if density else ""
-        self.summary = (
-            f"{stage}/bpd: {bits.value:.4f} bits per dimension at most{what} ({parts}); "
-            f"± {bits.error:.4f} "
-            f"over {n} examples, {self.draws} draw(s) each, {chain}, "
-            f"λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
+        return (
+            f"{stage}/bpd: at most {bits.value:.4f} ± {bits.error:.4f} bits per dimension{what} "
+            f"({parts}), over {bits.protocol['examples']} examples, "
+            f"{self.samples_per_example} noise level(s) each, {chain}, "
+            f"λ in [{low:.4g}, {high:.4g}], {decoder}"
         )
 
     on_validation_epoch_start = on_test_epoch_start = _start

@@ -7,19 +7,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
+from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.noise_levels import (
     NoiseLevels,
     plot_noise_levels,
     read_table,
     table_text,
 )
+from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["NoiseLevelLoss"]
@@ -28,37 +30,39 @@ __all__ = ["NoiseLevelLoss"]
 class NoiseLevelLoss(L.Callback):
     """Records the ε-error at each noise level, E[mean (ε̂ − ε)² | λ], in bins of λ.
 
-    A mean loss hides where it comes from; over λ one sees which noise levels are learned, which
-    are sampled too rarely, and where training and validation diverge. The ε-error does not depend
-    on prediction, schedule and weighting, so `lit-diffusion compare` can plot runs together.
+    A mean loss hides which noise levels contribute to it. Resolved over λ it shows which levels
+    are learned, which are sampled too rarely, and where training and validation diverge. The
+    ε-error does not depend on prediction, schedule and weighting, so `lit-diffusion compare` can
+    plot several runs together.
 
-    In the run folder noise_levels.csv gets the means and variances of ε-error and loss and the
-    density of λ, of training since the last validation and of the validation, which uses fixed
-    noise and the average weights of an `EMA`; noise_levels.png shows them. Losses that are not
-    finite are counted apart and reported. Between two validations nothing waits for the device,
-    and training is bit for bit what it is without this callback.
+    noise_levels.csv in the run folder has means and variances of ε-error and loss and the density
+    of λ, for the training steps since the last validation and for the validation, which uses
+    fixed noise and the average weights of an `EMA`; noise_levels.png shows them. Non-finite losses
+    are counted separately and reported. Between two validations nothing synchronises with the
+    device, and training is bit-identical with and without this callback.
 
     Args:
-        bins: Number of bins, equally wide, over the model's range of λ as it is at the start;
-            at least 1. What a learned range puts beyond counts in the outermost bins.
-        probe_every_n_steps: Optimizer steps between two measurements of the norm of the ε-error's
-            gradient at the centre of each bin, each as costly as `bins` training steps of
-            probe_examples; 0 for never.
-        probe_examples: Examples of the batch whose mean gradient is measured, at least 1.
+        bins: Number of bins of equal width over the range of λ at the start of the run, at least
+            1. If the range is learned, λ outside of it count in the outermost bins.
+        probe_every_n_steps: Optimizer steps between two measurements of the gradient norm of the
+            ε-error at the centre of each bin; each costs as much as `bins` training steps on
+            probe_examples. 0 for never.
+        probe_examples: Examples of the batch over which that gradient is averaged, at least 1.
 
     Raises:
-        ValueError: If a number is below its least, or a checkpoint has another number of bins.
+        ValueError: If a number is too small, or a checkpoint has another number of bins.
 
     References:
         Kingma & Gao (2023), Understanding Diffusion Objectives as the ELBO with Simple Data
         Augmentation, arXiv:2303.00848; Nichol & Dhariwal (2021), arXiv:2102.09672.
     """
 
-    # One buffer: a row for the count and each sum of training and validation, and one for the
-    # gradient. Its columns are the bins twice, first for finite losses and then for the others,
-    # so that NaN needs no look at the device. It is a plain attribute, which DDP leaves alone.
-    # Each rank has its own; they are summed when they are written, and when they are saved, after
-    # which rank 0 goes on from the sum and the others from zero, however many there are.
+    # One tensor holds all sums: a row for the count and each sum of training and validation, and
+    # one for the gradient. Its columns are the bins twice, first for finite losses and then for
+    # the others, so that NaN can be counted without synchronising with the device. It is a plain
+    # attribute, which DDP does not touch. Each rank has its own. The sum over the ranks is written
+    # and saved; after resuming rank 0 continues from the sum and the others from zero, for any
+    # number of ranks.
 
     def __init__(
         self, bins: int = 40, probe_every_n_steps: int = 0, probe_examples: int = 16
@@ -81,15 +85,15 @@ class NoiseLevelLoss(L.Callback):
         self._loaded: dict[str, Any] | None = None
         self._trainer: L.Trainer | None = None
 
-    # Along the run ---------------------------------------------------------------------------
+    # During the run --------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Set up the bins, or restore those of the checkpoint."""
         start, self._loaded = self._loaded or {}, None
         if start.get("bins", self.bins) != self.bins:
             raise ValueError(
-                f"NoiseLevelLoss: the checkpoint has sums over {start['bins']} bins, and "
-                f"bins={self.bins}: set bins to {start['bins']} to go on with them."
+                f"NoiseLevelLoss: expected bins={start['bins']} as in the checkpoint, got "
+                f"{self.bins}: set bins to {start['bins']} to continue its sums."
             )
         low, high = start.get("ends") or pl_module.loss.schedule.ends
         self._ends = low, high
@@ -98,8 +102,7 @@ class NoiseLevelLoss(L.Callback):
         if start and trainer.is_global_zero:
             self._sums.copy_(start["sums"])
         self._trainer = trainer
-        folder = trainer.log_dir  # a collective: every rank asks
-        self._folder = None if folder is None or trainer.fast_dev_run else Path(folder)
+        self._folder = output_folder(trainer)
         self._records = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,20 +123,20 @@ class NoiseLevelLoss(L.Callback):
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add a micro-batch, and at every n-th optimizer step measure the gradient."""
-        if outputs:  # a step of one's own may have skipped the batch
+        """Add a micro-batch, and at every n-th optimizer step measure the gradient norms."""
+        if outputs:  # the step of a subclass may have skipped the batch
             self._add(self._sums[:5], outputs)
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
         self._last_step = step
         every = self.probe_every_n_steps
-        # Rank 0 alone, for its own batch: no collective is in it, so the others need not know.
+        # On rank 0 only, for its own batch: there is no collective, so the others need not wait.
         if every and step % every == 0 and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
                 norms = self.gradient_norms(pl_module, batch)
@@ -141,22 +144,22 @@ class NoiseLevelLoss(L.Callback):
             self._sums[10, : self.bins] += norms.where(finite, torch.zeros_like(norms))
             self._sums[10, self.bins :] += finite
 
-    def gradient_norms(self, pl_module: Any, batch: dict[str, Tensor]) -> Tensor:
-        """‖∇θ mean (ε̂ − ε)²‖ at the centre of each bin, of the mean over the first examples.
+    def gradient_norms(self, model: LitDiffusion, batch: dict[str, Tensor]) -> Tensor:
+        """‖∇θ mean (ε̂ − ε)²‖ at the centre of each bin, averaged over the first examples.
 
-        The noise belongs to the example's place in the batch: it is the same for each bin and at
-        each step. Gradients, random state and modes of the model are left as they were.
+        The noise is a function of the place in the batch, the same for each bin and at each step.
+        Gradients, random state and modes of the model do not change.
 
         Args:
-            pl_module: The LitDiffusion whose network it is.
+            model: The model.
             batch: A batch of the training data.
 
         Shapes:
             result (bins,), float64.
         """
-        x, denoiser = batch["image"][: self.probe_examples], pl_module.denoiser
-        cond = {name: c[: len(x)] for name, c in pl_module.condition(batch).items()}
-        generators = randomness.generators(pl_module.seed, "probe", list(range(len(x))))
+        x, denoiser = batch["image"][: self.probe_examples], model.denoiser
+        cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
+        generators = randomness.generators(model.seed, "probe", list(range(len(x))))
         eps = noise_like(x, generators)
         parameters = [p for p in denoiser.parameters() if p.requires_grad]
         modes = [(module, module.training) for module in denoiser.modules()]
@@ -183,7 +186,7 @@ class NoiseLevelLoss(L.Callback):
         return torch.stack(norms)
 
     def _watches(self, trainer: L.Trainer) -> bool:
-        """Whether this validation is one of a training."""
+        """Whether this validation is part of a training run."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_validation_batch_end(
@@ -195,12 +198,12 @@ class NoiseLevelLoss(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch, in a hook where the average weights are in place."""
+        """Add a batch, in a hook where the averaged weights are in use."""
         if self._watches(trainer) and outputs:
             self._add(self._sums[5:10], outputs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write both stages, and reset the sums."""
+        """Write the records of both stages, and reset the sums."""
         if not self._watches(trainer):
             return
         total = self._total().cpu()
@@ -209,7 +212,7 @@ class NoiseLevelLoss(L.Callback):
             self._written = len(self._records or ())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what came after the last validation; a run that goes on from here replaces it."""
+        """Write the steps since the last validation; a resumed run replaces that record."""
         total = self._total().cpu()
         if trainer.is_global_zero:
             self._write(trainer, total)
@@ -217,7 +220,7 @@ class NoiseLevelLoss(L.Callback):
     # The file --------------------------------------------------------------------------------
 
     def _total(self) -> Tensor:
-        """The sums over all ranks: a collective."""
+        """The sums over all ranks; a collective."""
         if self._trainer is None:
             return self._sums.clone()
         return self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
@@ -240,7 +243,7 @@ class NoiseLevelLoss(L.Callback):
         path = self._folder / "noise_levels.csv"
         text = table_text([], header=True)
         if self._records is None:
-            # Only now is it certain that there is something to put in the later records' place.
+            # Later records of a resumed run are removed now that there is one to replace them.
             known = self._written if path.is_file() else 0
             self._records = read_table(path)[:known] if known else []
             if known:
@@ -257,7 +260,7 @@ class NoiseLevelLoss(L.Callback):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The bins, the sums over all ranks, and how many records are written."""
+        """The bins, the sums over all ranks, and the number of written records."""
         return {
             "bins": self.bins,
             "ends": list(self._ends),
@@ -266,7 +269,7 @@ class NoiseLevelLoss(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the sums until their device is known."""
+        """Keep the sums until the model is on its device."""
         self._loaded = state_dict
 
 
@@ -275,8 +278,8 @@ def _report(record: NoiseLevels) -> None:
     bad = record.not_finite.nonzero()[:, 0]
     if len(bad):
         low, high = float(record.edges[bad[0]]), float(record.edges[bad[-1] + 1])
-        rank_zero_warn(
+        warn(
             f"NoiseLevelLoss: {int(record.not_finite.sum())} losses up to step {record.step} "
             f"({record.stage}) were NaN or infinite, at λ between {low:.4g} and {high:.4g}; "
-            "they are counted in noise_levels.csv and left out of its means."
+            "they are counted in noise_levels.csv and excluded from its means."
         )

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.objective import Objective
+from lit_diffusion.predictions import Prediction
 from lit_diffusion.training.lightning_internals import logged_step
 from lit_diffusion.training.reporting.objective import save_objective
 from lit_diffusion.training.run.dashboard import Dashboard, show
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.trainer import output_folder
 
 __all__ = ["Overview"]
 
@@ -32,26 +35,25 @@ class Overview(L.Callback):
         self._measured: list[Measurement] = []
         self._folder: Path | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plot the objective; a failing plot must not stop a run."""
-        folder = trainer.log_dir  # a collective: every rank asks
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Plot the objective; a plot that fails must not stop a run."""
+        folder = output_folder(trainer)
         if not trainer.is_global_zero or not trainer.loggers or folder is None:
             return
-        if trainer.fast_dev_run:
-            return
-        self._folder = Path(folder)
+        self._folder = folder
+        path = folder / "objective.png"
         try:
-            loss: Any = pl_module.loss
-            prediction: Any = pl_module.denoiser.prediction  # type: ignore[union-attr]
+            loss: DiffusionLoss = pl_module.loss
+            prediction: Prediction = pl_module.denoiser.prediction
             found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
-            save_objective(found, self._folder / "objective.png")
+            save_objective(found, path)
         except Exception as error:
-            rank_zero_warn(f"the objective could not be plotted: {type(error).__name__}: {error}")
+            warn(f"The objective could not be plotted: {type(error).__name__}: {error}")
         else:
-            show(trainer, "objective", self._folder / "objective.png")
+            show(trainer, "objective", path)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what the callbacks have measured, after the last of them."""
+        """Log the new measurements of all callbacks."""
         self._log_measurements(trainer)
 
     on_train_end = on_validation_end
@@ -62,7 +64,7 @@ class Overview(L.Callback):
         try:
             measured = read_measurements(self._folder)
         except ValueError as error:
-            rank_zero_warn(str(error))
+            warn(str(error))
             return
         if measured == self._measured:
             return
@@ -77,7 +79,7 @@ class Overview(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the id of the W&B run, even if W&B was switched off since."""
+        """Store the id of the W&B run, even if W&B has been disabled since."""
         for logger in trainer.loggers:
             if isinstance(logger, Dashboard):
                 self._id = logger.version

@@ -12,33 +12,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.training import randomness
+from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
+from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["SampleGrid", "save_grid"]
 
 MARGIN = 12  # white around a picture of points
 BAR = 256  # height of the highest bar
-COLOUR = torch.tensor([0.09, 0.24, 0.47])  # what full ink looks like
+COLOUR = torch.tensor([0.09, 0.24, 0.47])  # of bars and points
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
-    """Write images as one PNG, enlarged so that small ones can be seen, whole or not at all.
+    """Write images as one PNG, whole or not at all; small ones are enlarged.
 
-    Examples of one or two numbers are no images to look at: all of them together make one
-    picture, a histogram or a scatter of points. Of latents, which have other numbers of channels
-    than images do, the first three (or the first) are shown as colours, −3 to 3 as dark to bright.
+    Examples of one or two numbers are shown together as one plot, a histogram or a scatter plot.
+    Of latents, which have other numbers of channels than images, the first three (or the first)
+    are shown as colours, with −3 to 3 as dark to bright.
 
     Args:
-        images: In [−1, 1], or latents, of standard deviation 1.
+        images: Images in [−1, 1], or latents of standard deviation 1.
         path: The PNG file.
-        columns: Images in a row; without meaning for points.
+        columns: Images per row; ignored for plots.
 
     Shapes:
         images (n, C, H, W); result, the picture, (3, H', W'), uint8.
     """
     from PIL import Image
-    from torchvision.utils import make_grid
+    from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
     images, channels = images.float().cpu(), images.shape[1]
     if channels not in (1, 3) and images[0].numel() > 2:
@@ -57,10 +59,10 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
 
 
 def _points(points: Tensor) -> Tensor:
-    """Plot points (n, 1) as a histogram, (n, 2) as a scatter: (3, height, 512 + 2·MARGIN), uint8.
+    """Plot points as (3, height, 512 + 2·MARGIN), uint8: (n, 1) a histogram, (n, 2) a scatter.
 
-    Both count the 256 byte levels of [−1, 1], two pixels each. In a scatter the first number
-    runs to the right and the second up, as on paper.
+    Both count the 256 byte levels of [−1, 1], two pixels each. In a scatter plot the first number
+    increases to the right and the second upwards.
     """
     level = ((points.nan_to_num() + 1) * 127.5).round().long()
     if level.shape[1] == 1:
@@ -70,7 +72,7 @@ def _points(points: Tensor) -> Tensor:
         ink = ink.repeat_interleave(2, 1)
     else:
         count = torch.bincount(level[:, 1] * 256 + level[:, 0], minlength=256 * 256)
-        # A point is a dot, fainter at its rim; dots that meet darken each other.
+        # A point is a dot, fainter at its rim; overlapping dots are darker.
         ink = torch.zeros(512, 512)
         ink[::2, ::2] = count.view(256, 256).flip(0).float()
         dot = torch.tensor([0.4, 1.0, 1.0, 0.4])
@@ -83,7 +85,7 @@ def _points(points: Tensor) -> Tensor:
         if level.shape[1] == 2:
             paper[:, -1 - place, :] = 0.85
     if level.shape[1] == 1:
-        paper[:, -MARGIN, :] = 0.5  # the bars' ground
+        paper[:, -MARGIN, :] = 0.5  # the axis below the bars
     inner = paper[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
     inner += ink * (COLOUR[:, None, None] - inner)
     return (paper * 255).round().to(torch.uint8)
@@ -92,24 +94,24 @@ def _points(points: Tensor) -> Tensor:
 class SampleGrid(L.Callback):
     """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
-    With classes, each column is one class. With further conditions, each image has the whole
-    condition of a validation example, the first ones in their order; where rank 0 has fewer than
-    rows · columns of them, there are as many images. The starting noise is the same every time, so
-    the pictures show how the model changes and nothing else. Sampled from the average weights if
-    there is an `EMA`. A walk of more than 100 levels shows a progress bar, if the trainer has one.
+    With classes, each column is one class. With further conditions, the images have the
+    conditions of the first validation examples; if rank 0 has fewer than rows · columns of them,
+    there are fewer images. The starting noise is always the same, so that the grids differ only
+    by the model. With an `EMA` the samples are those of the average. Sampling with more than 100
+    noise levels shows a progress bar, if the trainer has one.
 
-    Data of one or two numbers make one picture instead: a histogram, or a scatter of points.
-    These want some thousand samples, such as 40 rows and 50 columns.
+    Data of one or two numbers are shown as a histogram or a scatter plot instead, which needs
+    some thousand samples, such as 40 rows and 50 columns.
 
     Args:
         rows: Rows of the grid.
         columns: Columns of the grid; rows · columns is the number of samples.
-        guidance: Strength of classifier-free guidance, 1 for none.
-        guidance_interval: Guide only for λ from low to high; None means everywhere.
-        every_n_validations: Draw at every n-th validation only.
+        guidance: Scale of classifier-free guidance, 1 for none.
+        guidance_interval: Guide only where low ≤ λ ≤ high; None for everywhere.
+        every_n_validations: Sample at every n-th validation only.
 
     Raises:
-        ValueError: If a number is below 1, or the interval is none.
+        ValueError: If a number is below 1, or low is not below high.
     """
 
     def __init__(
@@ -139,30 +141,30 @@ class SampleGrid(L.Callback):
         self._validations = 0
         self._seen: list[dict[str, Tensor]] = []
 
-    def draw(
+    def sample(
         self,
-        pl_module: Any,
+        model: LitDiffusion,
         progress: Callable[[Any], Iterable[Any]] = iter,
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The images of the grid, row by row.
+        """Sample the images of the grid, row by row.
 
         Args:
-            pl_module: The LitDiffusion to draw from.
+            model: The model.
             progress: Wraps the list of steps, such as tqdm.
-            cond: What each image is to be, label included; None means a class for each column.
+            cond: The conditions of each image, with its label; None means a class per column.
 
         Shapes:
             each condition (n, *) with n ≤ rows · columns; result (n, C, H, W), in [−1, 1].
         """
-        cond, n, classes = dict(cond or {}), self.rows * self.columns, pl_module.num_classes
+        cond, n, classes = dict(cond or {}), self.rows * self.columns, model.num_classes
         if cond:
             n, label = len(next(iter(cond.values()))), cond.pop("label", None)
         else:
             label = None if classes is None else torch.arange(n) % self.columns % classes
-        return pl_module.sample(
+        return model.sample(
             n,
-            randomness.generators(pl_module.seed, "sample", list(range(n))),
+            randomness.generators(model.seed, "sample", list(range(n))),
             label,
             guidance=self.guidance if cond or classes is not None else 1.0,
             guidance_interval=self.guidance_interval,
@@ -171,7 +173,7 @@ class SampleGrid(L.Callback):
         )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Discard the conditions of the last validation."""
+        """Discard the conditions of the previous validation."""
         self._seen = []
 
     def on_validation_batch_end(
@@ -183,7 +185,7 @@ class SampleGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the conditions of the first examples, if there are more than classes."""
+        """Keep the conditions of the first examples, if the model has more than classes."""
         if not pl_module.conditions:
             return
         room = self.rows * self.columns - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
@@ -191,22 +193,22 @@ class SampleGrid(L.Callback):
             cond = pl_module.condition(batch)
             self._seen.append({name: value[:room] for name, value in cond.items()})
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate the grid, in a hook where the averaged weights are in use."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Sample the grid, in a hook where the averaged weights are in use."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations and not trainer.should_stop:
             return
-        folder = trainer.log_dir  # a collective: every rank asks
+        folder = output_folder(trainer)
         if not trainer.is_global_zero or folder is None:
             return
-        path = Path(folder) / "samples" / f"step-{trainer.global_step:07d}.png"
+        path = folder / "samples" / f"step-{trainer.global_step:07d}.png"
         seen = {
             name: torch.cat([cond[name] for cond in self._seen])
             for name in (self._seen[0] if self._seen else ())
         }
-        images = self.draw(pl_module, pl_module.watch(), seen)
+        images = self.sample(pl_module, pl_module.watch(), seen)
         save_grid(images, path, self.columns)
         self.last_path = path
         show(trainer, "samples", path)
@@ -221,10 +223,10 @@ class SampleGrid(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Save the samples of `predict`, a grid for each batch and rank."""
-        folder = trainer.log_dir
+        folder = output_folder(trainer)
         if folder is not None:
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
-            self.last_path = Path(folder) / "samples" / name
+            self.last_path = folder / "samples" / name
             save_grid(outputs, self.last_path, self.columns)
 
     def state_dict(self) -> dict[str, Any]:

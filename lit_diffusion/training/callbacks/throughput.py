@@ -1,4 +1,4 @@
-"""How fast a training goes, and what it waits for."""
+"""Measure the speed of training, the time spent waiting for data, and the use of the device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["Throughput"]
 
-#: Dense peaks in 10¹² FLOP/s by NVIDIA's and AMD's data sheets, of 16-bit matrix products and of
-#: 32-bit ones (TF32 where the device has it). Lightning 2.6 has such a table, too, but not to rely
-#: on for the use of a peak: its H200, H100 NVL and A40 are figures with sparsity or of two cards
-#: (2.0e15 for an H200 that does 0.99e15), it takes an L40 for an L4 and a laptop's RTX 4090 for a
-#: desktop's, and it lacks B200, A30, L40S and AMD's devices.
+#: Dense peaks in 10¹² FLOP/s from NVIDIA's and AMD's data sheets, for 16-bit matrix products and
+#: for 32-bit ones (TF32 if the device has it). The table of Lightning 2.6 is not used, because its
+#: H200, H100 NVL and A40 are figures with sparsity or for two cards (2.0e15 for an H200, whose
+#: dense peak is 0.99e15), it takes an L40 for an L4 and the RTX 4090 of a laptop for that of a
+#: desktop, and it lacks B200, A30, L40S and AMD's devices.
 PEAKS = {
     r"\bB200\b": (2250, 1125),
     r"\bH[12]00 NVL\b": (835, 417),
@@ -44,41 +48,45 @@ EXAMPLES = 8  # of the batch, for which operations are counted
 
 
 class Throughput(L.Callback):
-    """Logs what training costs: time, wait for data, use of the device's peak, memory.
+    """Logs time per step, images per second, waiting for data, FLOPs utilisation, and memory.
 
-    At each log step, of the steps since the one before: `throughput/images_per_s`, over all ranks
-    and accumulated micro-batches; `throughput/step_ms`, for one optimizer step;
-    `throughput/data_wait`, the share of the time in which this rank waited for the loader, where
-    the loader measures it (ours does: an attribute `wait_seconds`, which only grows); and
-    `throughput/mfu`, the model's floating-point operations over what the devices could do at their
-    peak, where that is known. Validation, checkpoints and the first step do not count. And of the
-    whole training so far `throughput/peak_memory_gib`, the most memory in GiB that this rank's
-    tensors took on its CUDA device; elsewhere, that its whole process took in RAM.
+    Logged at each log step, for the steps since the previous one:
 
-    Operations are counted once, in one forward and backward pass of the loss over a few examples:
-    matrix products, convolutions and attention, a multiplication and its addition as two. The
-    model, its gradients and all random numbers stay as they were.
+    - `throughput/images_per_s`, over all ranks and accumulated micro-batches;
+    - `throughput/step_ms`, for one optimizer step;
+    - `throughput/data_wait`, the fraction of time in which this rank waited for the loader, if
+      the loader measures it in an attribute `wait_seconds`, as that of `ImageDataModule` does;
+    - `throughput/mfu`, the floating-point operations of the model per second, over the peak of the
+      devices, if that is known.
+
+    Validation, checkpoints and the first step are excluded. `throughput/peak_memory_gib` is the
+    maximum so far, in GiB, of the memory of this rank's tensors on a CUDA device, and of the
+    memory of the whole process elsewhere.
+
+    Operations are counted once, in a forward and backward pass of the loss over a few examples:
+    matrix products, convolutions and attention, with a multiplication and its addition as two.
+    This changes neither the model nor its gradients nor any random state.
 
     Args:
-        peak_tflops: What one device can do at most in this run's precision, in 10¹² operations a
-            second, above 0; None means what the data sheet of the device says, for those that are
-            known; for a CPU nothing is, and there is no `mfu`.
+        peak_tflops: Peak of one device in the precision of this run, in 10¹² operations per
+            second, above 0. None means that of the data sheet of the device, if it is a known
+            one; otherwise, as on a CPU, `mfu` is not logged.
 
     Raises:
         ValueError: If peak_tflops is not above 0.
 
     References:
-        Chowdhery et al. (2022), PaLM, arXiv:2204.02311, appendix B (the use of the peak; here all
-        operations that are really made count, so recomputed activations do).
+        Chowdhery et al. (2022), PaLM, arXiv:2204.02311, appendix B. Unlike there, all operations
+        that are executed are counted, including recomputed activations.
     """
 
-    # The clock of the host alone: nothing waits for the device. At a log step both have met, since
-    # `Guard`, which stands before, and the logger have read numbers of the device.
+    # Only the clock of the host is read: nothing synchronises with the device. At a log step both
+    # agree, since `Guard`, which is called before, and the logger have read from the device.
     #
-    # Lightning fetches a batch, moves it, and only then calls on_train_batch_start, so no hook is
-    # next to the fetching: the loader itself says how long it was waited for. The clock stops when
-    # a validation or a checkpoint begins. It starts again at the end of the validation; there is
-    # no hook at the end of a checkpoint, so there at the next batch, whose fetching counts.
+    # Lightning fetches a batch, moves it, and only then calls on_train_batch_start. No hook
+    # encloses the fetching, so the loader itself measures it. The clock stops when a validation or
+    # a checkpoint begins. It starts again at the end of the validation; since there is no hook at
+    # the end of a checkpoint, it then starts at the next batch, including the time to fetch it.
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and not peak_tflops > 0:
@@ -88,9 +96,9 @@ class Throughput(L.Callback):
         self._forget()
 
     def _forget(self) -> None:
-        """Begin a run: until the first step is done, nothing counts."""
+        """Begin a run, in which nothing counts until the first step is complete."""
         self._peak: float | None = None  # FLOP/s of all devices
-        self._first: tuple[int, float] | None = None  # the first step, and when it was done
+        self._first: tuple[int, float] | None = None  # the first step, and when it was complete
         self._last_step = 0
         self._waited = 0.0
         self._reset(None)
@@ -98,12 +106,12 @@ class Throughput(L.Callback):
     def _reset(self, now: float | None) -> None:
         self._images = self._steps = 0
         self._busy = self._wait = 0.0
-        self._since = now  # when the clock was started; None while it stands
+        self._since = now  # when the clock was started; None while it is stopped
 
     # The clock -------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to measure."""
+        """Reset all measurements, and find the peak of the device."""
         self._forget()
         self._last_step = trainer.global_step
         device, peak = pl_module.device, self.peak_tflops
@@ -114,13 +122,21 @@ class Throughput(L.Callback):
         self._peak = None if peak is None else peak * 1e12 * trainer.world_size
         self._waited = _wait_seconds(trainer)
 
-    def _pause(self, *args: Any) -> None:
-        """Stop the clock until the next batch is fetched."""
+    def _pause(self) -> None:
+        """Stop the clock."""
         if self._since is not None:
             self._busy += perf_counter() - self._since
             self._since = None
 
-    on_validation_start = on_save_checkpoint = _pause
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock until the end of the validation."""
+        self._pause()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Stop the clock until the next batch is fetched."""
+        self._pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock again."""
@@ -128,9 +144,9 @@ class Throughput(L.Callback):
             self._since = perf_counter()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock if it stands; count the operations once, if a peak is known."""
+        """Start the clock if it is stopped; count the operations once, if a peak is known."""
         waited = _wait_seconds(trainer)
         fetched, self._waited = waited - self._waited, waited
         self._wait += fetched
@@ -142,7 +158,7 @@ class Throughput(L.Callback):
                     self.flops_per_image = count_flops(pl_module, batch)
             except Exception as error:
                 self._peak = None
-                rank_zero_warn(f"Throughput: there is no mfu, since its count failed: {error}")
+                warn(f"Throughput: no mfu, since counting operations failed: {error}")
 
     def on_train_batch_end(
         self,
@@ -152,9 +168,9 @@ class Throughput(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count a micro-batch; at a log step log."""
+        """Count a micro-batch; log the rates at a log step."""
         losses = outputs.get("losses") if isinstance(outputs, dict) else None
-        if losses is not None:  # a step of one's own may not tell, or have skipped the batch
+        if losses is not None:  # the step of a subclass may return none, or skip a batch
             self._images += len(losses)
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
@@ -163,10 +179,10 @@ class Throughput(L.Callback):
         self._steps += 1
         now = perf_counter()
         if self._first is None:
-            # Until here loaders were started, kernels chosen and graphs compiled.
+            # The time so far was spent on starting loaders, choosing kernels and compiling.
             self._first = step, now
             self._reset(now)
-        elif step % trainer.log_every_n_steps == 0:
+        elif step % log_interval(trainer) == 0:
             seconds = self._busy + (0.0 if self._since is None else now - self._since)
             rates = self._rates(seconds, trainer.world_size)
             if not hasattr(trainer.train_dataloader, "wait_seconds"):
@@ -188,12 +204,12 @@ class Throughput(L.Callback):
         return rates
 
     def time_left(self, trainer: L.Trainer) -> str | None:
-        """How long the run will take from here, as h:mm:ss; None if that is not known.
+        """The time until the end of the run, as h:mm:ss; None if it is not known.
 
-        By the mean of the run so far, validations and checkpoints included.
+        It is estimated from the mean time per step, with validations and checkpoints.
 
         Args:
-            trainer: Knows how many steps there will be.
+            trainer: Has the number of steps.
         """
         step = trainer.global_step
         if self._first is None or trainer.max_steps < 1 or step <= self._first[0]:
@@ -203,12 +219,12 @@ class Throughput(L.Callback):
 
 
 def _wait_seconds(trainer: L.Trainer) -> float:
-    """How long this rank has waited for batches so far; 0 where its loader does not measure it."""
+    """Seconds that this rank has waited for batches; 0 if its loader does not measure them."""
     return float(getattr(trainer.train_dataloader, "wait_seconds", 0.0))
 
 
 def _peak(device: str, precision: str) -> float | None:
-    """Peak of a device in 10¹² FLOP/s, if it is one of the table."""
+    """Peak of a device in 10¹² FLOP/s; None if it is not in the table."""
     column = 0 if precision.startswith(("16", "bf16")) else 1
     if column and not precision.startswith("32"):
         return None
@@ -217,13 +233,13 @@ def _peak(device: str, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most memory so far, in GiB; None where the system does not tell.
+    """The maximum of the used memory so far, in GiB; None if the system does not report it.
 
-    On CUDA that of tensors, without what the allocator keeps for later, and nothing waits for the
-    device; elsewhere that of the whole process.
+    On CUDA it is the memory of tensors, without what the allocator reserves; elsewhere that of
+    the whole process. Nothing synchronises with the device.
 
     Args:
-        device: Where training happens.
+        device: The device of the model.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -235,23 +251,23 @@ def peak_memory(device: torch.device) -> float | None:
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
-def count_flops(pl_module: Any, batch: Any) -> float:
-    """Floating-point operations of a training step for one image, forward and backward.
+def count_flops(model: LitDiffusion, batch: dict[str, Tensor]) -> float:
+    """Count the floating-point operations of a training step per image, forward and backward.
 
     Args:
-        pl_module: The LitDiffusion, which stays as it is.
-        batch: A batch of the training data, of which a few examples are taken.
+        model: The model, which does not change.
+        batch: A batch of the training data, of which a few examples are used.
 
     Raises:
-        RuntimeError: If nothing was counted, such as in kernels that torch knows nothing of.
+        RuntimeError: If no operation was counted, as in kernels that torch does not know.
     """
     x = batch["image"][:EXAMPLES]
-    modes = [(module, module.training) for module in pl_module.modules()]
-    parameters = [p for p in pl_module.parameters() if p.requires_grad]
-    pl_module.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
     for module, _ in modes:
         if getattr(module, "activation_checkpointing", False):
-            module.training = True  # of itself alone: it recomputes, and nothing in it drops out
+            module.training = True  # itself only: it recomputes, and its parts drop nothing out
     try:
         with (
             torch.random.fork_rng([x.device] if x.device.type == "cuda" else []),
@@ -259,8 +275,8 @@ def count_flops(pl_module: Any, batch: Any) -> float:
             torch.enable_grad(),
             FlopCounterMode(display=False) as counter,
         ):
-            cond = {name: c[: len(x)] for name, c in pl_module.condition(batch).items()}
-            loss = pl_module.loss(pl_module.denoiser, x, **cond).loss.mean()
+            cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
+            loss = model.loss(model.denoiser, x, **cond).loss.mean()
             torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         for module, mode in modes:

@@ -1,8 +1,8 @@
 """The autoencoder of a latent model: images to latents and back.
 
 A latent is (mean − shift) · scale: the mean of the encoder's distribution, whose standard
-deviation is small beside that of the means, normalised to a standard deviation of 1 by the two
-numbers that each autoencoder of diffusers is published with.
+deviation is much smaller than that of the means, normalised to a standard deviation of 1 by the
+two numbers published with each autoencoder of diffusers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Autoencoder:
 
     Args:
         path: Its folder, or its name on the hub.
-        device: The device that it runs on.
+        device: The device to run on.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class Autoencoder:
         if channels != self.vae.config.in_channels or height % self.factor or width % self.factor:
             raise ValueError(
                 f"{self.path} encodes images of {self.vae.config.in_channels} channels whose "
-                f"sides are multiples of {self.factor}, got {image_shape}; set data.image_shape "
+                f"sides are multiples of {self.factor}, got {image_shape}: set data.image_shape "
                 "to that of the images, and resize images that do not fit."
             )
         return self.vae.config.latent_channels, height // self.factor, width // self.factor

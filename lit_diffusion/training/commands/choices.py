@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.folder import last_checkpoint
+from lit_diffusion.training.run.messages import inform
 
 __all__ = ["find_checkpoint", "find_device"]
 
@@ -30,7 +30,7 @@ def find_checkpoint(given: str | Path, name: str = "*") -> Path:
         raise UsageError(
             f"there is no checkpoint below runs/{name}; train first, or give its path."
         )
-    sys.stderr.write(f"The newest checkpoint is {found}.\n")
+    inform(f"The newest checkpoint is {found}.")
     return found
 
 

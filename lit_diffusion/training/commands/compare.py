@@ -20,7 +20,7 @@ COLUMNS = 7  # noise levels of the table
 
 
 class Comparison(NamedTuple):
-    """The last ε-errors of several runs, and where the figure of them is."""
+    """The last ε-errors of several runs, and the path of the figure."""
 
     runs: dict[str, dict[str, NoiseLevels]]  # of each run, the last record of each stage
     figure: Path
@@ -37,12 +37,12 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.png") -> Comp
         out: The figure: a .png, .pdf or .svg.
 
     Raises:
-        ValueError: If a folder has no noise levels, or out has another ending.
+        ValueError: If a folder has no noise levels, or out has another suffix.
     """
     out, folders = Path(out), [Path(run) for run in runs]
     if not folders:
         raise UsageError(
-            "compare needs at least 1 run, got none: lit-diffusion compare RUN1 RUN2 --out FILE."
+            "expected at least 1 run, got none: lit-diffusion compare RUN1 RUN2 --out FILE."
         )
     if out.suffix not in FORMATS:
         raise UsageError(f"--out must end in {', '.join(FORMATS)}, got {out}.")
@@ -66,8 +66,8 @@ def _last(folder: Path) -> dict[str, NoiseLevels]:
     if not path.is_file():
         raise UsageError(
             f"{folder} has no noise_levels.csv: expected the folder of a run with the callback "
-            "NoiseLevelLoss, which --config configs/with/noise-levels.yaml adds, that has got as "
-            "far as a validation."
+            "NoiseLevelLoss (added by --config configs/with/noise-levels.yaml) after its first "
+            "validation."
         )
     last = {record.stage: record for record in read_table(path)}
     if not last:
@@ -82,7 +82,7 @@ def _curve(record: NoiseLevels) -> tuple[Tensor, Tensor]:
 
 
 def _main(run: dict[str, NoiseLevels]) -> NoiseLevels:
-    """The record that a run is compared by: validation, or training if there was none."""
+    """The record used to compare a run: of validation, or of training if there is none."""
     return run.get("val", next(iter(run.values())))
 
 
@@ -95,13 +95,13 @@ def _at(record: NoiseLevels, logsnr: Tensor) -> Tensor:
 
 
 def _table(runs: dict[str, dict[str, NoiseLevels]]) -> str:
-    """The ε-errors at noise levels that all runs have, and half their integral."""
+    """The ε-errors at noise levels common to all runs, and half their integral."""
     records = {name: _main(run) for name, run in runs.items()}
     curves = [_curve(record)[0] for record in records.values()]
     low = max((float(c[0]) for c in curves if len(c)), default=0.0)
     high = min((float(c[-1]) for c in curves if len(c)), default=0.0)
     if low >= high or min(map(len, curves)) < 2:
-        return "The runs have no noise levels in common: there is only the figure."
+        return "The runs have no noise levels in common, so there is no table."
     logsnr = torch.linspace(low, high, COLUMNS, dtype=torch.float64)
     fine = torch.linspace(low, high, 1000, dtype=torch.float64)
     wide = max(map(len, [*records, "ε-error at λ ="]))

@@ -1,4 +1,4 @@
-"""The command `decode`: sampled latents as images."""
+"""The command `decode`: decode sampled latents to images."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def decode(
     device: str = "auto",
     out: str | Path = "samples.png",
 ) -> Path:
-    """Decode sampled latents into images; return their path.
+    """Decode sampled latents to images; return their path.
 
     Args:
-        latents: The file that `sample --out latents.npy` wrote.
-        vae: An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, or
-            its name on the hub.
+        latents: The file written by `sample --out latents.npy`.
+        vae: An AutoencoderKL of diffusers: a folder, downloaded by `hf download NAME --local-dir`,
+            or its name on the hub.
         batch_size: Images per batch.
         device: auto, cpu, cuda, cuda:1, mps.
-        out: A .png for one grid, or a folder.
+        out: A .png file for one grid, or a folder for one file per image.
 
     Raises:
-        ValueError: If the file does not hold latents of this autoencoder.
+        ValueError: If the file does not contain latents of this autoencoder.
     """
     out = Path(out)
     if out.suffix not in ("", ".png"):
@@ -45,14 +45,14 @@ def decode(
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if not Path(latents).is_file():
         raise UsageError(
-            f"there is no file {latents}: give the one that `sample --out latents.npy` wrote."
+            f"there is no file {latents}: give the one written by `sample --out latents.npy`."
         )
     autoencoder = Autoencoder(str(vae), find_device(device))
     z = torch.from_numpy(np.load(latents, allow_pickle=False))
     channels = autoencoder.vae.config.latent_channels
     if z.ndim != 4 or z.shape[1] != channels:
         raise UsageError(
-            f"{latents} must hold latents of shape (n, {channels}, height, width), got "
+            f"{latents} must contain latents of shape (n, {channels}, height, width), got "
             f"{tuple(z.shape)}."
         )
     images = []

@@ -1,4 +1,4 @@
-"""The command `ema`: another average of a run's weights as a checkpoint (post-hoc EMA)."""
+"""The command `ema`: write another average of a run's weights (post-hoc EMA)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lit_diffusion.training.run.weights import named_averages, weights_alone
 
 __all__ = ["Available", "Average", "ema"]
 
-#: Largest error of an average, relative to its distance from the weights, without rounding.
+#: Largest error of a reconstruction, relative to the average's distance from the weights.
 LIMIT = 0.05
 
 
@@ -64,18 +64,18 @@ def ema(
 ) -> Average | Available:
     """Write another average of a run's weights as a checkpoint (post-hoc EMA), or list them.
 
-    The average is reconstructed from the snapshots that the callback Averages has written, or
-    taken from the checkpoint. Without sigma_rel and decay the averages of the run are listed.
+    The average is reconstructed from the snapshots of the callback Averages, or taken from the
+    checkpoint if it is there. Without sigma_rel and decay the averages of the run are listed.
 
     Args:
         run: The run folder.
         sigma_rel: Relative width, in (0, 0.2887].
-        decay: A constant decay, of an average that the run has followed.
-        step: With sigma_rel: at the last snapshot up to this step; the newest by default.
-        out: The checkpoint, a .ckpt; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.
+        decay: Constant decay of an average that the run has kept.
+        step: With sigma_rel: use the last snapshot up to this step; the newest by default.
+        out: The checkpoint, a .ckpt file; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.
 
     Raises:
-        ValueError: If the average is out of reach of the snapshots, or the run has none.
+        ValueError: If the average cannot be reconstructed from the snapshots, or the run has none.
     """
     run = Path(run)
     checkpoint = _checkpoint(run)
@@ -88,7 +88,7 @@ def ema(
         raise UsageError(f"--out must end in .ckpt, got {out}.")
     found = _followed(run, checkpoint, sigma_rel, decay, step)
     if found is None:
-        assert sigma_rel is not None  # a constant decay is followed or refused
+        assert sigma_rel is not None  # a constant decay is found or refused
         found = _reconstructed(run, stored, sigma_rel, step)
     kind = f"decay-{decay}" if sigma_rel is None else f"sigma_rel-{sigma_rel}"
     if out is None:  # in the run folder, where `evaluate` finds the run's config
@@ -113,33 +113,33 @@ def _followed(
     decay: float | None,
     step: int | None,
 ) -> _Weights | None:
-    """The average as the checkpoint has it; None if it must be reconstructed."""
+    """The average in the checkpoint; None if it must be reconstructed."""
     followed = named_averages(checkpoint)
     wanted = f"EMA(decay={decay})" if sigma_rel is None else str(PowerProfile(sigma_rel))
     name = next((n for n in followed if n == wanted or n.startswith(f"{wanted[:-1]},")), None)
     if decay is not None and (name is None or step is not None):
         raise UsageError(
             "an average of constant decay cannot be reconstructed from snapshots: expected one "
-            f"that the checkpoint of {run} has, without --step. It has "
+            f"in the checkpoint of {run}, without --step. It has "
             f"{', '.join(followed) or 'none'}, not {wanted}."
         )
     if name is None or step is not None:
         return None
-    return _Weights(name, checkpoint["global_step"], followed[name], ", as it was followed")
+    return _Weights(name, checkpoint["global_step"], followed[name], ", as kept during training")
 
 
 def _checkpoint(run: Path) -> dict[str, Any]:
     """The newest checkpoint of a run, which describes the model."""
     if not run.is_dir():
-        raise UsageError(f"--run must be the folder of a run, and there is none at {run}.")
+        raise UsageError(f"--run must be the folder of a run, but there is no folder {run}.")
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():
-        raise UsageError(f"expected {path}, which describes the model; it is not there.")
+        raise UsageError(f"expected {path}, which describes the model, but it does not exist.")
     return load_checkpoint(path)
 
 
 def _usable(stored: list[Stored], step: int) -> list[Stored]:
-    """The snapshots up to a step that began with the earliest of that step: on one clock."""
+    """The snapshots up to a step whose averages began at the same step as its earliest."""
     begin = min(one.begin for one in stored if one.step == step)
     return [one for one in stored if one.step <= step and one.begin == begin]
 
@@ -151,7 +151,7 @@ class _Fit:
         target = Snapshot(PowerProfile(sigma_rel), stored[-1].snapshot.updates)
         found = reconstruct(target, [one.snapshot for one in stored], sizes.noise)
         distance = target.updates / (2 * target.profile.power + 1)  # squared, in steps
-        beyond = found.error**2 - sizes.noise / distance  # a snapshot itself is off by that much
+        beyond = found.error**2 - sizes.noise / distance  # without the error of a snapshot itself
         self.mixture, self.error = found.weights.tolist(), found.error
         self.within_reach = beyond <= LIMIT**2
         share = (distance * sizes.step / sizes.weights) ** 0.5 if sizes.weights else 0.0
@@ -171,11 +171,11 @@ def _reach(stored: list[Stored], sizes: Scatter) -> str:
 def _reconstructed(
     run: Path, stored: list[Stored], sigma_rel: float, upto: int | None
 ) -> _Weights:
-    """An average that was not followed, from the snapshots up to a step."""
+    """Reconstruct an average from the snapshots up to a step."""
     if not stored:
         raise UsageError(
-            f"there are no snapshots in {folder_of(run)}; the callback Averages writes them, "
-            "which --config configs/with/ema.yaml adds to a run."
+            f"there are no snapshots in {folder_of(run)}: they are written by the callback "
+            "Averages, which --config configs/with/ema.yaml adds to a run."
         )
     steps = [one.step for one in stored if upto is None or one.step <= upto]
     if not steps:
@@ -189,9 +189,9 @@ def _reconstructed(
     found = _Fit(sigma_rel, stored, sizes)
     if not found.within_reach:
         raise UsageError(
-            f"sigma_rel={sigma_rel} is out of reach of the snapshots up to step {step}: it would "
-            f"be off by {found.error:.0%} of its distance from the weights, {LIMIT:.0%} are "
-            f"allowed. Within reach are {_reach(stored, sizes)}."
+            f"sigma_rel={sigma_rel} cannot be reconstructed from the snapshots up to step {step}: "
+            f"the error would be {found.error:.0%} of its distance from the weights, "
+            f"{LIMIT:.0%} is allowed. Possible is {_reach(stored, sizes)}."
         )
     files = len({one.path for one in stored})
     late = f", from step {stored[-1].begin}" if stored[-1].begin else ""
@@ -210,8 +210,8 @@ def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
     strange += [key for key in weights if key in state and weights[key].shape != state[key].shape]
     if strange:
         raise UsageError(
-            f"the snapshots are of another model than the checkpoint: it has no {strange[0]} of "
-            f"shape {tuple(weights[strange[0]].shape)}."
+            f"the snapshots do not belong to the model of the checkpoint: it has no {strange[0]} "
+            f"of shape {tuple(weights[strange[0]].shape)}."
         )
     key = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
     new = weights_alone(
@@ -221,7 +221,7 @@ def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
 
 
 def _available(checkpoint: dict[str, Any], stored: list[Stored]) -> Available:
-    """The averages of a run, and which can be reconstructed."""
+    """The averages of a run, and the widths that can be reconstructed."""
     profiles = dict.fromkeys(one.snapshot.profile for one in stored)
     snapshots = {
         str(profile): [one.step for one in stored if one.snapshot.profile == profile]
@@ -231,5 +231,5 @@ def _available(checkpoint: dict[str, Any], stored: list[Stored]) -> Available:
     if stored:
         usable = _usable(stored, stored[-1].step)
         widths = _reach(usable, scatter(usable))
-        reach = f"Within reach at step {stored[-1].step}: sigma_rel {widths}"
+        reach = f"Possible at step {stored[-1].step}: sigma_rel {widths}"
     return Available(checkpoint["global_step"], list(named_averages(checkpoint)), snapshots, reach)

@@ -1,22 +1,21 @@
-"""The command `encode`: a data set of images as a data set of latents.
+"""The command `encode`: convert a data set of images to a data set of latents.
 
-A latent model does not see images but their latents under an autoencoder, some fifty times fewer
-numbers that are still arranged as an image. They never change, so they are computed once:
+A latent model is trained on the latents of images under an autoencoder, about fifty times fewer
+numbers that are still arranged as an image. They are fixed, so they are computed once:
 
     lit-diffusion encode --vae FOLDER --data.path NAME --data.image_shape [3,256,256] --out LATENTS
     lit-diffusion fit --config configs/imagenet256-latent.yaml --data.path LATENTS
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
 
-Shards are parquet files with a column `latent`, each an array of float16 in numpy's file format,
-and a column `label`.
+The result are parquet files with a column `latent`, arrays of float16 in numpy's file format, and
+a column `label`.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,15 @@ from lit_diffusion.training.commands.autoencoder import Autoencoder
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.run.whole_folder import (
+    publish,
+    remove_unfinished,
+    unfinished_folder,
+)
 
 __all__ = ["encode"]
 
-GROUP, FILE = 1000, 10_000  # latents in a row group, which a stream calls a shard; in a file
+GROUP, FILE = 1000, 10_000  # latents per row group (a shard when streaming), and per file
 CARD = """---
 configs:
 - config_name: default
@@ -59,15 +63,15 @@ def encode(
     batch_size: int = 64,
     device: str = "auto",
 ) -> Path:
-    """Encode a data set of images as a data set of latents; return its folder.
+    """Convert a data set of images to a data set of latents; return its folder.
 
     Args:
-        vae: An AutoencoderKL of diffusers: a folder, fetched by `hf download NAME --local-dir`, or
-            its name on the hub.
+        vae: An AutoencoderKL of diffusers: a folder, downloaded by `hf download NAME --local-dir`,
+            or its name on the hub.
         data: The images.
-        out: The data set: a new folder.
-        mirrored: Also encode the mirror image of each training image: what horizontal_flip is for
-            images.
+        out: Folder of the new data set; it must not exist.
+        mirrored: Also encode the mirror image of each training image, the equivalent of
+            horizontal_flip for images.
         batch_size: Images per batch.
         device: auto, cpu, cuda, cuda:1, mps.
 
@@ -78,14 +82,12 @@ def encode(
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if out.exists():
-        raise UsageError(f"--out must be a new folder, and {out} is there already.")
+        raise UsageError(f"--out must be a new folder, but {out} exists already.")
     autoencoder = Autoencoder(str(vae), find_device(device))
     channels, height, width = data.image_shape
     shape = autoencoder.latent_shape((channels, height, width))
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
-    try:
+    remove_unfinished(out)
+    with unfinished_folder(out) as partial:
         moments = {}
         for split in dict.fromkeys(filter(None, (data.train_split, data.val_split))):
             batches = data.examples(split, batch_size)
@@ -97,9 +99,7 @@ def encode(
         files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in moments)
         text = CARD.format(files=files, facts=_plain(card))
         (partial / "README.md").write_text(text)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+        publish(partial, out)
     return out
 
 
@@ -139,7 +139,7 @@ def _write_split(
 def _rows(
     autoencoder: Autoencoder, batches: Iterable[dict[str, Any]], mirrored: bool
 ) -> Iterator[tuple[Tensor, int | None]]:
-    """Yield (latent, label) of each image, followed by that of its mirror image."""
+    """Yield (latent, label) of each image, and of its mirror image if requested."""
     for batch in batches:
         images = batch["image"]
         labels = batch["label"].tolist() if "label" in batch else [None] * len(images)

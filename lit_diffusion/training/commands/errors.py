@@ -1,7 +1,7 @@
-"""Errors of usage: raised as a `ValueError` in Python, one line on the command line.
+"""Usage errors: a `ValueError` in Python, one line on the command line.
 
 jsonargparse explains a mistake in ten lines of nested alternatives; a user needs the place, what
-was expected, what came, and what to do.
+was expected, what was received, and what to do.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lit_diffusion.registry import subclasses
 __all__ = ["UsageError", "fail", "one_line"]
 
 _PLUGINS = (
-    "`lit-diffusion plugins` lists the known classes; a class of your own needs --plugins, one of "
-    "a package needs the package installed."
+    "`lit-diffusion plugins` lists the known classes; for a class of your own use --plugins, and "
+    "for one of a package install the package."
 )
 
 
 class UsageError(ValueError):
-    """A wrong argument; its message says what was expected, what came, and what to do."""
+    """A wrong argument; the message states what was expected, what was received and what to do."""
 
 
 def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with code 2.
 
     Args:
-        message: What was expected, what came, what to do.
+        message: What was expected, what was received, and what to do.
     """
     sys.stderr.write(f"lit-diffusion: error: {' '.join(message.split())}\n")
     sys.stderr.flush()
@@ -99,7 +99,7 @@ def _unknown_argument(option: str, keys: list[str], message: str) -> str:
 
 
 def _unrecognized(word: str) -> str:
-    """A word of the command line that no argument takes."""
+    """A word of the command line that is not an argument."""
     if word.endswith(".ckpt"):
         return f"expected one checkpoint, got {word} as well. `last` is the newest."
     if not word.startswith("-"):
@@ -108,7 +108,7 @@ def _unrecognized(word: str) -> str:
 
 
 def one_line(message: str) -> str:
-    '''The sentence that matters in a parser's message.
+    '''The relevant sentence of a parser's message.
 
     Args:
         message: The message of jsonargparse.
@@ -122,7 +122,9 @@ def one_line(message: str) -> str:
     if name := re.search(r"Expected a dot import path string: (\S+)", message):
         return where + _unknown_class(name[1], keys)
     if extra := re.search(r"^\s*(.*pip install .*)$", message, re.MULTILINE):
-        return f"{where}{extra[1]}"  # a class that lacks an optional package says so itself
+        return f"{where}{extra[1]}"  # a class that lacks an optional package names it
+    if inner := re.search(r"^\s*- ([\w.]+: expected .+, got .+)$", message, re.MULTILINE):
+        return where + inner[1]  # of a nested argument, in one line already
     if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
         return where + _not_importable(path[1])
     if "Expected an instantiatable class" in message:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
@@ -35,27 +34,18 @@ from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.sample import NO_GUIDANCE
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.evaluation import scores
+from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
-from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
-from lit_diffusion.training.evaluation.tables import VERSION, SamplerScores, markdown, plot_scores
+from lit_diffusion.training.evaluation.record import make_record, write_record
+from lit_diffusion.training.evaluation.scores import all_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.checkpoints import load_checkpoint
-from lit_diffusion.training.run.figures import save_figure
-from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.measurements import Measurement, add_measurements
 from lit_diffusion.training.run.weights import weights_name
-from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Evaluation", "evaluate"]
-
-SCORES = (
-    scores.kernel_distance,
-    scores.inception_score,
-    scores.precision_recall,
-    scores.density_coverage,
-)
 
 
 class Evaluation(NamedTuple):
@@ -119,37 +109,37 @@ def evaluate(
     likelihood: Likelihood | None = None,
     data: ImageDataModule | None = None,
 ) -> Evaluation:
-    """Measure a checkpoint: distances of its samples from the data, and bits per dimension.
+    """Evaluate a checkpoint: FID and other scores of its samples, and bits per dimension.
 
     Args:
         ckpt_path: The checkpoint; `last`: the newest in runs/.
         name: With `last`: only runs of this name.
         config: The config that describes the data; the run's own by default.
-        num_samples: Number of samples for each seed; by default that of the run's FID, else
-            50,000.
-        features: Network whose features are compared; the run's FID's, else Inception.
-        split: Split to compare with; the run's FID's, else train.
-        baseline_split: Split of real images whose own distance is shown as the baseline; the
-            run's FID's, "none" for none.
-        reference_hash: What the hash of the reference must begin with; the run's FID's, "none"
-            for no such check.
+        num_samples: Number of samples per seed; by default that of the run's FID, or 50,000.
+        features: Feature network; by default that of the run's FID, or Inception.
+        split: Reference split; by default that of the run's FID, or train.
+        baseline_split: Split of real images whose distance is reported as the baseline; by
+            default that of the run's FID; "none" for none.
+        reference_hash: Expected prefix of the reference's hash; by default that of the run's FID;
+            "none" for no check.
         samplers: Samplers to compare, such as '[DDIMSampler, HeunSampler]'; the model's own by
             default.
         steps: Numbers of steps of each sampler, such as [5, 10, 50]; its own by default.
-        seeds: One set of samples for each seed; the standard deviation over them is shown. The
-            run's FID's by default.
-        guidance: Strength of classifier-free guidance, 1 for none; the run's FID's, else 1.
-        guidance_interval: Guide only for λ within; the run's FID's, "none" for everywhere.
-        batch_size: Images per batch; the run's FID's, else 256.
-        bound: Also measure bits per dimension of the validation split.
+        seeds: One set of samples per seed; the standard deviation over them is reported. By
+            default the seed of the run's FID.
+        guidance: Scale of classifier-free guidance, 1 for none; by default that of the run's FID.
+        guidance_interval: Guide only where low ≤ λ ≤ high; by default that of the run's FID;
+            "none" for everywhere.
+        batch_size: Images per batch; by default that of the run's FID, or 256.
+        bound: Whether to measure bits per dimension of the validation split as well.
         out: A folder for the results; RUN/evaluation by default.
         device: auto, cpu, cuda, cuda:1, mps.
-        compile: Compile the network: worth it for many samples, on a GPU.
-        likelihood: How the bound is measured; as the run's Likelihood does by default.
+        compile: Whether to compile the network, which pays off for many samples on a GPU.
+        likelihood: How the bound is measured; by default as by the run's Likelihood.
         data: The data; the run's own by default.
 
     Raises:
-        ValueError: If the checkpoint or its data cannot be found, or an argument does not fit.
+        ValueError: If the checkpoint or its data cannot be found, or an argument is invalid.
     """
     path = find_checkpoint(ckpt_path, name)
     run = run_folder(path)
@@ -174,17 +164,18 @@ def evaluate(
     subject = _load(path, run, device, data)
     if compile:
         compile_in_place(subject.model, subject.model.device)
-    reference, baseline, rows = _scores(subject, data, settings)
+    comparison, rows = _compare(subject, data, settings)
     bits = _bound(subject, data, measure) if bound else []
+    hashed = fingerprint(subject.model.denoiser)
+    record = make_record(_checkpoint(subject), subject.weights, hashed, comparison, rows, bits)
     folder = Path(out) if out else (run or Path()) / "evaluation"
-    tables = _write(folder, subject, reference, baseline, rows, bits)
+    tables = write_record(folder, record)
     if run is not None:
-        add_measurements(
-            run, [*(m for row in rows for m in row.measurements(subject.step)), *bits]
-        )
+        measured = (one for row in rows for one in row.measurements(subject.step))
+        add_measurements(run, [*measured, *bits])
         if (run / "report.html").is_file():
             write_report(run)
-    return Evaluation(rows, bits, baseline, tables, folder)
+    return Evaluation(rows, bits, comparison.baseline, tables, folder)
 
 
 def _settings(experiment: dict[str, Any], **given: Any) -> _Settings:
@@ -201,14 +192,14 @@ def _own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
     """The data of the experiment, which a checkpoint alone does not record."""
     if path.is_file() and not experiment:
         raise UsageError(
-            f"{path} does not lie in a run folder, and does not record its data: give --config "
-            "with that of its run, or --data.path."
+            f"{path} is not in a run folder and does not record its data: give the config of its "
+            "run as --config, or --data.path."
         )
     return instantiate(ImageDataModule, experiment.get("data") or {})
 
 
 def _check(settings: _Settings, out: str | Path | None) -> None:
-    """Refuse what is wrong for every checkpoint, before one is read."""
+    """Reject arguments that are wrong for any checkpoint, before one is read."""
     if settings.num_samples < 2 or settings.batch_size < 1:
         raise UsageError(
             "--num_samples must be at least 2 and --batch_size 1, "
@@ -234,16 +225,9 @@ def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _
     if model.image_shape != tuple(data.image_shape):
         raise UsageError(
             f"expected data of the model's shape {model.image_shape}, got "
-            f"{tuple(data.image_shape)}: is --config, or --data.image_shape, that of its run?"
+            f"{tuple(data.image_shape)}: give the --config or --data.image_shape of its run."
         )
     return _Model(model, path, checkpoint["global_step"], weights_name(checkpoint), run)
-
-
-def _names_classes(network: nn.Module, data: ImageDataModule) -> bool:
-    """Whether the feature network also returns logits, which the Inception Score needs."""
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    blank = torch.zeros(1, *data.image_shape, dtype=torch.uint8, device=device)
-    return scores.extract(network, blank).logits is not None
 
 
 def _with_steps(sampler: Sampler, steps: int) -> Sampler:
@@ -267,66 +251,25 @@ def _generations(settings: _Settings, model: LitDiffusion) -> Iterator[Generatio
 # Measuring ------------------------------------------------------------------------------------
 
 
-def _scores(
+def _compare(
     subject: _Model, data: ImageDataModule, settings: _Settings
-) -> tuple[Reference, float | None, list[SamplerScores]]:
-    """The reference, the distance of the baseline from it, and a row for each way of sampling."""
-    device = subject.model.device
-    network = (settings.features or InceptionFeatures()).to(device).eval()
-    reference = open_reference(
-        data, settings.split, network, device, True, settings.reference_hash
+) -> tuple[Comparison, list[SamplerScores]]:
+    """Compute all scores that the feature network allows, for every way of sampling."""
+    network = settings.features or InceptionFeatures()
+    comparison = Comparison.open(
+        subject.model,
+        data,
+        network,
+        settings.split,
+        all_scores(network, data.image_shape),
+        settings.baseline_split,
+        settings.reference_hash,
     )
-    shares = None
-    if subject.model.num_classes is not None:
-        shares = class_shares(data, reference, network, device)
-    baseline = None
-    if settings.baseline_split is not None:
-        other = open_reference(data, settings.baseline_split, network, device)
-        baseline = scores.frechet_distance(other, reference)
-    others = SCORES if _names_classes(network, data) else (SCORES[0], *SCORES[2:])
     rows = [
-        _row(subject, network, reference, shares, others, generation, settings.seeds)
+        comparison.repeat(subject.model, generation, settings.seeds, subject.weights)
         for generation in _generations(settings, subject.model)
     ]
-    return reference, baseline, rows
-
-
-def _row(
-    subject: _Model,
-    network: nn.Module,
-    reference: Reference,
-    shares: Tensor | None,
-    others: Any,
-    generation: Generation,
-    seeds: list[int],
-) -> SamplerScores:
-    """The scores of one way of sampling, for each seed."""
-    sampler = subject.model.walk(generation.sampler)
-    found = []
-    for seed in seeds:
-        judge = scores.Scores(network, reference, others)
-        what = f"{type(sampler).__name__} {sampler.steps}, seed {seed}"
-        batches = dataclasses.replace(generation, seed=seed).sample(subject.model, shares)
-        with tqdm(total=generation.num_samples, desc=what, leave=False, disable=None) as bar:
-            for batch in batches:
-                judge.add(batch)
-                bar.update(len(batch.index))
-        found.append(judge.compute())
-    protocol = {
-        "reference": reference.protocol,
-        **generation.protocol(subject.model),
-        "weights": subject.weights,
-        "versions": versions(),
-    }
-    del protocol["seed"]  # one of several, which the row has
-    return SamplerScores(
-        sampler=type(sampler).__name__,
-        steps=sampler.steps,
-        calls=protocol["network calls"],
-        seeds=seeds,
-        scores={name: [one[name] for one in found] for name in found[0]},
-        protocol=protocol,
-    )
+    return comparison, rows
 
 
 @torch.inference_mode()
@@ -336,7 +279,7 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
         return []
     data.setup("validate")
     total = torch.zeros(5, dtype=torch.float64)
-    decoder = likelihood.protocol(subject.model)["decoder"]
+    decoder = likelihood.settings(subject.model).decoder
     for i, batch in enumerate(
         tqdm(data.val_dataloader(), desc="bound", leave=False, disable=None)
     ):
@@ -351,42 +294,10 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
     return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
 
 
-# Writing ---------------------------------------------------------------------------------------
-
-
-def _write(
-    out: Path,
-    subject: _Model,
-    reference: Reference,
-    baseline: float | None,
-    rows: list[SamplerScores],
-    bound: list[Measurement],
-) -> str:
-    """Write evaluation.json, .md and, if there is a curve to plot, .png; return the tables."""
+def _checkpoint(subject: _Model) -> dict[str, Any]:
+    """Which file was evaluated, for the record."""
     with subject.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    record = {
-        "version": VERSION,
-        "checkpoint": {
-            # <name>/<time>/checkpoints/<file> of a run, and no folder of this machine
-            "file": "/".join(subject.checkpoint.parts[-4 if subject.run else -1 :]),
-            "sha256": digest,
-            "step": subject.step,
-        },
-        "weights": subject.weights,
-        "weights hash": fingerprint(subject.model.denoiser),
-        "reference": reference.protocol,
-        "floor": baseline,
-        "scores": [row.plain() for row in rows],
-        "bound": [one._asdict() for one in bound],
-    }
-    text = markdown(record)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    if len({row.calls for row in rows}) > 1:
-        save_figure(plot_scores(rows, baseline), out / "evaluation.png")
-        text += "\n![Fréchet distance against network calls](evaluation.png)\n"
-    else:
-        (out / "evaluation.png").unlink(missing_ok=True)  # of an earlier sweep
-    write_whole(out / "evaluation.md", text)
-    return text
+    # <name>/<time>/checkpoints/<file> of a run, and no folder of this machine
+    name = "/".join(subject.checkpoint.parts[-4 if subject.run else -1 :])
+    return {"file": name, "sha256": digest, "step": subject.step}

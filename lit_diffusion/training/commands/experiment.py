@@ -1,4 +1,4 @@
-"""The experiment that a checkpoint comes from: its run folder, its config, its callbacks."""
+"""The experiment of a checkpoint: its run folder, its config, its callbacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["callback_arguments", "evaluation_defaults", "read_experiment", "run_
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in; None if it lies in none.
+    """The run folder that contains a checkpoint; None if there is none.
 
     Args:
         checkpoint: The path of the checkpoint.
@@ -24,7 +24,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def read_experiment(config: str | Path | None, run: Path | None) -> dict[str, Any]:
-    """The config of an experiment: the given one, else the run's own, else an empty one.
+    """The config of an experiment: the given one, or that of the run, or an empty one.
 
     Args:
         config: The path of a config.
@@ -41,7 +41,7 @@ def read_experiment(config: str | Path | None, run: Path | None) -> dict[str, An
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise UsageError(f"--config {path} holds no config.")
+        raise UsageError(f"--config {path} contains no config.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command `export`: a trained model as a folder that can be loaded by itself.
+"""The command `export`: write a trained model as a self-contained folder.
 
     model.safetensors   the weights for sampling: the average, if the run has one
     config.json         the arguments of the model, as plain data
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +30,7 @@ from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
-from lit_diffusion.training.run.whole_file import sync
+from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
 
 __all__ = ["export"]
 
@@ -53,23 +52,23 @@ def export(
     name: str = "*",
     license: str = "unknown",
 ) -> Path:
-    """Write a trained model into a folder that loads alone and can be pushed to the Hub.
+    """Write a trained model to a self-contained folder that can be pushed to the Hub.
 
     Args:
         run: A run folder, a .ckpt file, or `last`: the newest run in runs/.
-        out: The folder: a new one.
-        ckpt: Another checkpoint of the run than last.ckpt.
+        out: The folder; it must be new or empty.
+        ckpt: Another checkpoint of the run instead of last.ckpt.
         name: With `last`: only runs of this name.
-        license: License of the weights, as the Hub names it: mit.
+        license: License of the weights, by its name on the Hub, such as mit.
 
     Raises:
-        ValueError: If there is no such checkpoint, or its network is not described in it, or out
-            is not empty.
+        ValueError: If there is no such checkpoint, it does not describe its network, or out is not
+            empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"--out must be a new folder or an empty one, got {out}: remove it, or name another."
+            f"--out must be a new or empty folder, got {out}: remove it, or give another."
         )
     path = _checkpoint(run, ckpt, name)
     folder = path.parents[1] if path.parent.name == "checkpoints" else path.parent
@@ -112,8 +111,8 @@ def _read(path: Path) -> _Trained:
     given = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
     if "network" not in given:
         raise ValueError(
-            f"{path} does not describe its network, so the folder could not be loaded: use a "
-            "network whose class keeps its arguments as attributes, and train with that."
+            f"{path} does not describe its network, so the folder could not be loaded: train with "
+            "a network whose class keeps its arguments as attributes."
         )
     own = inspect.signature(Pretrained).parameters
     described = {
@@ -145,24 +144,18 @@ def _picture(run: Path, step: int) -> Path | None:
 def _write(
     out: Path, model: Pretrained, about: dict[str, Any], card: str, picture: Path | None
 ) -> None:
-    """Write the folder, whole or not at all."""
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
+    """Write the folder, completely or not at all."""
+    with unfinished_folder(out) as unfinished:
         weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        # JSON has no word for infinity, but its numbers may be that large.
+        # JSON has no infinity, but 1e999 is read as infinite.
         text = re.sub(r"^(.*?)(-?)Infinity(,?)$", r"\g<1>\g<2>1e999\3", text, flags=re.MULTILINE)
         (unfinished / CONFIG).write_text(text, encoding="utf-8")
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         if picture is not None:
             shutil.copyfile(picture, unfinished / SAMPLES)
-        shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # else they are for the owner
-        for file in unfinished.iterdir():
-            sync(file)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copymode(
+            unfinished / CONFIG, unfinished / WEIGHTS
+        )  # readable not only for the owner
+        publish(unfinished, out)

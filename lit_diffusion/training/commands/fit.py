@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
@@ -26,20 +25,22 @@ from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
-    SaveConfig,
+    is_first_rank,
     last_checkpoint,
     new_run_folder,
     run_loggers,
-    with_public_paths,
 )
+from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
+from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
-__all__ = ["DiffusionCLI", "DiffusionParser", "is_first_rank"]
+__all__ = ["DiffusionCLI", "DiffusionParser"]
 
 
 class DiffusionParser(CommandParser, LightningArgumentParser):
@@ -123,10 +124,10 @@ class DiffusionCLI(LightningCLI):
                     f"there is no checkpoint below {root / config.name}; train first."
                 )
             if found is None:
-                _note(f"No checkpoint below {root / config.name} yet: starting a new run.")
+                inform(f"No checkpoint below {root / config.name} yet: starting a new run.")
                 config.ckpt_path = None
                 return
-            _note(f"Resuming from {found}.")
+            inform(f"Resuming from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
@@ -137,7 +138,7 @@ class DiffusionCLI(LightningCLI):
             if Path(path).parent.name == "checkpoints":
                 self.run_folder = Path(path).parents[1]
             return
-        _note("Using the checkpoint's model; `--model.*` is ignored.")
+        inform("Using the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         described.pop("image_shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
@@ -159,11 +160,11 @@ class DiffusionCLI(LightningCLI):
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
         found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)
-        _note(f"Objective: {headline(found, loss.decoder)}")
+        inform(f"Objective: {headline(found, loss.decoder)}")
         for name in ("weighting", "schedule", "prediction", "num_timesteps", "decoder"):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
-                _note(f"Note: the checkpoint was trained with another {name}: {before}")
+                inform(f"Note: the checkpoint was trained with another {name}: {before}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the trainer, with the run folder, its loggers, and the usual callbacks."""
@@ -176,6 +177,7 @@ class DiffusionCLI(LightningCLI):
         if trainer.logger in (None, True) and not trainer.fast_dev_run:
             self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
             kwargs["logger"] = self.loggers
+        kwargs["plugins"] = with_whole_checkpoints(trainer.plugins)
         trainer.callbacks = with_defaults(
             callbacks,
             checkpoints=trainer.enable_checkpointing is not False,
@@ -253,7 +255,7 @@ class DiffusionCLI(LightningCLI):
                 device = trainer.strategy.root_device
                 begin_session(self.run_folder, device, ranks, str(trainer.precision))
             except Exception as error:
-                _note(f"Warning: the environment of the run is not recorded: {error}")
+                warn(f"the environment of the run is not recorded: {error}")
 
     def _end_report(self, how: str) -> Path | None:
         """Write the report of the run folder, if there is one; return its path."""
@@ -262,7 +264,7 @@ class DiffusionCLI(LightningCLI):
                 end_session(self.run_folder, how, self.trainer.global_step)
                 return write_report(self.run_folder)
             except Exception as error:
-                _note(f"Warning: the report of this run could not be written: {error}")
+                warn(f"the report of this run could not be written: {error}")
         return None
 
     def _summarise(self) -> None:
@@ -274,7 +276,7 @@ class DiffusionCLI(LightningCLI):
             _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
                 _say(callback.summary)
@@ -305,17 +307,6 @@ def _set_shape(network: Any, shape: tuple[int, int, int]) -> None:
         given["image_shape"] = shape
         for argument, inner in cls.inner_shapes(**given).items():
             _set_shape(given.get(argument), inner)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0, which also holds before a trainer is made."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    sys.stderr.write(" ".join(line.split()) + "\n")
-    sys.stderr.flush()
 
 
 def _say(line: str) -> None:

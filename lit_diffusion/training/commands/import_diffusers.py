@@ -1,4 +1,4 @@
-"""The command `import`: a published model of diffusers as an ordinary checkpoint.
+"""The command `import`: convert a published model of diffusers to a checkpoint.
 
     lit-diffusion import ddpm-cifar10 --out ddpm-cifar10.ckpt
     lit-diffusion test --ckpt_path ddpm-cifar10.ckpt --config configs/cifar10.yaml
@@ -25,11 +25,11 @@ def import_diffusers(folder: str | Path, *, out: str | Path) -> Path:
     """Write a published unconditional model of diffusers as a checkpoint; return its path.
 
     Args:
-        folder: A pipeline's folder, fetched by `hf download NAME --local-dir`.
+        folder: The folder of a pipeline, downloaded by `hf download NAME --local-dir`.
         out: The checkpoint: a new .ckpt file.
 
     Raises:
-        ValueError: If the folder holds no pipeline that can be imported, or out exists.
+        ValueError: If the folder does not contain a supported pipeline, or out exists.
     """
     out = Path(out)
     if out.suffix != ".ckpt" or out.exists():

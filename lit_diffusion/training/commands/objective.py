@@ -1,8 +1,8 @@
-"""The command `objective`: describe an objective before it is trained.
+"""The command `objective`: analyse an objective before training.
 
     schedule, weighting, prediction, steps  →  Objective  →  text with a table, figure
 
-Nothing is trained and no data are read.
+It reads no data and trains nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Described", "objective"]
 
 
 class Described(NamedTuple):
-    """An objective, the decoder of its loss, and where its figure is."""
+    """An objective, the decoder of its loss, and the path of its figure."""
 
     objective: Objective
     decoder: Decoder | None
@@ -48,20 +48,20 @@ def objective(
     name: str = "*",
     out: str | Path | None = None,
 ) -> Described:
-    """Describe an objective: its curves over λ, whether it is an ELBO, its variance.
+    """Analyse an objective: its curves over λ, whether it is an ELBO, its variance.
 
     Args:
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
-        weighting: Weight w(λ) on the error of ε; None means `ELBOWeighting()`.
+        weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
-        num_timesteps: Number of steps of a discrete chain; None means continuous time.
-        decoder: The decoder of a loss that is the whole bound.
-        ckpt_path: Describe the objective of a checkpoint instead; `last`: the newest in runs/.
+        num_timesteps: Number T of steps of a discrete chain; None means continuous time.
+        decoder: The decoder, if the loss is the full bound.
+        ckpt_path: Analyse the objective of a checkpoint instead; `last`: the newest in runs/.
         name: With `last`: only runs of this name.
-        out: Plot it as well: a .png or .pdf file.
+        out: File for a figure, .png or .pdf; None means no figure.
 
     Raises:
-        ValueError: If the parts do not fit each other, or the checkpoint cannot be read.
+        ValueError: If the parts are incompatible, or the checkpoint cannot be read.
 
     Example:
         >>> from lit_diffusion import SigmoidWeighting
@@ -73,7 +73,7 @@ def objective(
     if out is not None and out.suffix not in (".png", ".pdf"):
         raise UsageError(f"--out must be a .png or .pdf file, got {out}.")
     if ckpt_path is not None:
-        # The weights count as well: a schedule may have learned its shape.
+        # With its weights, since a schedule may have learned its shape.
         model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name))
         loss, prediction = model.loss, model.denoiser.prediction
     else:

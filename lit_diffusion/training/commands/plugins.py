@@ -26,7 +26,7 @@ class Plugins(dict[str, list[type]]):
 def plugins() -> Plugins:
     """List every schedule, weighting, prediction, sampler and decoder.
 
-    Those of installed plug-in packages and of the modules imported so far are among them.
+    This includes those of installed plug-in packages and of the modules imported so far.
 
     Example:
         >>> [cls.__name__ for cls in plugins()["Prediction"]][:2]

@@ -1,7 +1,7 @@
 """The command `replay`: repeat a step whose loss or gradient was not finite.
 
     non_finite/step-N.json     the step: its examples, λ's, losses             written by `Guard`
-               step-N.yaml     the config that was in force
+               step-N.yaml     the config of the run
                start-S.ckpt    the last checkpoint before it, if there was one
 
 Every step is a pure function of (seed, step, micro-batch, rank), and a run resumes from a
@@ -29,19 +29,20 @@ from torch import Tensor, nn
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.fit import DiffusionCLI, is_first_rank
+from lit_diffusion.training.commands.fit import DiffusionCLI
 from lit_diffusion.training.commands.parsing import import_plugins
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.folder import is_first_rank
 
 __all__ = ["Replay", "Witness", "replay"]
 
-ROWS = 24  # examples of the table, the bad ones first
+ROWS = 24  # examples in the table, non-finite ones first
 NAMES = 5  # parameters that are named
 
 
 class Reached(Exception):  # noqa: N818
-    """The step is reached; carries what was recorded there."""
+    """Raised when the step is reached, with what was recorded there."""
 
     def __init__(self, seen: dict[str, Any]) -> None:
         super().__init__("The step is reached.")
@@ -49,14 +50,14 @@ class Reached(Exception):  # noqa: N818
 
 
 class Witness(L.Callback):
-    """Checks every module and gradient in one step, and ends the run there by `Reached`.
+    """Checks every module and gradient in one step, then raises `Reached` to end the run.
 
     Args:
         step: The step, counted from 0.
         world_size: Number of ranks of the run.
 
     Raises:
-        ValueError: If the number of ranks is another.
+        ValueError: If the number of ranks differs.
     """
 
     def __init__(self, step: int, world_size: int) -> None:
@@ -70,11 +71,11 @@ class Witness(L.Callback):
         self._hooks: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse another number of ranks: the noise depends on the rank."""
+        """Reject another number of ranks, since the noise depends on the rank."""
         if trainer.world_size != self.world_size:
             raise ValueError(
-                f"The step was made by {self.world_size} rank(s), expected as many for its replay "
-                f"and got {trainer.world_size}: start it as the run was, such as `torchrun "
+                f"Expected {self.world_size} rank(s), as in the run, for the replay, got "
+                f"{trainer.world_size}: start it like the run, for example with `torchrun "
                 f"--nproc-per-node {self.world_size} -m lit_diffusion replay FILE`."
             )
 
@@ -97,7 +98,7 @@ class Witness(L.Callback):
 
     def _hook(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Hooks run from the inside out, so the first is where it begins.
+            # Hooks run from the inside out, so the first one is the origin.
             if self._module is None and not all(map(_finite, _tensors(output))):
                 kind = type(module).__name__
                 fed = all(map(_finite, _tensors(inputs)))
@@ -146,7 +147,7 @@ class Witness(L.Callback):
 
 
 class Replay(NamedTuple):
-    """Whether a step came out the same again, and the report on it."""
+    """Whether the step was reproduced, and the report."""
 
     reproduced: bool
     report: str  # "" on all ranks but the first
@@ -171,13 +172,13 @@ def replay(
         ValueError: If the file, its config or its checkpoint is missing or damaged.
     """
     path = Path(file)
-    told = _read(path)
+    record = _read(path)
     os.environ["WANDB_MODE"] = "disabled"
-    start = None if told["checkpoint"] is None else path.parent / told["checkpoint"]
+    start = None if record["checkpoint"] is None else path.parent / record["checkpoint"]
     if start is not None and not start.is_file():
-        raise UsageError(f"expected {start} beside {path.name}, and it is not there.")
+        raise UsageError(f"expected {start} next to {path.name}, but it does not exist.")
     with tempfile.TemporaryDirectory() as folder:
-        experiment = _rehearsal(path, told, start, folder)
+        experiment = _rehearsal(path, record, start, folder)
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(experiment))
         plugins = experiment.get("plugins") or []
@@ -193,12 +194,12 @@ def replay(
             except Reached as reached:
                 seen = reached.seen
             else:
-                raise UsageError(f"the run ended before step {told['step']}.")
+                raise UsageError(f"the run ended before step {record['step']}.")
     if not is_first_rank():
-        return Replay(True, "")  # a launcher that sees a rank fail would kill rank 0
-    verdict, same = _verdict(told, seen)
+        return Replay(True, "")  # if a rank failed, a launcher would kill rank 0
+    verdict, same = _verdict(record, seen)
     begin = "the beginning" if start is None else start.name
-    head = f"Step {told['step']} from {begin}; not finite: {told['not_finite']}."
+    head = f"Step {record['step']} from {begin}; not finite: {record['not_finite']}."
     lines = [head, "", *_table(seen["batches"]), "", *_causes(seen), verdict]
     return Replay(same, "\n".join(lines))
 
@@ -208,26 +209,26 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; expected non_finite/step-….json of a run.")
     try:
-        told = json.loads(path.read_text())
+        record = json.loads(path.read_text())
         known = {"step", "batches", "checkpoint", "config", "world_size", "not_finite"}
-        if missing := known - set(told):
+        if missing := known - set(record):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a file of Guard: {error}.") from error
-    if told["config"] is None:
+        raise UsageError(f"{path} was not written by Guard: {error}.") from error
+    if record["config"] is None:
         raise UsageError(
-            f"{path} was written by a Python program, which has no config: expected one of a run "
-            f"of `lit-diffusion fit`; in Python, add Witness({told['step']}, "
-            f"{told['world_size']}) to the callbacks and fit from its checkpoint."
+            f"{path} was written by a Python program and has no config: expected that of a run "
+            f"of `lit-diffusion fit`; in Python, add Witness({record['step']}, "
+            f"{record['world_size']}) to the callbacks and fit from its checkpoint."
         )
-    return told
+    return record
 
 
 def _rehearsal(
-    path: Path, told: dict[str, Any], start: Path | None, folder: str
+    path: Path, record: dict[str, Any], start: Path | None, folder: str
 ) -> dict[str, Any]:
     """The run's config, without validation, logging, checkpoints and early stopping."""
-    config: dict[str, Any] = yaml.safe_load((path.parent / told["config"]).read_text())
+    config: dict[str, Any] = yaml.safe_load((path.parent / record["config"]).read_text())
     config["ckpt_path"] = None if start is None else str(start)
     # A guard that skipped earlier steps must skip them again.
     bases = (Checkpoint, EarlyStopping, Guard, ProgressBar, Timer)
@@ -238,11 +239,11 @@ def _rehearsal(
     stay = [c for c in callbacks if c["class_path"].rpartition(".")[2] not in left_out]
     guard = {
         "class_path": f"{Guard.__module__}.{Guard.__name__}",
-        "init_args": {"on_non_finite": "skip", "max_skips": told["step"] + 1},
+        "init_args": {"on_non_finite": "skip", "max_skips": record["step"] + 1},
     }
     witness = {
         "class_path": f"{Witness.__module__}.{Witness.__name__}",
-        "init_args": {"step": told["step"], "world_size": told["world_size"]},
+        "init_args": {"step": record["step"], "world_size": record["world_size"]},
     }
     trainer |= {
         "callbacks": [witness, *stay, guard],
@@ -273,33 +274,31 @@ def _rows(batches: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _verdict(told: dict[str, Any], seen: dict[str, Any]) -> tuple[str, bool]:
-    """Whether the step is the same again, as a sentence and as a boolean."""
-    before, now = _rows(told["batches"]), _rows(seen["batches"])
+def _verdict(record: dict[str, Any], seen: dict[str, Any]) -> tuple[str, bool]:
+    """Whether the step was reproduced, as a sentence and as a boolean."""
+    before, now = _rows(record["batches"]), _rows(seen["batches"])
     words = {
         "examples": ([row[:3] for row in before], [row[:3] for row in now]),
         "λ's": ([row[3] for row in before], [row[3] for row in now]),
-        "losses that are not finite": (
+        "non-finite losses": (
             [isinstance(row[4], str) for row in before],
             [isinstance(row[4], str) for row in now],
         ),
         "state of the gradient": (
-            "gradient" in told["not_finite"],
+            "gradient" in record["not_finite"],
             any(rank["gradients"] for rank in seen["ranks"]),
         ),
     }
     other = [word for word, (one, two) in words.items() if one != two]
     if not other:
-        same = (
-            "the same examples, the same λ's bit for bit, the same losses and gradient not finite"
-        )
+        same = "the same examples, bitwise the same λ's, the same non-finite losses and gradient"
         return f"Reproduced: {same}.", True
-    place = f"{told.get('device')} with torch {told.get('torch')}"
-    return f"Not reproduced: {', '.join(other)} differ. The run was made on {place}.", False
+    place = f"{record.get('device')} with torch {record.get('torch')}"
+    return f"Not reproduced: {', '.join(other)} differ. The run was on {place}.", False
 
 
 def _table(batches: list[dict[str, Any]]) -> list[str]:
-    """A line for each example, the bad ones first."""
+    """One line per example, non-finite ones first."""
     rows = sorted(_rows(batches), key=lambda row: not isinstance(row[4], str))
     lines = [f"{'rank':>6}{'part':>6}{'example':>10}{'λ':>14}{'loss':>14}"]
     for rank, micro, example, logsnr, loss in rows[:ROWS]:
@@ -314,13 +313,13 @@ def _table(batches: list[dict[str, Any]]) -> list[str]:
 
 
 def _causes(seen: dict[str, Any]) -> list[str]:
-    """Where the first value that is not finite appears: module and gradients."""
+    """Where the first non-finite value appears: module and gradients."""
     lines = []
     for rank, one in enumerate(seen["ranks"]):
         of = f" on rank {rank}" if len(seen["ranks"]) > 1 else ""
         if one["images"]:
             named = ", ".join(map(str, one["images"][:NAMES]))
-            lines.append(f"Images that are not finite{of}: of examples {named}.")
+            lines.append(f"Non-finite images{of}: examples {named}.")
         if one["module"] is None:
             lines.append(f"The output of every module is finite{of}.")
         else:
@@ -328,14 +327,14 @@ def _causes(seen: dict[str, Any]) -> list[str]:
             if not one["module"]["finite_inputs"]:
                 fed = "inputs that are not finite either"
             lines.append(
-                f"First module whose output is not finite{of}: {one['module']['name']} "
-                f"({one['module']['kind']}), of {fed}."
+                f"First module with non-finite output{of}: {one['module']['name']} "
+                f"({one['module']['kind']}), with {fed}."
             )
     names = seen["ranks"][0]["gradients"]  # the mean over all ranks
     if names:
         more = f", … and {len(names) - NAMES} more" if len(names) > NAMES else ""
         lines.append(
-            f"Gradients that are not finite: {len(names)} of {seen['ranks'][0]['parameters']}: "
+            f"Non-finite gradients: {len(names)} of {seen['ranks'][0]['parameters']}: "
             f"{', '.join(names[:NAMES])}{more}."
         )
     else:

@@ -19,14 +19,14 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
         out: An .html file; report.html in the run folder by default.
 
     Raises:
-        ValueError: If there is no such run, or out is no .html file.
+        ValueError: If there is no such run, or out is not an .html file.
     """
     folder = Path(run)
     if run == "last" and not folder.is_dir():
         folder = _last_run(Path("runs"))
     if not any((folder / name).exists() for name in TRACES):
         raise UsageError(
-            f"{folder} is no run folder: expected one with {', '.join(TRACES)}, or `last`."
+            f"{folder} is not a run folder: expected one with {', '.join(TRACES)}, or `last`."
         )
     out = folder / FILE if out is None else Path(out)
     if out.suffix != ".html" or out.is_dir():
@@ -35,7 +35,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _last_run(root: Path) -> Path:
-    """The run that was trained last: its newest file decides."""
+    """The most recently trained run, by its newest file."""
     trained = [
         p.parent for n in ("checkpoints", "environment.json") for p in root.glob(f"*/*/{n}")
     ]

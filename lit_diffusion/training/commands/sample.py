@@ -1,4 +1,4 @@
-"""The command `sample`: images from a checkpoint alone."""
+"""The command `sample`: sample images from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
 
-MANY = 64  # images, where no number is given
+MANY = 64  # images by default
 NO_GUIDANCE = (
-    "--guidance_interval has no effect where --guidance is 1, which is none: give --guidance."
+    "--guidance_interval has no effect with --guidance 1, which means none: give --guidance."
 )
 
 
 class Samples(NamedTuple):
-    """Sampled images, (n, C, H, W) in [−1, 1], and the file or folder that holds them."""
+    """Sampled images, (n, C, H, W) in [−1, 1], and their file or folder."""
 
     images: Tensor
     path: Path
@@ -59,19 +59,20 @@ def sample(
     Args:
         ckpt_path: The checkpoint; `last` is the newest in runs/.
         name: With `last`: only runs of this name.
-        num_samples: How many images; 64 by default.
-        out: A .png for one grid, a folder for one file per image, or a .npy for the numbers.
+        num_samples: Number of images; 64 by default.
+        out: A .png file for one grid, a folder for one file per image, or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
         seed: Image i is a function of (seed, i).
-        label: Class of all images; or classes that take turns, such as [0,1,2], in a grid one per
-            column; none or -1 for no class. Sampled by default.
-        per_class: Number of images of each class, or of each that label names: a grid with one
-            column, or a folder with one subfolder, per class.
-        guidance: Strength of classifier-free guidance; 1 for none.
-        guidance_interval: Guide only where λ is within, such as [-3,5]; everywhere by default.
+        label: Class of all images; or a list such as [0,1,2] to cycle through, one per column of a
+            grid; none or -1 for no class. Sampled by default.
+        per_class: Number of images of each class, or of each in label: a grid with one column, or
+            a folder with one subfolder, per class.
+        guidance: Scale of classifier-free guidance; 1 for none.
+        guidance_interval: Guide only for λ in this interval, such as [-3,5]; by default
+            everywhere.
         batch_size: Images per batch.
         device: auto, cpu, cuda, cuda:1, mps.
-        compile: Compile the network: worth it for many images, on a GPU.
+        compile: Whether to compile the network, which pays off for many images on a GPU.
 
     Raises:
         ValueError: If an argument does not fit the model, or the checkpoint cannot be read.
@@ -82,8 +83,8 @@ def sample(
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
     if not out.suffix and model.image_shape[0] not in (1, 3):
         raise UsageError(
-            f"examples of {model.image_shape[0]} channels are no image files: give --out a .npy "
-            "file, and for latents decode it by `lit-diffusion decode`."
+            f"examples of {model.image_shape[0]} channels cannot be written as images: give a "
+            ".npy file as --out, and decode latents with `lit-diffusion decode`."
         )
     if compile:
         compile_in_place(model, model.device)
@@ -126,13 +127,13 @@ def _check(
     guidance_interval: tuple[float, float] | None,
     out: Path,
 ) -> None:
-    """Refuse what is wrong for every checkpoint, before one is read."""
+    """Reject arguments that are wrong for any checkpoint, before one is read."""
     counts = {"num_samples": num_samples, "per_class": per_class, "batch_size": batch_size}
     for name, number in counts.items():
         if number is not None and number < 1:
             raise UsageError(f"--{name} must be at least 1, got {number}.")
     if num_samples is not None and per_class is not None:
-        raise UsageError("--per_class determines the number of images: leave --num_samples out.")
+        raise UsageError("--per_class determines the number of images: omit --num_samples.")
     if guidance_interval is not None and guidance == 1:
         raise UsageError(NO_GUIDANCE)
     if out.suffix not in ("", ".png", ".npy"):
@@ -142,18 +143,18 @@ def _check(
 def _classes(
     model: LitDiffusion, label: int | list[int] | Literal["none"] | None, per_class: int | None
 ) -> list[int]:
-    """The classes that take turns, −1 for none; an empty list where they are sampled."""
+    """The classes to cycle through, −1 for none; an empty list if they are sampled."""
     if model.conditions:
         raise UsageError(
             f"this model is conditioned on {', '.join(model.conditions)}, which is not in its "
-            "checkpoint: `lit-diffusion predict` takes it from the validation examples, and "
-            "model.sample(cond=…) in Python from you."
+            "checkpoint: `lit-diffusion predict` takes it from the validation examples, and in "
+            "Python you can pass it to model.sample(cond=…)."
         )
     known = model.num_classes
     if known is None:
         if label is not None or per_class is not None:
             raise UsageError(
-                "this model was trained without classes: leave --label and --per_class out."
+                "this model was trained without classes: omit --label and --per_class."
             )
         return []
     if label is None:
@@ -165,23 +166,23 @@ def _classes(
 
 
 def _folder(label: int, model: LitDiffusion) -> str:
-    """Name of a class's folder, of the same length for all, so that names sort as numbers do."""
+    """Name of a class's folder, zero-padded so that names sort like numbers."""
     return "none" if label < 0 else str(label).zfill(len(str((model.num_classes or 1) - 1)))
 
 
 def _save(numbers: Tensor, out: Path) -> None:
-    """Write the numbers, (n, C, H, W) float32, whole or not at all."""
+    """Write the array, (n, C, H, W) float32, completely or not at all."""
     with replacing(out) as unfinished, unfinished.open("wb") as file:
         np.save(file, numbers.float().numpy())
 
 
 def write_images(images: Tensor, out: Path, folders: list[str], first: int = 0) -> None:
-    """Write each image as a PNG file named by its number; the folders take turns.
+    """Write each image as a PNG file named by its number, cycling through the folders.
 
     Args:
         images: In [−1, 1].
         out: The folder.
-        folders: Names of folders in it, or "" for itself.
+        folders: Names of subfolders, or "" for the folder itself.
         first: Number of the first image.
 
     Shapes:

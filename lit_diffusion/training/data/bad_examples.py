@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import csv
 import re
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
+
+from lit_diffusion.training.run.messages import logger
 
 FEW = 5  # named in warnings and errors; the file lists all
 ENOUGH = 10  # fewer bad examples than this are never too many
@@ -98,7 +99,7 @@ class BadExamples:
         self.known: set[tuple[str, str, str]] = set()
         self.end = 0  # bytes of the file that are in `known`
 
-    def add(self, found: list[Bad]) -> None:
+    def add(self, found: Sequence[Bad]) -> None:
         """Report bad examples: the first few as warnings, all of them in the file.
 
         Args:
@@ -108,11 +109,10 @@ class BadExamples:
             if len(self.first) < FEW:
                 self.first.append(bad)
                 more = "" if self.file is None else f" (all are listed in {self.file})"
-                warnings.warn(
+                logger.warning(
                     rank_prefixed_message(
                         f"skipped {bad.name}, split {self.split!r}: {bad.reason}{more}", self.rank
-                    ),
-                    stacklevel=2,
+                    )
                 )
         if found and self.file is not None:
             self._write(self.file, found)
@@ -135,7 +135,7 @@ class BadExamples:
                 f"data.max_bad_share; the first: {few or 'met before the run was resumed'}"
             )
 
-    def _write(self, path: Path, found: list[Bad]) -> None:
+    def _write(self, path: Path, found: Sequence[Bad]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))  # all ranks write to one file
         with lock, path.open("a+", newline="", encoding="utf-8") as file:

@@ -17,7 +17,8 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,8 @@ PLAIN = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs",
 PLAIN |= {b"tEXt", b"zTXt", b"iTXt"}
 
 
-class Decoded(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Decoded:
     """A usable example: its index, image (C, H, W), label or None, conditions."""
 
     index: int
@@ -86,7 +88,7 @@ class ImageDecoder:
 
         Raises:
             MisfitError: If it cannot be used.
-            NetworkError: If its image cannot be read for want of a network.
+            NetworkError: If its image cannot be read because the network fails.
         """
         try:
             label = whole_number(example.label) if self.labels else None
@@ -246,7 +248,7 @@ def mirror(images: Tensor, chosen: Tensor) -> None:
 
 
 def _decode_jpeg(data: bytes) -> Tensor:
-    import torchvision
+    import torchvision  # type: ignore[import-untyped]
 
     stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torchvision.io.decode_jpeg(stored, apply_exif_orientation=True)
@@ -292,7 +294,7 @@ def _png_chunks(data: bytes) -> set[bytes]:
 
 
 def _read(path: str | None) -> bytes:
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     if not path:
         raise MisfitError("an image, got none; remove the row")

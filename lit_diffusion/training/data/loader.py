@@ -110,7 +110,7 @@ class TrainLoader:
         mine = state["ranks"][self.batches.rank]
         self.close()
         self.positions = [
-            Position(*counts, cursors=tuple(map(tuple, cursors)))
+            Position._make((*counts, tuple(map(tuple, cursors))))
             for *counts, cursors in mine["positions"]
         ]
         self.turn = mine["turn"]
@@ -123,9 +123,9 @@ class TrainLoader:
         self.batches.begin_at(self.positions, self.turn)
         if self.num_workers:
             close_connections()
-        loader: DataLoader[Delivery | Failure] = DataLoader(
+        loader = DataLoader(
             self.batches,
-            batch_size=None,
+            batch_size=None,  # they are batches already
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=self.pin_memory,
@@ -134,5 +134,5 @@ class TrainLoader:
         return iter(loader)
 
 
-def _unchanged(item: Delivery | Failure) -> Delivery | Failure:
+def _unchanged(item: Any) -> Any:  # torch's type is that of a function of a list
     return item

@@ -1,7 +1,6 @@
 """Write a decoded split to disk, completely or not at all.
 
-The arrays are written in a folder with a temporary name, flushed to the disk, and renamed in one
-step; see `lit_diffusion.training.data.memory` for what the folder contains.
+See `lit_diffusion.training.data.memory` for what the folder contains.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import io
 import json
 import math
 import shutil
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,12 @@ import numpy.typing as npt
 
 from lit_diffusion.training.data.bad_examples import Bad
 from lit_diffusion.training.data.split import Split, chunks, sift
-from lit_diffusion.training.run.whole_file import sync
+from lit_diffusion.training.run.messages import logger
+from lit_diffusion.training.run.whole_folder import (
+    publish,
+    remove_unfinished,
+    unfinished_folder,
+)
 
 CHUNK_BYTES, CHUNK_EXAMPLES = 1 << 24, 1024  # decoded before they are written: the smaller
 PATIENCE = 10.0  # seconds of silence before a line reports what is going on
@@ -44,21 +46,14 @@ def write_map(folder: Path, identity: dict[str, Any], split: Split, check: Check
     Raises:
         OSError: If it cannot be written there.
     """
-    for orphan in folder.parent.glob(f"{folder.name}.*.partial"):  # left by a killed process
-        shutil.rmtree(orphan, ignore_errors=True)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    remove_unfinished(folder)
+    with contextlib.ExitStack() as stack:
         with writing(folder.parent):
-            partial.mkdir()
+            partial = stack.enter_context(unfinished_folder(folder))
         _decode_into(partial, split, check)
         with writing(folder.parent):
             (partial / "identity.json").write_text(json.dumps(identity, indent=1))
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            partial.rename(folder)
-            sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone if all went well
+            publish(partial, folder)
 
 
 @contextlib.contextmanager
@@ -78,16 +73,6 @@ def writing(cache_dir: Path) -> Iterator[None]:
             f"expected to write decoded images in {cache_dir}, got {error.strerror or error}; "
             "make room there, set data.cache_dir to another folder, or data.streaming to true"
         ) from error
-
-
-def report(line: str) -> None:
-    """Print a line of progress to the standard error stream.
-
-    Args:
-        line: Without its end.
-    """
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def _decode_into(partial: Path, split: Split, check: Check) -> None:
@@ -129,7 +114,7 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
                     labels.append(batch["label"].numpy())
             if time.monotonic() - reported > PATIENCE:
                 reported, done = time.monotonic(), good + len(bad)
-                report(f"decoding split {split.name!r}, once: {done:,} of {total:,} examples")
+                logger.info(f"decoding split {split.name!r}, once: {done:,} of {total:,} examples")
         with writing(partial.parent):
             for file in (images, *conditions.values()):
                 file.finish(good)
@@ -172,6 +157,6 @@ def write(file: io.FileIO, array: npt.NDArray[Any]) -> None:
         file: Opened for writing.
         array: Written in C order, without a header.
     """
-    rest = memoryview(np.ascontiguousarray(array)).cast("B")
+    rest = np.ascontiguousarray(array).data.cast("B")
     while rest:
         rest = rest[file.write(rest) :]

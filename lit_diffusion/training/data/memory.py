@@ -44,6 +44,7 @@ from lit_diffusion.training.data.images import mirror
 from lit_diffusion.training.data.lane import Delivery, LaneBatches
 from lit_diffusion.training.data.order import ORDER, Position, coin, permutation
 from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
 # then written anew.
@@ -116,7 +117,7 @@ def cache_folder(cache_dir: str | None = None) -> Path:
         cache_dir: The folder; None for ``lit_diffusion`` in the cache of ``datasets``, which
             HF_DATASETS_CACHE, HF_HOME and XDG_CACHE_HOME move.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
@@ -173,7 +174,7 @@ def _locked(path: Path, split: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=map_writer.PATIENCE)
         except Timeout:
-            map_writer.report(f"waiting for another process that decodes split {split!r}")
+            logger.info(f"waiting for another process that decodes split {split!r}")
             lock.acquire()
     try:
         yield

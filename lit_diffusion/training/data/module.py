@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import BATCH, Columns
@@ -32,6 +31,7 @@ from lit_diffusion.training.data.sources import find_splits, open_source
 from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
 from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.run.messages import inform
 
 STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data of unknown length
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
@@ -115,7 +115,7 @@ class ImageDataModule(L.LightningDataModule):
         self.path = path
         self.data_files = data_files
         self.config_name = config_name
-        self.image_shape = tuple(image_shape)
+        self.image_shape = (*image_shape,)  # a config gives a list
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
@@ -135,6 +135,15 @@ class ImageDataModule(L.LightningDataModule):
         self.max_bad_share = max_bad_share
         self._check_arguments()
         self._forget()
+
+    def _forget(self) -> None:
+        self._folder: str | None = None
+        self._train: Split | None = None
+        self._memory: MemoryMap | None = None
+        self._val: Split | None = None
+        self._train_loader: TrainLoader | None = None
+        self._val_loader: FixedBatches | None = None
+        self._resume: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Open the splits and decode the first example of each, so that mistakes show early."""
@@ -269,15 +278,6 @@ class ImageDataModule(L.LightningDataModule):
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
 
-    def _forget(self) -> None:
-        self._folder: str | None = None
-        self._train: Split | None = None
-        self._memory: MemoryMap | None = None
-        self._val: Split | None = None
-        self._train_loader: TrainLoader | None = None
-        self._val_loader: FixedBatches | None = None
-        self._resume: dict[str, Any] | None = None
-
     def _place(self) -> tuple[int, int]:
         """Return (rank, number of ranks)."""
         if self.trainer is not None:
@@ -365,7 +365,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"got {total} in all; set data.num_workers lower or use fewer ranks"
             )
         if total is None and shards % lanes and shards > lanes:
-            rank_zero_info(
+            inform(
                 f"{shards} shards of unknown length are divided among {lanes} ranks × workers: "
                 "each cycles over its own, so some examples come up more often than others."
             )
@@ -373,7 +373,7 @@ class ImageDataModule(L.LightningDataModule):
             return self.steps_per_epoch
         if total is not None:
             return max(1, total // (self.batch_size * world))
-        rank_zero_info(
+        inform(
             f"The length of {self.path!r} is not known without reading it: an epoch is "
             f"{STEPS_IF_UNKNOWN} batches; set data.steps_per_epoch to change that."
         )
@@ -384,8 +384,8 @@ class ImageDataModule(L.LightningDataModule):
 
         The path may change, since data may move; their size and their first image identify them.
         """
-        names = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed")
-        names += ("open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key")
+        names = ["num_workers", "batch_size", "streaming", "shuffle_window", "seed"]
+        names += ["open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key"]
         first = split.decoder.like["image"]
         return {
             "the order of the data": ORDER_VERSION,

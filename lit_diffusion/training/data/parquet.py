@@ -37,8 +37,8 @@ def open_parquet(files: list[str], skip: bool) -> Parquet:
     Raises:
         ValueError: If a file cannot be opened and skip is false, or if none can be opened.
     """
-    import fsspec
-    import pyarrow.parquet as parquet
+    import fsspec  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     def footer(file: str) -> Any:
         def read() -> Any:
@@ -92,7 +92,7 @@ class ParquetSource(ShardSource):
         super().__init__(rows, len(rows), open_shards)
 
     @functools.cached_property
-    def fingerprint(self) -> str | None:  # type: ignore[override]
+    def fingerprint(self) -> str | None:
         """Hash of the footers and of each file's size, time or tag as given by its storage."""
         import fsspec
 

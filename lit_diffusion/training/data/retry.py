@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import fsspec
-import fsspec.asyn
+import fsspec  # type: ignore[import-untyped]
+import fsspec.asyn  # type: ignore[import-untyped]
+
+from lit_diffusion.registry import subclasses
 
 T = TypeVar("T")
 
@@ -79,12 +81,10 @@ def close_connections() -> None:
     """
     if fsspec.asyn.iothread[0] is None:
         return  # fsspec has used no network
-    kinds = [fsspec.AbstractFileSystem]
-    while kinds:
-        kind = kinds.pop()
+    base = fsspec.AbstractFileSystem
+    for kind in (base, *subclasses(base)):
         kind.clear_instance_cache()
-        kinds += kind.__subclasses__()
-    gc.collect()  # file systems refer to themselves, and the child must not be who collects them
+    gc.collect()  # file systems are reference cycles, which the child must not collect
 
 
 def begin_after_fork() -> None:

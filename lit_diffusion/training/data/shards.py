@@ -76,11 +76,15 @@ class ShardSource(Source):
             for k in range(tracks)
         ]
         while True:
-            items, bad = [], []
+            items: list[Example] = []
+            bad: list[Bad] = []
             for k, reader in enumerate(readers):
                 for found, cursor in islice(reader, size // tracks):
                     cursors[k] = cursor
-                    (bad if isinstance(found, Bad) else items).append(found)
+                    if isinstance(found, Bad):
+                        bad.append(found)
+                    else:
+                        items.append(found)
             if not items and not bad:
                 return
             yield Window(items, tuple(cursors), bad)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from lit_diffusion.training.data.bad_examples import Bad
 from lit_diffusion.training.data.order import Position, Window
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Example:
     """One undecoded row: its index in the split; image, label and conditions as stored."""
 
     index: int

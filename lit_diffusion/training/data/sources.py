@@ -102,8 +102,8 @@ def find_splits(
         FileNotFoundError: If there is no such data set, or it cannot be reached.
         ValueError: If ``datasets`` cannot open it.
     """
-    import datasets
-    from datasets.packaged_modules.parquet.parquet import Parquet
+    import datasets  # type: ignore[import-untyped]
+    from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # or each pass ends with 5 idle seconds
     place = locate(path, data_files)

@@ -29,9 +29,14 @@ class TableSource(Source):
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the files' names and times (on the hub: their commit) and the split's name."""
-        fingerprint: str | None = self.dataset._fingerprint
-        return fingerprint
+        """Hash of the table, whose path in the cache names the files' versions and the split.
+
+        The files enter by their names and times, those of the hub by their commit. A table in
+        memory enters as a whole.
+        """
+        from datasets.fingerprint import Hasher  # type: ignore[import-untyped]
+
+        return str(Hasher.hash(self.dataset))
 
     def windows(
         self, lane: int, lanes: int, seed: int, size: int, start: Position

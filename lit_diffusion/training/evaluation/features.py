@@ -64,7 +64,7 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | None = None, sha256: str | None = None) -> None:
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-untyped]
 
         self.weights = weights
         self.sha256 = sha256

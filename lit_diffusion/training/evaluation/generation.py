@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_diffusion.models import SamplingModel
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 
@@ -37,7 +38,8 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-class SampleBatch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SampleBatch:
     """A batch of generated images with their indices.
 
     Shapes:
@@ -79,12 +81,12 @@ class Generation:
             )
 
     def sample(
-        self, model: Any, shares: Tensor | None = None, rank: int = 0, world: int = 1
+        self, model: SamplingModel, shares: Tensor | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[SampleBatch]:
         """Generate the batches of this rank.
 
         Args:
-            model: The LitDiffusion.
+            model: The model.
             shares: Relative frequency of each class; None for equal frequencies.
             rank: This process, from 0.
             world: Number of processes.
@@ -106,13 +108,13 @@ class Generation:
             )
             yield SampleBatch(index, to_bytes(x))
 
-    def protocol(self, model: Any) -> dict[str, Any]:
+    def protocol(self, model: SamplingModel) -> dict[str, Any]:
         """The sampling settings that a score depends on, as plain data.
 
         Args:
-            model: The LitDiffusion.
+            model: The model.
         """
-        sampler = model.walk(self.sampler)
+        sampler = model.sampler_in_range(self.sampler)
         guided = model.num_classes is not None and self.guidance != 1
         precision = next(model.parameters()).dtype
         return {
@@ -160,11 +162,11 @@ def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Ten
     return found.clamp(max=int(shares.nonzero().max()))
 
 
-def refuse_conditions(model: Any) -> None:
+def refuse_conditions(model: SamplingModel) -> None:
     """Refuse models with conditions other than classes: nothing assigns those to sample i.
 
     Args:
-        model: The LitDiffusion.
+        model: The model.
 
     Raises:
         ValueError: If the model has other conditions.

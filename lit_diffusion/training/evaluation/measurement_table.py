@@ -13,7 +13,8 @@ __all__ = ["MeasurementTable", "measurement_table"]
 _OWN = ("neighbours", "subsets", "subset size", "splits", "error")
 _SHOWN = (
     "sampler", "steps", "num_timesteps", "network calls", "samples", "guidance",
-    "guidance interval", "seed", "seeds", "draws", "examples", "weights", "split", "decoder", "λ",
+    "guidance interval", "seed", "seeds", "samples per example", "examples", "weights", "split",
+    "decoder", "λ",
 )  # fmt: skip
 
 
@@ -77,14 +78,15 @@ def measurement_table(measured: list[Measurement]) -> MeasurementTable:
 
 def _how(protocol: dict[str, Any]) -> str:
     """What was measured, in a few words."""
-    if "draws" in protocol:
+    if "samples per example" in protocol:
         chain = (
             "" if protocol.get("num_timesteps") is None else f", {protocol['num_timesteps']} steps"
         )
         low, high = protocol["λ"]
+        levels = "noise level" if protocol["samples per example"] == 1 else "noise levels"
         return (
-            f"{protocol['examples']} examples, {protocol['draws']} draws{chain}, λ in "
-            f"[{low:.4g}, {high:.4g}], {protocol['decoder']}"
+            f"{protocol['examples']} examples, {protocol['samples per example']} {levels} "
+            f"each{chain}, λ in [{low:.4g}, {high:.4g}], {protocol['decoder']}"
         )
     if "split" in protocol:
         return f"split {protocol['split']}"

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from lit_diffusion.training import ranks
 from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["Reference", "class_shares", "open_reference"]
@@ -27,7 +31,8 @@ FORMAT = 1  # raised whenever the file format or the measured statistics change
 CHUNK = 256  # images per batch; the hash is computed from those of the chunks
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True)
+class Reference:
     """Moments of the features of a split, its class counts, and its protocol.
 
     Shapes:
@@ -114,69 +119,101 @@ def class_shares(
     return open_reference(data, data.train_split, network, device).shares
 
 
+# Measuring ------------------------------------------------------------------------------------
+
+
 def _measure(
     data: ImageDataModule, split: str, network: nn.Module, device: torch.device, rows: bool
 ) -> Reference:
     """Compute the features of every example once, each rank for its part."""
-    hashes: dict[int, str] = {}
-    classes: dict[int, int] = {}
-    total: Any = 0
-    outer: Any = 0
-    count = torch.zeros(1, dtype=torch.int64, device=device)
-    numbers, kept = [], []
+    moments = _Moments(rows)
+    hashes: dict[int, str] = {}  # of each chunk of images, by its global index
+    classes: Counter[int] = Counter()
     for batch in data.examples(split, CHUNK):
         images = batch["image"]
         hashes[batch["batch"]] = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-        for label in batch["label"].tolist() if "label" in batch else []:
-            classes[label] = classes.get(label, 0) + 1
-        features = extract(network, images.to(device)).features
-        total, outer = total + features.sum(0), outer + features.T @ features
-        count += len(images)
-        if rows:
-            numbers.append(batch["index"])
-            kept.append(features.float())
-    size = max(ranks.collect(len(total) if torch.is_tensor(total) else 0))
-    if not size:
+        classes.update(batch["label"].tolist() if "label" in batch else [])
+        moments.add(batch["index"], extract(network, images.to(device)).features)
+    if not moments.gather(device):
         raise ValueError(f"expected examples in split {split!r} to compare with, got none")
-    if not torch.is_tensor(total):  # more ranks than chunks: this rank has no examples
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        total = torch.zeros(size, dtype=wide, device=device)
-        outer = torch.zeros(size, size, dtype=wide, device=device)
-        numbers.append(torch.zeros(0, dtype=torch.int64))
-        kept.append(torch.zeros(0, size, device=device))
+    protocol = {
+        "data": Path(data.path).name,
+        "split": split,
+        "examples": moments.count,
+        "image shape": list(data.image_shape),
+        "hash": _content_hash(data.image_shape, hashes),
+        "features": type(network).__name__,
+        "features hash": fingerprint(network),
+        "resize": getattr(network, "resize", "the network's own"),
+    }
+    return Reference(
+        moments.count,
+        moments.total.cpu().double(),
+        moments.outer.cpu().double(),
+        None if data.label_key is None else _class_counts(classes),
+        moments.features.cpu() if rows else None,
+        protocol,
+    )
+
+
+class _Moments:
+    """The sums of f and f fᵀ over features f, first of this rank and then of all.
+
+    Args:
+        rows: Whether the features themselves are kept as well.
+    """
+
+    def __init__(self, rows: bool) -> None:
+        self.rows = rows
+        self.count = 0
+        self.total = self.outer = self.features = torch.zeros(0)
+        self._index: list[Tensor] = []
+        self._features: list[Tensor] = []
+
+    def add(self, index: Tensor, features: Tensor) -> None:
+        """Add a batch of features, with the index of each example."""
+        total, outer = features.sum(0), features.T @ features
+        first = self.count == 0
+        self.total = total if first else self.total + total
+        self.outer = outer if first else self.outer + outer
+        self.count += len(features)
+        if self.rows:
+            self._index.append(index)
+            self._features.append(features.float())
+
+    def gather(self, device: torch.device) -> bool:
+        """Add up the moments of all ranks, a collective; return whether there are any examples."""
+        size = max(ranks.collect(len(self.total)))
+        if size and not self.count:  # more ranks than chunks: this rank has no examples
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self.total = torch.zeros(size, dtype=wide, device=device)
+            self.outer = torch.zeros(size, size, dtype=wide, device=device)
+        self.count = sum(ranks.collect(self.count))
+        if self.count:
+            self.total, self.outer = ranks.add_up(self.total), ranks.add_up(self.outer)
+        if self.count and self.rows:
+            index = torch.cat([torch.zeros(0, dtype=torch.int64), *self._index])
+            none = torch.zeros(0, size, device=device)
+            self.features = ranks.collect_rows(index, torch.cat([none, *self._features]))
+        return self.count > 0
+
+
+def _content_hash(image_shape: Sequence[int], hashes: dict[int, str]) -> str:
+    """The hash of all images, from those of the chunks that each rank has read; a collective."""
     whole = {number: one for part in ranks.collect(hashes) for number, one in part.items()}
-    content = hashlib.sha256(f"{list(data.image_shape)}".encode())
+    content = hashlib.sha256(f"{list(image_shape)}".encode())
     for number in sorted(whole):
         content.update(whole[number].encode())
-    shares: Tensor | None = None
-    if data.label_key is not None:
-        parts = ranks.collect(classes)
-        counts = torch.zeros(max(max(part, default=0) for part in parts) + 1)
-        for part in parts:
-            for label, count_of_label in part.items():
-                counts[label] += count_of_label
-        shares = counts
-    n = int(ranks.add_up(count))
-    features: Tensor | None = None
-    if rows:
-        features = ranks.collect_rows(torch.cat(numbers), torch.cat(kept)).cpu()
-    return Reference(
-        n,
-        ranks.add_up(total).cpu().double(),
-        ranks.add_up(outer).cpu().double(),
-        shares,
-        features,
-        {
-            "data": Path(data.path).name,
-            "split": split,
-            "examples": n,
-            "image shape": list(data.image_shape),
-            "hash": content.hexdigest()[:16],
-            "features": type(network).__name__,
-            "features hash": fingerprint(network),
-            "resize": getattr(network, "resize", "the network's own"),
-        },
-    )
+    return content.hexdigest()[:16]
+
+
+def _class_counts(classes: Counter[int]) -> Tensor:
+    """The number of examples of each class on all ranks, (K,); a collective."""
+    whole = sum(ranks.collect(classes), Counter[int]())
+    return torch.tensor([float(whole[label]) for label in range(max(whole, default=0) + 1)])
+
+
+# The cache ------------------------------------------------------------------------------------
 
 
 def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
@@ -191,9 +228,7 @@ def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
         with replacing(path) as unfinished:
             save_file(tensors, unfinished, metadata=about)
     except OSError as error:
-        import warnings
-
-        warnings.warn(f"the reference could not be cached in {path}: {error}", stacklevel=2)
+        warn(f"the reference could not be cached in {path}: {error}")
 
 
 def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:
@@ -211,7 +246,7 @@ def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a reference ({error}): remove it to compute it again"
-        ) from (error)
+        ) from error
     if kept != identity:
         other = ", ".join(key for key in identity if kept.get(key) != identity[key])
         raise ValueError(

@@ -8,8 +8,8 @@ images; density and coverage, which it lacks, are computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from lit_diffusion.training.evaluation.reference import Reference
 
 __all__ = [
     "Score",
+    "ScoreFunction",
     "Scores",
+    "all_scores",
     "density_coverage",
     "frechet_distance",
     "inception_score",
@@ -42,6 +44,9 @@ class Score(NamedTuple):
     value: float
     error: float | None = None
     protocol: dict[str, Any] = {}  # noqa: RUF012
+
+
+ScoreFunction: TypeAlias = Callable[[Features, Reference], dict[str, Score]]
 
 
 class Scores:
@@ -68,7 +73,7 @@ class Scores:
         self,
         network: nn.Module,
         reference: Reference,
-        others: tuple[Callable[[Features, Reference], dict[str, Score]], ...] = (),
+        others: tuple[ScoreFunction, ...] = (),
     ) -> None:
         self.network = network
         self.reference = reference
@@ -98,7 +103,7 @@ class Scores:
         Raises:
             ValueError: If there are fewer than two samples, or a score cannot be computed.
         """
-        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        device = _device(self.network)
         for name in ("features_sum", "features_cov_sum", "features_num_samples"):
             state = getattr(self.metric, f"fake_{name}")
             wide = state.to(device) if device.type != "mps" else state
@@ -112,23 +117,19 @@ class Scores:
         scores = {"fid": Score(float(self.metric.compute()))}
         if not self.others:
             return scores
-        index = torch.cat(self._index) if self._index else torch.zeros(0, dtype=torch.int64)
-        together = Features(
-            self._together(index, self._features, self.reference.total.shape[0], device),
-            self._together(index, self._logits, 0, device),
-        )
+        features = self._gather(self._features, len(self.reference.total), device)
+        classes = max(ranks.collect(self._logits[0].shape[1] if self._logits else 0))
+        logits = self._gather(self._logits, classes, device) if classes else None
+        together = Features(features, logits)
         for score in self.others:
             scores |= score(together, self.reference)
         return scores
 
-    def _together(
-        self, index: Tensor, parts: list[Tensor], size: int, device: torch.device
-    ) -> Any:
-        size = max(ranks.collect(parts[0].shape[1] if parts else size))
-        if not size:
-            return None
-        mine = torch.cat(parts) if parts else torch.zeros(0, size, device=device)
-        return ranks.collect_rows(index, mine).cpu()
+    def _gather(self, parts: list[Tensor], width: int, device: torch.device) -> Tensor:
+        """The rows of all ranks in the order of the images; a rank without samples has none."""
+        index = torch.cat([torch.zeros(0, dtype=torch.int64), *self._index])
+        none = torch.zeros(0, width, dtype=torch.float32, device=device)
+        return ranks.collect_rows(index, torch.cat([none, *parts])).cpu()
 
 
 def _frechet_metric(reference: Reference) -> Any:
@@ -173,7 +174,7 @@ def kernel_distance(samples: Features, reference: Reference) -> dict[str, Score]
     References:
         Bińkowski et al. (2018), Demystifying MMD GANs, arXiv:1801.01401.
     """
-    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric  # type: ignore[import-untyped]
 
     # Subsets of nearly the whole set would be nearly identical.
     size = min(1000, max(2, min(len(samples.features), reference.count) // 2))
@@ -202,7 +203,7 @@ def inception_score(samples: Features, reference: Reference) -> dict[str, Score]
     References:
         Salimans et al. (2016), Improved Techniques for Training GANs, arXiv:1606.03498.
     """
-    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric  # type: ignore[import-untyped]
 
     if samples.logits is None:
         raise ValueError(
@@ -232,7 +233,7 @@ def precision_recall(samples: Features, reference: Reference) -> dict[str, Score
         Kynkäänniemi et al. (2019), Improved Precision and Recall Metric for Assessing Generative
         Models, arXiv:1904.06991.
     """
-    from torch_fidelity.metric_prc import prc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric  # type: ignore[import-untyped]
 
     k = min(3, len(samples.features) - 1, reference.count - 1)
     found = prc_features_to_metric(
@@ -274,6 +275,28 @@ def density_coverage(samples: Features, reference: Reference) -> dict[str, Score
         "density": Score(within / (k * len(fake)), None, about),
         "coverage": Score(covered / len(real), None, about),
     }
+
+
+def all_scores(network: nn.Module, image_shape: Sequence[int]) -> tuple[ScoreFunction, ...]:
+    """Every score besides the Fréchet distance that a feature network allows.
+
+    Args:
+        network: The feature network; only one that returns logits has an Inception Score.
+        image_shape: (C, H, W) of the images.
+    """
+    device = _device(network)
+    blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=device)
+    classes = extract(network, blank).logits is not None
+    return (
+        kernel_distance,
+        *([inception_score] if classes else []),
+        precision_recall,
+        density_coverage,
+    )
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def _rows(reference: Reference) -> Tensor:

@@ -1,37 +1,28 @@
-"""The record, the tables and the figure of `lit-diffusion evaluate`.
+"""The tables, sentences and figure of an evaluation, all made from its evaluation.json.
 
-    SamplerScores, bound, reference → evaluation.json → evaluation.md, and a section of the report
-
-evaluation.json holds every number with its protocol. Tables and sentences are made from it alone,
-so that Markdown and report cannot disagree.
+That file holds every number with its protocol. Since nothing else is asked, evaluation.md and the
+report of a run cannot disagree.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lit_diffusion.training.evaluation.scores import Score
-from lit_diffusion.training.run.measurements import Measurement
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "TITLES",
-    "VERSION",
-    "SamplerScores",
     "baseline_sentence",
     "bound_sentence",
+    "has_curve",
     "markdown",
     "plot_scores",
     "protocol_sentence",
-    "read_record",
     "score_table",
     "title_of",
 ]
 
-VERSION = 1  # of evaluation.json; raised whenever a key changes its meaning
 TITLES = {
     "fid": "Fréchet distance",
     "kid": "KID",
@@ -42,91 +33,6 @@ TITLES = {
     "coverage": "coverage",
 }
 _COLOURS = ("#17407a", "#c2571a", "#3c8d5a", "#8a4fa3", "#6b6b6b")
-
-
-class SamplerScores(NamedTuple):
-    """The scores of one sampler at one number of steps.
-
-    Args:
-        sampler: The name of its class.
-        steps: Its number of noise levels.
-        calls: Network calls per image.
-        seeds: The seed of each set of samples.
-        scores: Each score by name, one for every seed.
-        protocol: Everything they depend on.
-    """
-
-    sampler: str
-    steps: int
-    calls: int
-    seeds: list[int]
-    scores: dict[str, list[Score]]
-    protocol: dict[str, Any]
-
-    def mean(self, name: str) -> tuple[float, float | None]:
-        """Mean and standard deviation over the seeds; for one seed, the score and its own error.
-
-        Args:
-            name: The name of the score.
-        """
-        found = self.scores[name]
-        if len(found) == 1:
-            return found[0].value, found[0].error
-        values = [one.value for one in found]
-        return statistics.fmean(values), statistics.stdev(values)
-
-    def plain(self) -> dict[str, Any]:
-        """The scores as plain data, an entry of `scores` in evaluation.json."""
-        about = {"sampler": self.sampler, "steps": self.steps, "network calls": self.calls}
-        found = {}
-        for name, each in self.scores.items():
-            mean, error = self.mean(name)
-            found[name] = {
-                "mean": mean,
-                "error": error,
-                "values": [one.value for one in each],
-                "protocol": each[0].protocol,
-            }
-        return about | {"seeds": self.seeds, "scores": found, "protocol": self.protocol}
-
-    def measurements(self, step: int) -> Iterator[Measurement]:
-        """The scores as records of metrics.json, each the mean over the seeds.
-
-        Args:
-            step: Optimizer steps of the evaluated checkpoint.
-        """
-        for name, each in self.scores.items():
-            mean, error = self.mean(name)
-            protocol = self.protocol | each[0].protocol | {"seed": self.seeds[0]}
-            if len(each) > 1:
-                del protocol["seed"]
-                protocol |= {"seeds": self.seeds, "error": "deviation over the seeds"}
-            yield Measurement(name, mean, error, step, "evaluate", protocol)
-
-
-# The record -----------------------------------------------------------------------------------
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read an evaluation.json.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not such a file, or was written by a later version.
-    """
-    record = json.loads(path.read_text(encoding="utf-8"))
-    needed = {"checkpoint", "weights", "reference", "scores"}
-    if not isinstance(record, dict) or not needed <= record.keys():
-        raise ValueError(f"expected {path} with {', '.join(sorted(needed))}: evaluate again")
-    version = record.get("version", 1)  # files without a version differ in one name
-    if version > VERSION:
-        raise ValueError(
-            f"expected {path} in version {VERSION} at most, got {version}: update lit-diffusion"
-        )
-    return record
 
 
 def title_of(record: dict[str, Any]) -> str:
@@ -207,8 +113,8 @@ def bound_sentence(record: dict[str, Any]) -> str:
     low, high = about["λ"]
     return (
         f"Bits per dimension: at most {bits['value']:.4f} ± {bits['error']:.4f} ({parts}), over "
-        f"{about['examples']} examples, {about['draws']} noise level(s) each, {time}, λ in "
-        f"[{low:.4g}, {high:.4g}], {about['decoder']}."
+        f"{about['examples']} examples, {about['samples per example']} noise level(s) each, "
+        f"{time}, λ in [{low:.4g}, {high:.4g}], {about['decoder']}."
     )
 
 
@@ -234,27 +140,36 @@ def _number(value: float, error: float | None) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
-def plot_scores(rows: list[SamplerScores], baseline: float | None) -> Any:
+def has_curve(record: dict[str, Any]) -> bool:
+    """Whether there is a curve to plot: rows with different numbers of network calls.
+
+    Args:
+        record: The contents of evaluation.json.
+    """
+    return len({row["network calls"] for row in record["scores"]}) > 1
+
+
+def plot_scores(record: dict[str, Any]) -> Figure:
     """Plot the Fréchet distance against network calls, a line for each sampler.
 
     Args:
-        rows: The scores.
-        baseline: Distance of another split of real images; None for no line.
+        record: The contents of evaluation.json.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
+    rows, baseline = record["scores"], record.get("floor")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="network calls per image", ylabel=TITLES["fid"]
     )
-    for i, sampler in enumerate(dict.fromkeys(row.sampler for row in rows)):
-        mine = sorted((row for row in rows if row.sampler == sampler), key=lambda row: row.calls)
-        means = [row.mean("fid") for row in mine]
+    for i, sampler in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        mine = [row for row in rows if row["sampler"] == sampler]
+        mine.sort(key=lambda row: row["network calls"])
         axes.errorbar(
-            [row.calls for row in mine],
-            [mean for mean, _ in means],
-            [error or 0.0 for _, error in means],
+            [row["network calls"] for row in mine],
+            [row["scores"]["fid"]["mean"] for row in mine],
+            [row["scores"]["fid"]["error"] or 0.0 for row in mine],
             label=sampler,
             color=_COLOURS[i % len(_COLOURS)],
             marker="o",
@@ -263,7 +178,7 @@ def plot_scores(rows: list[SamplerScores], baseline: float | None) -> Any:
         )
     if baseline is not None:
         axes.axhline(baseline, color="0.5", linestyle=":", label="real images of another split")
-    ticks = sorted({row.calls for row in rows})
+    ticks = sorted({row["network calls"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG: text stays text, and the colours are those of the page.
+"""Line charts as inline SVG, with real text and the colours of the page.
 
-A bitmap from a plotting library has its own background and fonts, unreadable on a phone and too
-bright in dark mode. A line chart is little more than two scales and a path.
+A bitmap from a plotting library has its own background and fonts, which are unreadable on a phone
+and too bright in dark mode. A line chart needs little more than two scales and a path.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ __all__ = ["Line", "chart"]
 WIDTH, HEIGHT = 440, 246
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 8, 42  # margins
 POINTS = 300  # per line at most; more could not be distinguished
-COLOURS = 6  # in the style sheet
-WIDE = 20.0  # ratio of maximum to minimum beyond which an axis is logarithmic
+COLOURS = 6  # defined in the style sheet
+WIDE = 20.0  # ratio of maximum to minimum above which the y axis is logarithmic
 
 Points = list[tuple[float, float]]
 
@@ -42,22 +42,22 @@ def chart(title: str, lines: list[Line], x: str, ends: bool = True, zero: bool =
         ends: Whether the legend shows the last value of each line.
         zero: Whether the y axis starts at 0.
     """
-    drawn = [Line(line.name, _thin(line.points)) for line in lines]
-    drawn = [line for line in drawn if line.points]
-    if not drawn:
+    shown = [Line(line.name, _thin(line.points)) for line in lines]
+    shown = [line for line in shown if line.points]
+    if not shown:
         return ""
-    across = _Scale([p[0] for line in drawn for p in line.points], LEFT, WIDTH - RIGHT)
-    values = [p[1] for line in drawn for p in line.points] + [0.0] * zero
+    across = _Scale([p[0] for line in shown for p in line.points], LEFT, WIDTH - RIGHT)
+    values = [p[1] for line in shown for p in line.points] + [0.0] * zero
     wide = min(values) > 0 and max(values) > WIDE * min(values)
     up = _Scale(values, HEIGHT - BOTTOM, TOP, logarithmic=wide, margin=0.04)
-    parts = [*_grid(across, up), *(_path(i, line, across, up) for i, line in enumerate(drawn))]
+    parts = [*_grid(across, up), *(_path(i, line, across, up) for i, line in enumerate(shown))]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 3}" text-anchor="middle">{text(x)}</text>')
     keys = "".join(
         f'<li class="s{i % COLOURS}">{text(line.name)}{_end(line) if ends else ""}</li>'
-        for i, line in enumerate(drawn)
+        for i, line in enumerate(shown)
     )
-    spoken = "; ".join(_spoken(line, x) for line in drawn)
+    spoken = "; ".join(_spoken(line, x) for line in shown)
     return (
         f'<figure class="chart"><figcaption><h3>{text(title)}</h3><ul class="keys">{keys}</ul>'
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

@@ -1,6 +1,6 @@
-"""The model card: what to know about a model before using it, and its numbers with protocols.
+"""The model card: a description of a model, its measurements with protocols, and example code.
 
-The text is the template `templates/model_card.md`; here are the values that it names.
+The text is in `templates/model_card.md`; this file computes the values that it names.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import lit_diffusion
 from lit_diffusion.models import Pretrained
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.evaluation.measurement_table import measurement_table
 from lit_diffusion.training.reporting.objective import paragraphs
+from lit_diffusion.training.reporting.page import render
 from lit_diffusion.training.run.measurements import Measurement
 from lit_diffusion.training.run.weights import AS_PUBLISHED
 
@@ -53,15 +53,8 @@ def model_card(
         "tags": ["diffusion", "lit-diffusion"],
     }
     classes = set(_classes(described))
-    # Markdown, not HTML: nothing is to be escaped but the bars in a table.
-    templates = Environment(
-        loader=PackageLoader("lit_diffusion.training.reporting"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    templates.filters["plain"] = _plain
-    return templates.get_template("model_card.md").render(
+    card = render(
+        "model_card.md",  # Markdown, not HTML: only the bars in a table are escaped
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=title,
         version=lit_diffusion.__version__,
@@ -75,7 +68,9 @@ def model_card(
         arguments=_arguments(model),
         shape=", ".join(map(str, model.image_shape)),
         table=_table,
+        plain=_plain,
     )
+    return card + "\n"
 
 
 def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
@@ -85,7 +80,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
         ("shape", " × ".join(map(str, model.image_shape))),
         ("classes", "none" if model.num_classes is None else str(model.num_classes)),
         ("weights", weights),
-        ("sampler", f"`{model.walk()!r}`"),
+        ("sampler", f"`{model.sampler!r}`"),
     ]
     if model.conditions:
         facts.insert(3, ("conditions", ", ".join(model.conditions)))

@@ -1,4 +1,4 @@
-"""An objective described in words, as a table and as a figure: the one place that does.
+"""Describe an objective in words, as a table and as a figure.
 
 The command `objective`, the callback `Overview`, the report of a run and the model card use it.
 """
@@ -27,22 +27,22 @@ from lit_diffusion.weightings import Weighting
 
 __all__ = ["headline", "objective_of", "objective_text", "paragraphs", "save_objective"]
 
-DATA_STD, DIMS = 0.5, 192  # the Gaussian data that the report speaks of: 8×8 colour images
+DATA_STD, DIMS = 0.5, 192  # the Gaussian data assumed in the text: like 8×8 colour images
 ROWS = 9  # of the table
 _COLOURS = {"ε": "#17407a", "x": "#c2571a", "v": "#3c8d5a"}
 
 
 def _call(value: Any) -> str:
-    """How an object would be written, its inner ones too, on one line with six digits."""
+    """The call that constructs an object, on one line, with numbers to six digits."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, tuple) and len(value) > 6:  # a table of levels has a thousand
+    if isinstance(value, tuple) and len(value) > 6:  # a table of noise levels may have a thousand
         return f"({_call(value[0])}, …, {_call(value[-1])})"
     if not isinstance(value, (NoiseSchedule, Weighting, Prediction)):
         return repr(value)
     try:
         inner = ", ".join(f"{name}={_call(part)}" for name, part in arguments(value).items())
-    except TypeError:  # a plug-in that does not keep what it was made with
+    except TypeError:  # a plug-in that does not keep its arguments
         return type(value).__name__
     return f"{type(value).__name__}({inner})"
 
@@ -50,7 +50,7 @@ def _call(value: Any) -> str:
 def objective_of(model: Mapping[str, Any]) -> tuple[Objective, Decoder | None]:
     """The objective that a model's config describes, and the decoder of its loss.
 
-    No network is built. What the config leaves out, or gives as null, is as in `LitDiffusion`.
+    No network is built. Parts that are missing or null have the defaults of `LitDiffusion`.
 
     Args:
         model: The arguments of `LitDiffusion` as plain data, each class as `class_path` and
@@ -83,35 +83,35 @@ def headline(found: Objective, decoder: Decoder | None = None) -> str:
     Example:
         >>> from lit_diffusion import CosineSchedule, ELBOWeighting, VPrediction
         >>> headline(Objective(CosineSchedule(), ELBOWeighting(), VPrediction(), num_timesteps=10))
-        'ELBOWeighting(), drawn from CosineSchedule(logsnr_min=-20, logsnr_max=20) in 10 steps,
+        'ELBOWeighting(), sampled from CosineSchedule(logsnr_min=-20, logsnr_max=20) in 10 steps,
         VPrediction().'
     """
     chain = "" if found.num_timesteps is None else f" in {found.num_timesteps} steps"
     bound = "" if decoder is None else f", plus prior and reconstruction, {decoder}"
     return (
-        f"{_call(found.weighting)}, drawn from {_call(found.schedule)}{chain}, "
+        f"{_call(found.weighting)}, sampled from {_call(found.schedule)}{chain}, "
         f"{_call(found.prediction)}{bound}."
     )
 
 
 def paragraphs(found: Objective, decoder: Decoder | None = None) -> list[str]:
-    """An objective in words: what it is, what it means, its variance, the nearest published one.
+    """An objective in words: its parts, its meaning, its variance, the nearest published one.
 
     Args:
         found: The objective.
         decoder: The decoder of the loss, if it is the whole bound.
     """
     meaning = found.meaning()
-    if "added. A share" in meaning:  # the name of a density is not broken in two
+    if "added. A share" in meaning:  # do not break the name of a density
         name = found.augmentation_name()
         meaning = meaning.replace(name, name.replace(" ", "\N{NO-BREAK SPACE}"))
-    said = [f"Objective: {headline(found, decoder)}", meaning, _scatter(found), _neighbours(found)]
+    texts = [f"Objective: {headline(found, decoder)}", meaning]
     if decoder is not None:
-        said.insert(
-            2,
-            "The decoder's two terms are added as they are; all that is said here is of the rest.",
+        texts.append(
+            "The prior and reconstruction terms are added without a weight; this description is "
+            "of the remaining term."
         )
-    return said
+    return [*texts, _variance(found), _neighbours(found)]
 
 
 def objective_text(found: Objective, decoder: Decoder | None = None) -> str:
@@ -121,14 +121,14 @@ def objective_text(found: Objective, decoder: Decoder | None = None) -> str:
         found: The objective.
         decoder: The decoder of the loss, if it is the whole bound.
     """
-    said = paragraphs(found, decoder)
-    wrapped = [textwrap.fill(p, 80, break_on_hyphens=False) for p in said]
+    texts = paragraphs(found, decoder)
+    wrapped = [textwrap.fill(text, 80, break_on_hyphens=False) for text in texts]
     text = "\n\n".join([wrapped[0], _table(found), *wrapped[1:]])
     return text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _table(found: Objective) -> str:
-    """The curves at a few λ, each column four digits at most."""
+    """The curves at a few λ, one in each column."""
     pick = torch.linspace(0, len(found.logsnr) - 1, ROWS).round().long()
     loss = found.loss_density(DATA_STD)
     below = torch.cat([loss.new_zeros(1), torch.cumulative_trapezoid(loss, found.logsnr)])
@@ -163,12 +163,12 @@ def _cell(name: str, value: float) -> str:
     return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def _scatter(found: Objective) -> str:
-    scatter, least = found.std_over_mean(DATA_STD, DIMS), math.sqrt(2 / DIMS)
+def _variance(found: Objective) -> str:
+    relative, least = found.std_over_mean(DATA_STD, DIMS), math.sqrt(2 / DIMS)
     return (
-        f"The loss of one draw has a standard deviation of {scatter:.2f} times its mean, for "
-        f"Gaussian data ({DIMS} dimensions of standard deviation {DATA_STD}) and the best "
-        f"denoiser; {least:.2f} is the least that a schedule can reach."
+        f"The loss of one sample has a standard deviation of {relative:.2f} times its mean, for "
+        f"Gaussian data ({DIMS} dimensions of standard deviation {DATA_STD}) and the optimal "
+        f"denoiser; no schedule can go below {least:.2f}."
     )
 
 
@@ -176,7 +176,8 @@ def _neighbours(found: Objective) -> str:
     (name, nearest), *others = nearest_published(found)
     if nearest.total < 1e-3:
         chain = PUBLISHED[name].num_timesteps
-        but = "" if chain == found.num_timesteps else f", but for its steps, {chain or 'none'}"
+        other = "continuous time" if chain is None else f"{chain} steps"
+        but = "" if chain == found.num_timesteps else f", except that the latter has {other}"
         return f"It is a published objective: {name}{but}."
     rest = ", ".join(f"{other} {distance.total:.2f}" for other, distance in others)
     return (
@@ -190,7 +191,7 @@ def _neighbours(found: Objective) -> str:
 
 
 def save_objective(found: Objective, path: Path) -> None:
-    """Draw an objective's curves, whole or not at all.
+    """Plot the curves of an objective into a file, whole or not at all.
 
     Args:
         found: The objective.
@@ -203,10 +204,10 @@ def save_objective(found: Objective, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True).flatten()
     logsnr = found.logsnr
-    _draw_density(axes[0], found)
-    _draw_weights(axes[1], found, logsnr)
-    _draw_ratio(axes[2], found, logsnr)
-    _draw_mixture(axes[3], found)
+    _plot_density(axes[0], found)
+    _plot_weights(axes[1], found, logsnr)
+    _plot_ratio(axes[2], found, logsnr)
+    _plot_mixture(axes[3], found)
     for axis in axes:
         axis.set_xlim(*found.schedule.ends)
         axis.spines[["top", "right"]].set_visible(False)
@@ -220,47 +221,47 @@ def save_objective(found: Objective, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_density(axis: Any, found: Objective) -> None:
+def _plot_density(axis: Any, found: Objective) -> None:
     axis.fill_between(found.logsnr, found.density, color=_COLOURS["ε"], alpha=0.15, linewidth=0)
     axis.plot(found.logsnr, found.density, color=_COLOURS["ε"])
     axis.set_ylim(bottom=0)
-    axis.set_title("p(λ): where λ is drawn", fontsize=10)
+    axis.set_title("p(λ): the density that λ is sampled from", fontsize=10)
 
 
-def _draw_weights(axis: Any, found: Objective, logsnr: Tensor) -> None:
+def _plot_weights(axis: Any, found: Objective, logsnr: Tensor) -> None:
     curves = {
         "ε": found.weight,
         "x": found.weight_on(XPrediction()),
         "v": found.weight_on(VPrediction()),
     }
     for letter, curve in curves.items():
-        style = "--" if letter == "v" else "-"  # v lies on ε at one end and on x at the other
+        style = "--" if letter == "v" else "-"  # v is close to ε at one end, to x at the other
         axis.plot(logsnr, curve, style, color=_COLOURS[letter], label=f"on {letter}")
     axis.set_yscale("log")
     whole = torch.stack(list(curves.values()))
     highest, lowest = float(whole.max()), float(whole.min())
-    # Tails of a normal density reach 1e-20: they would flatten all that there is to see.
+    # Tails of a normal density reach 1e-20, and would compress the rest of the axis.
     axis.set_ylim(bottom=max(lowest / 3, highest * 1e-12), top=highest * 3)
     axis.legend(frameon=False, fontsize=9)
-    axis.set_title("w(λ): the weight on the error of ε, x and v", fontsize=10)
+    axis.set_title("w(λ): the weight on the errors of ε, x and v", fontsize=10)
 
 
-def _draw_ratio(axis: Any, found: Objective, logsnr: Tensor) -> None:
+def _plot_ratio(axis: Any, found: Objective, logsnr: Tensor) -> None:
     error = gaussian_error(logsnr, DATA_STD)
     ratio = found.ratio
     scale = float(torch.trapezoid(found.weight * error, logsnr))
-    draw = ratio * error / scale
+    relative = ratio * error / scale
     axis.plot(logsnr, ratio / scale, color="0.6", label="w/p")
-    axis.plot(logsnr, draw, color=_COLOURS["ε"], label="w/p × error of the best denoiser")
+    axis.plot(logsnr, relative, color=_COLOURS["ε"], label="w/p × error of the optimal denoiser")
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
-    top = float(draw[draw.isfinite()].max())
+    top = float(relative[relative.isfinite()].max())
     axis.set_ylim(1e-3, max(10.0, 3 * top))
     axis.legend(frameon=False, fontsize=9)
-    axis.set_title("Loss of one draw over its mean; level is best", fontsize=10)
+    axis.set_title("Loss of one sample over its mean; best if constant", fontsize=10)
 
 
-def _draw_mixture(axis: Any, found: Objective) -> None:
+def _plot_mixture(axis: Any, found: Objective) -> None:
     middle = (found.logsnr[1:] + found.logsnr[:-1]) / 2
     density, mixture = found.augmentation_density(), found.mixture()
     axis.fill_between(middle, density.clamp(min=0), color=_COLOURS["v"], alpha=0.3, linewidth=0)
@@ -268,7 +269,7 @@ def _draw_mixture(axis: Any, found: Objective) -> None:
     axis.plot(middle, density, color="0.2", linewidth=1)
     axis.axhline(0, color="0.3", linewidth=0.8)
     if mixture.clean > 1e-3:
-        # A mass has no height among densities: all of it is as high as the panel.
+        # A point mass has no height as a density: a mass of 1 is as high as the panel.
         top = max(float(density.max()), 1e-9 if mixture.falls.mass else 1.0)
         axis.vlines(found.logsnr[-1], 0, mixture.clean * top, color=_COLOURS["v"], linewidth=6)
         axis.set_ylim(top=1.05 * top)
@@ -276,5 +277,5 @@ def _draw_mixture(axis: Any, found: Objective) -> None:
     if found.monotone:
         title = f"−dw/dλ: the noise added to the data; {clean}"
     else:
-        title = f"−dw/dλ: a signed mixture, no likelihood; {clean}"
+        title = f"−dw/dλ: a signed mixture, not an ELBO; {clean}"
     axis.set_title(title, fontsize=10)

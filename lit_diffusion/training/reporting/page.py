@@ -1,8 +1,7 @@
-"""One HTML file that needs nothing else: the templates filled in, with their style and pictures.
+"""Render a page as one self-contained HTML file, from templates, a style sheet and pictures.
 
-The templates escape every value, and home folders in it are shortened to ~: no value can be
-forgotten. The page makes no network request: it has no script and no font, and its pictures are
-part of the file.
+Every value that a template prints is escaped, and home folders in it are shortened to ~. The page
+makes no network request: it has no script and no font, and its pictures are part of the file.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from lit_diffusion.training.reporting.parts import Part
 
 __all__ = ["number", "page", "render", "text"]
 
-# The browser is told, too, that nothing here runs and nothing is fetched.
+# The browser is told as well to run no script and to fetch nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# A report is shared with others, and the name of a home folder is often that of its user.
+# A report is shared with others, and a home folder often has the name of its user.
 HOME = re.compile(
     r"(?<![\w.~])(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s'\"]+|(?<![\w.~/])/root\b"
 )
@@ -93,13 +92,13 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: Its file name in `templates/`; values are escaped if it ends in .html.
-        **values: What it names.
+        **values: The values that it names.
     """
     return _environment().get_template(template).render(**values)
 
 
 def _html(parts: Iterable[Part]) -> Markup:
-    """The HTML of parts, each by the template of its class's name."""
+    """The HTML of parts, each from the template with the name of its class."""
     return Markup("").join(
         Markup(render(f"{type(part).__name__.lower()}.html", part=part)) for part in parts
     )
@@ -110,7 +109,7 @@ def _anchor(heading: str) -> str:
 
 
 def page(title: str, head: Sequence[Part], sections: Mapping[str, Sequence[Part]]) -> str:
-    """The whole page, in ASCII, so that it is the same in any encoding.
+    """Render the whole page in ASCII, which is the same in any encoding.
 
     Args:
         title: The title of the page.

@@ -1,7 +1,7 @@
-"""What a page is made of: paragraphs, tables, pictures and the like, as plain data.
+"""The parts of a page as plain data: paragraphs, tables, pictures, charts.
 
-A part has no HTML in it: the template of its name in `templates/` has. A part of a new kind is a
-dataclass here and a template there.
+A part contains no HTML; each kind has a template of its name in `templates/`. To add a kind, write
+a dataclass here and a template there.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Table(Part):
 
 @dataclass(frozen=True)
 class Picture(Part):
-    """A picture within the page; `source` is a data URI, `alt` describes it for who cannot see it.
+    """A picture; `source` is a data URI, `alt` a description for readers who cannot see it.
 
-    See `picture`, which reads one from a file.
+    `picture` reads one from a file.
     """
 
     source: str
@@ -117,7 +117,7 @@ class Strip(Part):
 
 @dataclass(frozen=True)
 class Facts(Part):
-    """Short facts by name."""
+    """Short facts with their names."""
 
     facts: Mapping[str, str]
 
@@ -172,7 +172,7 @@ def picture(file: Path, alt: str, caption: str, kind: str = "") -> Picture:
 
     data, coding = file.read_bytes(), "png"
     with Image.open(io.BytesIO(data)) as opened:
-        opened.load()  # a damaged picture shall fail here, not in the reader's browser
+        opened.load()  # a damaged picture must fail here, not in the browser
         image: Image.Image = opened
         if len(data) > LARGE:
             image = image.convert("RGB")

@@ -77,7 +77,7 @@ class Run:
 
     @property
     def seen(self) -> float:
-        """The time when it last wrote a number."""
+        """When metrics.csv (or else the next file) was last written, as a Unix time."""
         files = [self.folder / name for name in ("metrics.csv", "environment.json", "config.yaml")]
         times = [file.stat().st_mtime for file in files if file.is_file()]
         return times[0] if times else self.folder.stat().st_mtime

@@ -1,4 +1,4 @@
-"""The sections of a report: each lists the parts made from its files, none without files."""
+"""The sections of a report, each a function from a run to parts; none if it has no files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from lit_diffusion.published import nearest_published
 from lit_diffusion.training.evaluation.measurement_table import measurement_table
+from lit_diffusion.training.evaluation.record import read_record
 from lit_diffusion.training.evaluation.tables import (
     TITLES,
     baseline_sentence,
     bound_sentence,
     protocol_sentence,
-    read_record,
     score_table,
     title_of,
 )
@@ -58,8 +58,8 @@ NAMES = {"bpd": "bits per dimension", **TITLES}
 
 
 def _charts(*charts: str) -> list[Part]:
-    drawn = [one for one in charts if one]
-    return [Charts(drawn)] if drawn else []
+    found = [one for one in charts if one]
+    return [Charts(found)] if found else []
 
 
 def _samples(run: Run) -> list[Part]:
@@ -135,7 +135,7 @@ def _noise_levels(run: Run) -> list[Part]:
         chart(
             "Density of the sampled λ", lines("density", train or last), x, ends=False, zero=True
         ),
-        chart("Gradient of the ε-error", lines("gradient_norm", train), x, ends=False),
+        chart("Gradient norm of the ε-error", lines("gradient_norm", train), x, ends=False),
     )
     whole = run.folder / "noise_levels.png"
     if whole.is_file():
@@ -204,7 +204,7 @@ def _quality(run: Run) -> list[Part]:
 
 
 def _evaluation(path: Path) -> list[Part]:
-    """The latest evaluation, from its evaluation.json."""
+    """The latest evaluation, from evaluation.json."""
     record = read_record(path)
     heads, rows = score_table(record)
     sentences = [baseline_sentence(record), bound_sentence(record)]
@@ -218,7 +218,7 @@ def _evaluation(path: Path) -> list[Part]:
 
 def _baseline(lines: dict[str, Line], name: str) -> list[Line]:
     baseline = lines.get(f"{name}_floor")
-    return [] if baseline is None else [baseline]
+    return [] if baseline is None else [Line("baseline", baseline.points)]
 
 
 def _groups(measured: list[Measurement]) -> list[list[Measurement]]:
@@ -281,7 +281,7 @@ def _config(run: Run) -> list[Part]:
 
 
 def _first_and_last(found: list[Any]) -> list[Any]:
-    """The first and the three newest: a run that is resumed every hour has too many to show."""
+    """The first and the three newest; a run that is resumed every hour has too many to show."""
     return [*found[:1], *found[1:][-3:]]
 
 
@@ -294,7 +294,7 @@ def _environment(run: Run) -> list[Part]:
     rows = [[str(cell or "") for cell in row] for row in rows if any(row[1:])]
     parts: list[Part] = [Table("Environment", ["", *map(when, sessions)], rows)]
     if left := len(run.sessions) - len(sessions):
-        parts.append(Paragraph(f"{left} starts between are in environment.json.", "soft"))
+        parts.append(Paragraph(f"{left} more sessions are in environment.json.", "soft"))
     return parts
 
 

@@ -1,9 +1,9 @@
-"""The report of a run: its folder as one HTML page.
+"""Write the report of a run: its folder as one HTML page.
 
     run folder → sections, each made from its own files → report.html
 
-A run may be in progress, killed, or lack any of the files. A section without files is left out,
-and a file that cannot be read costs its section and not the report.
+The run may be in progress or killed, and any file may be missing. A section without files is left
+out, and a file that cannot be read affects only its section.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _try(make: Callable[[Run], list[Part]], run: Run) -> list[Part]:
         return make(run)
     except Exception as error:  # a damaged file, or a class that is not installed here
         reason = " ".join(str(error).split()) or type(error).__name__
-        return [Paragraph(f"This part could not be made: {reason[:300]}", "fault")]
+        return [Paragraph(f"This part could not be rendered: {reason[:300]}", "fault")]
 
 
 # The head ----------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def _facts(run: Run) -> list[Part]:
 
 
 def _wall_time(run: Run) -> str:
-    """The sum over sessions; one without an end lasted at least until its last number."""
+    """The sum over sessions; one without a recorded end lasted at least until its last row."""
     total, least = timedelta(), False
     for i, session in enumerate(run.sessions):
         begin = datetime.fromisoformat(session["started"])
@@ -91,7 +91,7 @@ def _wall_time(run: Run) -> str:
 
 
 def _cards(run: Run) -> list[Part]:
-    """The numbers by which a run is judged, each with its meaning."""
+    """The most important numbers of a run, each with its meaning."""
     newest = {}
     # The run's own validation, which has a history, takes precedence over later measurements.
     for one in sorted(_measured(run), key=lambda one: (one.step, one.stage == "val")):
@@ -127,11 +127,11 @@ def _measured(run: Run) -> list[Measurement]:
 
 
 def _notes(one: Measurement, newest: dict[str, Measurement]) -> list[str]:
-    """When and how it was measured, and its parts: terms of a bound, baseline of a distance."""
+    """When and how it was measured; the terms of a bound, or the baseline of a distance."""
     error = "" if one.error is None else f"± {number(one.error)}, "
     notes = [f"{error}{one.stage} at step {one.step}"]
     parts = [
-        f"{name.removeprefix(one.name)[1:]} {number(part.value)}"
+        f"{name.removeprefix(one.name)[1:].replace('floor', 'baseline')} {number(part.value)}"
         for name, part in newest.items()
         if name.startswith(f"{one.name}_") and _belongs(part, one)
     ]

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint"]
+__all__ = ["WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Replaces checkpoints in one step, so that a kill never leaves half of one.
 
-    Lightning's own writes to the system's temporary folder first. That may be another disk; the
-    move is then a copy, and a kill during it leaves half a file under the checkpoint's name.
+    Lightning's own plug-in writes to the system's temporary folder first. That may be another
+    disk; the move is then a copy, and a kill during it leaves half a file under the checkpoint's
+    name. And it executes what a checkpoint from a URL contains, where this one reads data only.
+
+    The command line uses it for every run. In Python, hand it to the trainer:
+    ``Trainer(plugins=[WholeCheckpointIO()])``.
     """
 
     def save_checkpoint(
@@ -64,6 +69,25 @@ class WholeCheckpointIO(TorchCheckpointIO):
             weights_only: Ignored; it is always True.
         """
         return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def with_whole_checkpoints(plugins: Any) -> list[Any]:
+    """Complete the plug-ins of a trainer by `WholeCheckpointIO`, unless one of them has its task.
+
+    Args:
+        plugins: The user's: None, one, or several.
+
+    Example:
+        >>> [type(one).__name__ for one in with_whole_checkpoints(None)]
+        ['WholeCheckpointIO']
+        >>> [type(one).__name__ for one in with_whole_checkpoints(TorchCheckpointIO())]
+        ['TorchCheckpointIO']
+    """
+    given = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    given = [plugin for plugin in given if plugin is not None]
+    if any(isinstance(plugin, CheckpointIO) for plugin in given):
+        return given
+    return [*given, WholeCheckpointIO()]
 
 
 def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:

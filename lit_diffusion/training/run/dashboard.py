@@ -1,10 +1,10 @@
-"""Weights & Biases: a window on the run folder, which may break while the house stands.
+"""Weights & Biases: a view of the run folder, whose failure never ends a run.
 
     trainer, callbacks → Dashboard.log_… → queue → one thread → W&B's own process → disk or network
 
-All that W&B shows of a run is in the run folder, too. So it is never worth a run: whatever fails
-there, at whatever moment, costs one warning and the rest of the display. A call may also never
-return, if W&B's process stands still; hence the thread, for which the training does not wait.
+Everything that W&B shows of a run is in the run folder as well. So a failure of W&B, at any time,
+costs one warning and the rest of the display, but not the run. A call may also hang, if W&B's own
+process does; hence the thread, for which training does not wait.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_diffusion.training.lightning_internals import logged_step, wandb_process
+from lit_diffusion.training.run.messages import inform, warn
 
 __all__ = ["Dashboard", "show"]
 
-#: Where W&B puts tables until they are sent: by default somewhere at home, for us the run folder.
+#: Whether the user chose where W&B keeps tables until they are sent; else it is the run folder.
 DATA_DIR_IS_GIVEN = "WANDB_DATA_DIR" in os.environ
 
 
 def show(trainer: Trainer, name: str, path: Path) -> None:
-    """Hand a picture of the run folder to every logger that shows pictures.
+    """Log a picture of the run folder with every logger that takes pictures.
 
-    It stands at the step of the row that is being logged, beside the numbers of the same moment.
+    Its step is that of the row being logged, so that it appears beside the numbers of that step.
 
     Args:
         trainer: Has the loggers.
-        name: Of the panel.
+        name: The name of the panel.
         path: The picture.
     """
     step = logged_step(trainer)
@@ -52,7 +52,7 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
 
 
 def _attempted(method: Callable[..., Any]) -> Callable[..., None]:
-    """A method of WandbLogger which, if it fails, loses W&B and nothing else."""
+    """Wrap a method of WandbLogger so that its failure disables W&B and nothing else."""
 
     @functools.wraps(method)
     def attempt(self: Dashboard, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ def _attempted(method: Callable[..., Any]) -> Callable[..., None]:
 
 
 class _Nothing:
-    """Stands where W&B stood, for those who call it directly."""
+    """Replaces the W&B run once it is lost, for code that calls it directly."""
 
     def __getattr__(self, name: str) -> _Nothing:
         return self
@@ -82,7 +82,7 @@ class _Nothing:
 
 
 class Dashboard(WandbLogger):
-    """A W&B run, offline unless WANDB_MODE says else, on which training never depends.
+    """A W&B run, offline unless WANDB_MODE says otherwise, on which training never depends.
 
     Where W&B cannot be reached at the start the run is written offline, for `wandb sync`. If it
     fails later, or a call takes more than a minute, there is one warning, and W&B is left out of
@@ -90,12 +90,12 @@ class Dashboard(WandbLogger):
 
     Args:
         folder: The run folder, runs/<name>/<time>; W&B writes below it.
-        id: Of the W&B run; one that there is already goes on. None means a new one.
+        id: The id of the W&B run; an existing run is continued. None means a new one.
     """
 
     PATIENCE = 60.0  # seconds in which a call must return
     FAREWELL = 600.0  # and the last one, which waits for all uploads
-    REACH = "20"  # seconds in which W&B must be reached, unless WANDB_INIT_TIMEOUT says else
+    REACH = "20"  # seconds in which W&B must be reached, unless WANDB_INIT_TIMEOUT is set
 
     def __init__(self, folder: Path, id: str | None = None) -> None:
         online = os.environ.setdefault("WANDB_MODE", "offline") not in ("offline", "dryrun")
@@ -104,7 +104,7 @@ class Dashboard(WandbLogger):
         if not DATA_DIR_IS_GIVEN:
             os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").resolve())
         name = f"{folder.parent.name}/{folder.name}"
-        # Jobs of a sweep may begin within one second, on machines that do not know each other.
+        # Jobs of a sweep may start within one second, on different machines.
         new = f"{re.sub(r'[^a-zA-Z0-9_.-]+', '-', name)[-100:]}-{secrets.token_hex(2)}"
         super().__init__(
             project=os.environ.get("WANDB_PROJECT", "lit-diffusion"),
@@ -113,13 +113,13 @@ class Dashboard(WandbLogger):
             save_dir=str(folder),
             resume="allow" if online else None,
         )
-        self._wandb_init.pop("anonymous", None)  # given, even as None, W&B warns of it
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it even if it is None
         self._folder = folder
         self._lost = ""  # why W&B is left out
         self._told = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._deadline: float | None = None  # of the call that is being made
-        self._exit_code: int | None = 1  # what W&B is told if it is left out
+        self._exit_code: int | None = 1  # reported to W&B if it is left out
         self._thread: Any = threading.Thread(target=self._work, name="dashboard", daemon=True)
         self._begin(online)
 
@@ -135,7 +135,7 @@ class Dashboard(WandbLogger):
             except Exception as error:
                 _teardown()  # its process may have died since the last run
                 if online:
-                    rank_zero_warn(
+                    warn(
                         f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
                         f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
                         "sends it."
@@ -149,7 +149,7 @@ class Dashboard(WandbLogger):
         if run.offline:
             self.FAREWELL = self.PATIENCE
         else:
-            rank_zero_info(f"Weights & Biases: {run.url}")
+            inform(f"Weights & Biases: {run.url}")
         self._thread.start()
         atexit.register(self.finish, None)
 
@@ -157,7 +157,7 @@ class Dashboard(WandbLogger):
 
     def _work(self) -> None:
         """Make the calls, one after the other; at the end, or after a failure, close the run."""
-        run = self._experiment
+        run: Any = self._experiment
         for call in iter(self._calls.get, None):
             self._make(call, self.PATIENCE)
             if self._lost:
@@ -187,16 +187,16 @@ class Dashboard(WandbLogger):
 
     @property
     def alive(self) -> bool:
-        """Whether W&B is still there; says so once if it is not."""
+        """Whether W&B still works; warns once if it does not."""
         if not self._lost and self._overdue():
             self._lost = "it does not answer"
         if self._lost and not self._told:
             self._told = True
-            rank_zero_warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
+            warn(f"Weights & Biases is left out of this run from here on: {self._lost}.")
         return not self._lost
 
     def finish(self, exit_code: int | None = None) -> None:
-        """Close the W&B run, and do not wait for ever.
+        """Close the W&B run, with a limit on the wait.
 
         Args:
             exit_code: 0 if the run ended well; None leaves it to W&B to find out.
@@ -209,15 +209,16 @@ class Dashboard(WandbLogger):
         if self._thread.is_alive():
             _ = self.alive
             with contextlib.suppress(Exception):
-                wandb_process().kill()  # a call that hangs would hold the program up for ever
+                wandb_process().kill()  # a hanging call would keep the program from ending
             self._thread.join(self.PATIENCE)
         self._lost = self._lost or self._unwritten()
         _ = self.alive
 
     def _unwritten(self) -> str:
-        """What W&B's process could not write, which it tells to nobody but its log."""
+        """What W&B's process could not write, which it reports in its log only."""
         with contextlib.suppress(Exception):
-            log = Path(self._experiment.settings.log_internal).read_text(errors="replace")
+            run: Any = self._experiment
+            log = Path(run.settings.log_internal).read_text(errors="replace")
             if found := re.search(r"failed to save record: ([^\"]*)", log):
                 return found[1]
         return ""
@@ -226,7 +227,7 @@ class Dashboard(WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The run of W&B; once that is lost, something that does nothing."""
+        """The W&B run; once it is lost, an object that does nothing."""
         return _Nothing() if self._lost else super().experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -247,7 +248,7 @@ class Dashboard(WandbLogger):
         self.log_config({"model": dict(params)})
 
     def log_config(self, config: dict[str, Any]) -> None:
-        """Show a config, or a part of it in the place of what there was.
+        """Show a config, or replace a part of it.
 
         Args:
             config: Plain data.
@@ -268,7 +269,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _teardown() -> None:
-    """Have W&B forget its run, which the next one would go on with, and end its process."""
+    """Make W&B forget its run, which the next one would continue, and end its process."""
     import wandb
     from wandb.sdk.lib import module
 

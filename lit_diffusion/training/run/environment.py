@@ -1,9 +1,9 @@
-"""What a run ran on, and when: environment.json, a session for each time it was started.
+"""The environment of a run: environment.json, with one session for each time it was started.
 
     {"started": …, "ended": …, "outcome": "finished", "steps": 2500, "python": "3.11.2", …}
 
-The report is often written elsewhere than the run, so this is told by the machine that trains. It
-names no host, no user and no folder: a run may be shown to anybody.
+The report is often written on another machine, so the machine that trains records this. It names
+no host, no user and no folder, so that a run can be shown to anybody.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "lightning", "datasets", "torchmetrics", "wandb")
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: NVIDIA H200, or just cpu.
+    """The name of a device: NVIDIA H200, or just cpu.
 
     Args:
         device: Any.
@@ -38,12 +38,12 @@ def device_name(device: torch.device) -> str:
 
 
 def begin_session(folder: Path, device: torch.device, ranks: int, precision: str) -> None:
-    """Write down that a run begins, or goes on, and on what.
+    """Record that a run begins or continues, and its environment.
 
     Args:
-        folder: The run folder, which is made if need be.
+        folder: The run folder; it is created if it is missing.
         device: Of rank 0.
-        ranks: How many processes train.
+        ranks: Number of processes that train.
         precision: As the trainer names it.
 
     Raises:
@@ -70,7 +70,7 @@ def begin_session(folder: Path, device: torch.device, ranks: int, precision: str
 
 
 def end_session(folder: Path, how: str, steps: int) -> None:
-    """Write down how and when the last session ended; one that was killed has no end.
+    """Record how and when the last session ended; one that was killed has no end.
 
     Args:
         folder: The run folder.
@@ -90,7 +90,7 @@ def outcome(error: BaseException) -> str:
     """What ended a session, in words.
 
     Args:
-        error: What came out of the training.
+        error: The error that ended the training.
 
     Example:
         >>> outcome(SystemExit(128 + 15)), outcome(ValueError("expected"))
@@ -99,7 +99,7 @@ def outcome(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         if isinstance(error.code, int) and error.code > 128:
             return f"stopped by {signal.Signals(error.code - 128).name}"
-        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning has answered
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning handles
             return "stopped by Ctrl-C"
     return f"ended by {type(error).__name__}"
 

@@ -1,10 +1,10 @@
-"""Numbers with what they mean: metrics.json, where none stands without its protocol.
+"""The measurements of a run: metrics.json, in which each number has its protocol.
 
     {"name": "fid", "value": 2.31, "error": null, "step": 2500, "stage": "val", "protocol": {…}}
 
-Two numbers of one name may be compared if their protocols agree. Whatever a value depends on and
-the weights do not tell belongs there: the reference and its hash, how many samples, the sampler
-and its steps, guidance, which average of the weights, seeds, versions.
+Two numbers of one name may be compared if their protocols agree. A protocol contains everything
+that a value depends on beside the weights: the reference and its hash, the number of samples, the
+sampler and its steps, guidance, which average of the weights, seeds, versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILE = "metrics.json"
 
 
 class Measurement(NamedTuple):
-    """A number, its uncertainty if that is known, and all that it takes to measure it again.
+    """A number, its uncertainty if that is known, and what is needed to measure it again.
 
     Args:
         name: What it is, such as fid or bpd.
@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
 
 
 def read_measurements(folder: Path) -> list[Measurement]:
-    """All that was measured in a run, in the order of measuring; empty if nothing was.
+    """All measurements of a run in the order in which they were made; empty if there are none.
 
     Args:
         folder: The run folder.
@@ -70,10 +70,10 @@ def read_measurements(folder: Path) -> list[Measurement]:
 
 
 def add_measurements(folder: Path, new: Iterable[Measurement]) -> None:
-    """Write measurements down; what was measured again takes the place of what it repeats.
+    """Add measurements to a run; a repeated one replaces the earlier one.
 
     Args:
-        folder: The run folder, which is made if need be.
+        folder: The run folder; it is created if it is missing.
         new: The measurements.
     """
     new = list(new)
@@ -93,6 +93,6 @@ def _key(one: Measurement) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers are computed by."""
+    """Versions of the packages that compute the numbers."""
     names = ("lit-diffusion", "torch", "torchmetrics", "torch-fidelity")
     return {name: version(name) for name in names}

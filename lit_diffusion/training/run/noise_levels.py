@@ -16,9 +16,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ COLUMNS = (
 TRAIN, VAL = "#9a6a1f", "#17407f"
 
 
-class NoiseLevels(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class NoiseLevels:
     """Statistics of one stage at one step, for each bin of λ; NaN where a bin is empty.
 
     Shapes:
@@ -150,9 +152,10 @@ def plot_noise_levels(records: list[NoiseLevels]) -> Any:
     """
     # Not pyplot, which opens a window system and keeps every figure alive.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(14, 8), dpi=80, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(14, 8), dpi=80, layout=layout)
     axes = figure.subplots(2, 3).flat
     last = {record.stage: record for record in records}
     step = max(record.step for record in records)

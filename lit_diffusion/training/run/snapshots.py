@@ -1,10 +1,10 @@
-"""Snapshots of averages: the files averages/step-….safetensors of a run, and what is made of them.
+"""Snapshots of averages: the files averages/step-….safetensors of a run, and how they are used.
 
-A file has the power averages of one step in float16, two bytes a weight, with their widths and
-numbers of updates in its header. bfloat16 would take as much room and be eight times coarser,
-which shows in what is reconstructed. Snapshots stand `every` steps apart at the beginning and a
-tenth of their step apart later: the window of a power average grows with the run, so that is as
-dense as it needs, and their number grows by 24 for each ten times longer run.
+A file has the power averages of one step in float16, two bytes per weight, with their widths and
+numbers of updates in its header. bfloat16 would be as large and eight times coarser, which shows
+in reconstructions. Snapshots are `every` steps apart at first and a tenth of their step apart
+later: the window of a power average grows with the run, so this is dense enough, and a run that is
+ten times longer has 24 snapshots more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def folder_of(run: Path) -> Path:
 
 
 def next_step(step: int, every: int) -> int:
-    """The first step after this one at which a snapshot is due; the same whenever one asks.
+    """The first step after this one at which a snapshot is due.
 
     Args:
         step: A step.
@@ -91,8 +91,8 @@ def write_snapshot(
     Args:
         run: The run folder.
         step: Optimizer steps so far.
-        names: Of the weights.
-        averages: Of these weights, by power profiles.
+        names: The names of the weights.
+        averages: Their averages by power profiles.
 
     Raises:
         OSError: If it cannot be written.
@@ -103,7 +103,7 @@ def write_snapshot(
         described.append({"sigma_rel": sigma_rel, "updates": average.updates})
         for name, value in zip(names, average.values, strict=True):
             half = value.half().cpu().contiguous()
-            if not half.isfinite().all():  # beyond 65504, or no number at all
+            if not half.isfinite().all():  # beyond 65504, or NaN
                 half = value.float().cpu().contiguous()
                 if not half.isfinite().all():
                     return None
@@ -126,7 +126,7 @@ def read_snapshots(run: Path) -> list[Stored]:
         run: The run folder.
 
     Raises:
-        ValueError: If a file is none of ours, or damaged.
+        ValueError: If a file is not one of ours, or is damaged.
     """
     found = []
     for path in folder_of(run).glob("step-*.safetensors"):

@@ -18,11 +18,12 @@ __all__ = ["ModeSchedule"]
 class ModeSchedule(NoiseSchedule):
     """Mode sampling, λ = 2 log((1 − s)/s) at the flow time s = t + scale (t − sin²(πt/2)).
 
-    Flow matching that prefers the middle of the path and still visits its ends: above scale 0 the
-    density of s is nowhere below 1/(1 + scale), where a logit-normal one, `NormalSchedule`, falls
-    to zero. At scale 0 it is `FlowSchedule`; below, the ends are preferred.
+    Flow matching that samples the middle of the path more often but still visits its ends: for
+    scale > 0 the density of s is at least 1/(1 + scale) everywhere, while that of a logit-normal,
+    `NormalSchedule`, falls to zero. At scale 0 it is `FlowSchedule`; below 0 the ends are sampled
+    more often.
 
-    To find t from s is to solve Kepler's equation, which has no solution in closed form, so
+    Finding t from s means solving Kepler's equation, which has no solution in closed form, so
     `_time` is left to the bisection of the base class.
 
     Args:
@@ -32,7 +33,7 @@ class ModeSchedule(NoiseSchedule):
         logsnr_max: Largest λ; None means 20.
 
     Raises:
-        ValueError: If scale is out of its domain, where s(t) would not rise.
+        ValueError: If scale is outside its domain, where s(t) would not increase.
 
     References:
         Esser et al. (2024), Scaling Rectified Flow Transformers for High-Resolution Image

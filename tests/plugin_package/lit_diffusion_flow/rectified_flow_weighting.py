@@ -1,9 +1,9 @@
-"""The flow-matching loss drawn from any density, as a weighting.
+"""The flow-matching loss under any density of times, as a weighting.
 
 Letters: logsnr = λ; s the time of the flow path z = (1 − s)x + sε, so that e^(−λ/2) = s/(1 − s);
-v = ε − x what the network predicts.
+v = ε − x the prediction.
 
-At a given z the two errors of a denoiser are tied, (1 − s)(x̂ − x) + s(ε̂ − ε) = 0, hence
+At a given z the two errors of a denoiser are related, (1 − s)(x̂ − x) + s(ε̂ − ε) = 0, hence
 
     v̂ − v = (ε̂ − ε) − (x̂ − x) = (ε̂ − ε)(1 + s/(1 − s)) = (1 + e^(−λ/2)) (ε̂ − ε)
     E_p ‖v̂ − v‖² = ∫ p(λ) (1 + e^(−λ/2))² E‖ε̂ − ε‖² dλ
@@ -25,9 +25,9 @@ __all__ = ["RectifiedFlowWeighting"]
 class RectifiedFlowWeighting(Weighting):
     """The flow-matching loss under the density p of a schedule: w(λ) = p(λ) (1 + e^(−λ/2))².
 
-    What a rectified flow optimises when its times are not drawn uniformly, as in Stable
-    Diffusion 3. There the density is part of the objective; here λ may then be drawn from any
-    other and the objective stays. `FlowSchedule()` gives plain flow matching,
+    The objective of a rectified flow whose times are not sampled uniformly, as in Stable
+    Diffusion 3. There the density is part of the objective; here λ can be sampled from any other
+    density and the objective stays the same. `FlowSchedule()` gives plain flow matching,
     `NormalSchedule(0, 2)` the logit-normal of Stable Diffusion 3.
 
     Args:
