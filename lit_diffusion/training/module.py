@@ -304,9 +304,8 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one."""
         groups = parameter_groups(self.parameters(), self.loss.schedule, self.schedule_lr)
-        return with_learning_rates(
-            self.optimizer(groups), self.lr_scheduler, self.trainer.max_steps
-        )
+        max_steps = -1 if self._trainer is None else self.trainer.max_steps
+        return with_learning_rates(self.optimizer(groups), self.lr_scheduler, max_steps)
 
     def configure_gradient_clipping(
         self,

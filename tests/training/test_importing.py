@@ -127,7 +127,7 @@ def test_a_published_pipeline_is_drawn_from_and_exported(cli, pipeline):
     assert torch.equal(drawn[0], drawn[2])
     card = Path("exported/README.md").read_text()
     assert "| weights | as published, step 0 |" in card
-    assert "what for is not known here" in card
+    assert "its training objective is not known" in card
 
 
 @pytest.mark.parametrize(

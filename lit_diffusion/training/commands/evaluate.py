@@ -256,12 +256,13 @@ def _compare(
 ) -> tuple[Comparison, list[SamplerScores]]:
     """Compute all scores that the feature network allows, for every way of sampling."""
     network = settings.features or InceptionFeatures()
+    some = next(iter(data.examples(settings.split, batch_size=1)))["image"]
     comparison = Comparison.open(
         subject.model,
         data,
         network,
         settings.split,
-        all_scores(network, data.image_shape),
+        all_scores(network, some),
         settings.baseline_split,
         settings.reference_hash,
     )

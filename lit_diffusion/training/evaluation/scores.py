@@ -8,7 +8,7 @@ images; density and coverage, which it lacks, are computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -277,16 +277,17 @@ def density_coverage(samples: Features, reference: Reference) -> dict[str, Score
     }
 
 
-def all_scores(network: nn.Module, image_shape: Sequence[int]) -> tuple[ScoreFunction, ...]:
+def all_scores(network: nn.Module, images: Tensor) -> tuple[ScoreFunction, ...]:
     """Every score besides the Fréchet distance that a feature network allows.
 
     Args:
         network: The feature network; only one that returns logits has an Inception Score.
-        image_shape: (C, H, W) of the images.
+        images: Some of the images that will be compared, as bytes.
+
+    Shapes:
+        images (B, C, H, W), uint8.
     """
-    device = _device(network)
-    blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=device)
-    classes = extract(network, blank).logits is not None
+    classes = extract(network, images.to(_device(network))).logits is not None
     return (
         kernel_distance,
         *([inception_score] if classes else []),
