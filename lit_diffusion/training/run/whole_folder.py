@@ -8,6 +8,7 @@ reader who finds the folder finds all of it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -73,5 +74,5 @@ def remove_unfinished(path: Path) -> None:
     Args:
         path: The folder that was to be made.
     """
-    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         shutil.rmtree(orphan, ignore_errors=True)
