@@ -12,6 +12,7 @@ logged again, are removed, and the W&B run is the one that the checkpoint names.
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from pathlib import Path
@@ -52,7 +53,8 @@ def last_checkpoint(root: Path, name: str = "*") -> Path | None:
         root: The folder of all runs.
         name: Name of the runs; * for any.
     """
-    found = sorted(root.glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    runs = name if name == "*" else glob.escape(name)
+    found = sorted(root.glob(f"{runs}/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     for path in reversed(found):
         try:
             load_checkpoint(path)

@@ -8,6 +8,7 @@ file: the old one or the new one.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import uuid
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def remove_orphans(path: Path) -> None:
     Args:
         path: The file.
     """
-    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         orphan.unlink(missing_ok=True)
 
 
