@@ -47,6 +47,7 @@ autodoc_preserve_defaults = True
 default_role = "py:obj"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # or the fields of a NamedTuple would be described twice
 napoleon_custom_sections = ["Shapes"]
 
 sphinx_gallery_conf = {

@@ -51,14 +51,14 @@ class NoisePart(NamedTuple):
 class NoiseMixture(NamedTuple):
     """The objective as a signed mixture of bounds over noise levels.
 
-    `falls` is the part where w decreases, −dw/dλ > 0; `rises` the part where it increases, which
-    counts negatively; `clean` the point mass at λ_max. They are scaled so that `falls.mass +
-    clean` is 1. If w is monotone, the scale is w(λ_min), `rises.mass` is 0, and the mixture is a
-    probability distribution.
+    `decreasing` is the part where w decreases, −dw/dλ > 0; `increasing` the part where it
+    increases, which counts negatively; `clean` the point mass at λ_max. They are scaled so that
+    `decreasing.mass + clean` is 1. If w is monotone, the scale is w(λ_min), `increasing.mass` is
+    0, and the mixture is a probability distribution.
     """
 
-    falls: NoisePart
-    rises: NoisePart
+    decreasing: NoisePart
+    increasing: NoisePart
     clean: float
 
 
@@ -216,14 +216,14 @@ class Objective:
 
     # Likelihood ----------------------------------------------------------------------------
 
-    def rises(self) -> list[tuple[float, float]]:
+    def increasing_intervals(self) -> list[tuple[float, float]]:
         """The intervals of λ on which w increases, none if it is monotone; to 1/8000 of the range.
 
         Increases by less than one part in a million are taken for rounding.
 
         Example:
-            >>> rises = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction()).rises()
-            >>> [(round(low, 2), round(high, 2)) for low, high in rises]
+            >>> edm = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction())
+            >>> [(round(low, 2), round(high, 2)) for low, high in edm.increasing_intervals()]
             [(-20.0, -3.31)]
         """
         up = torch.nn.functional.pad((self.weight.diff() > 0).int(), (1, 1)).diff()
@@ -237,7 +237,7 @@ class Objective:
     @property
     def monotone(self) -> bool:
         """Whether w never increases with λ, so that the loss is a bound on a likelihood."""
-        return not self.rises()
+        return not self.increasing_intervals()
 
     def augmentation_density(self) -> Tensor:
         """−dw/dλ in the scale of `mixture`, at the midpoints of the grid, (N − 1,).
@@ -257,15 +257,16 @@ class Objective:
 
         Example:
             >>> mixture = Objective(CosineSchedule(), SigmoidWeighting(), VPrediction()).mixture()
-            >>> f"{mixture.falls.mean:.2f} ± {mixture.falls.std:.2f}, clean {mixture.clean:.1e}"
+            >>> noise = mixture.decreasing
+            >>> f"{noise.mean:.2f} ± {noise.std:.2f}, clean {mixture.clean:.1e}"
             '2.00 ± 1.81, clean 1.5e-08'
         """
         middle = (self.logsnr[1:] + self.logsnr[:-1]) / 2
         mass = -self.weight.diff() / self._whole
-        rises = (-mass).clamp(min=0) if not self.monotone else torch.zeros_like(mass)
+        increase = (-mass).clamp(min=0) if not self.monotone else torch.zeros_like(mass)
         return NoiseMixture(
             _moments(mass.clamp(min=0), middle),
-            _moments(rises, middle),
+            _moments(increase, middle),
             float(self.weight[-1]) / self._whole,
         )
 
@@ -301,13 +302,13 @@ class Objective:
         name = min(away, key=lambda name: away[name])
         if away[name] < _NAMED:
             return f"λ ~ {name}"
-        part = self.mixture().falls
+        part = self.mixture().decreasing
         return f"λ with mean {_number(part.mean)} and std {_number(part.std)}"
 
     def meaning(self) -> str:
         """The objective in words: the ELBO that training maximises, or why it is not one."""
         mixture = self.mixture()
-        if self.monotone and mixture.falls.mass < _FLAT:
+        if self.monotone and mixture.decreasing.mass < _FLAT:
             return "Training on this objective maximises the ELBO of the data themselves."
         if self.monotone:
             return (
@@ -315,19 +316,21 @@ class Objective:
                 f"added at {self.augmentation_name()}. A fraction of {mixture.clean:.2g} remains "
                 "clean."
             )
-        where = ", ".join(f"[{_number(low)}, {_number(high)}]" for low, high in self.rises())
+        where = ", ".join(
+            f"[{_number(low)}, {_number(high)}]" for low, high in self.increasing_intervals()
+        )
         parts = [
             f"mass {sign}{_number(part.mass)} (mean {_number(part.mean)}, std {_number(part.std)})"
-            for sign, part in (("+", mixture.falls), ("−", mixture.rises))
+            for sign, part in (("+", mixture.decreasing), ("−", mixture.increasing))
         ]
         return (
             f"This objective is not an ELBO under noise augmentation: w increases on {where}, "
-            f"where {self.share_of_rises():.1%} of the expected loss is. Integration by parts "
+            f"where {self.share_increasing():.1%} of the expected loss is. Integration by parts "
             "gives a signed mixture of ELBOs over the λ of added noise, with "
             f"{' and '.join(parts)}; the fraction of clean data is {mixture.clean:.2g}."
         )
 
-    def share_of_rises(self, data_std: float = 0.5) -> float:
+    def share_increasing(self, data_std: float = 0.5) -> float:
         """The fraction of the expected loss where w increases: Gaussian data, optimal denoiser.
 
         Args:
@@ -335,12 +338,12 @@ class Objective:
 
         Example:
             >>> edm = Objective(NormalSchedule(), EDMWeighting(), EDMPrediction())
-            >>> f"{edm.share_of_rises():.1%}"
+            >>> f"{edm.share_increasing():.1%}"
             '0.9%'
         """
         loss = self.loss_density(data_std)
         share = 0.0
-        for low, high in self.rises():
+        for low, high in self.increasing_intervals():
             inside = (self.logsnr >= low) & (self.logsnr <= high)
             share += float(torch.trapezoid(loss[inside], self.logsnr[inside]))
         return share

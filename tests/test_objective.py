@@ -130,7 +130,7 @@ def test_the_table_is_whole():
 @pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
 def test_monotone_as_in_the_table(cls, schedule):
     found = objective(cls(), schedule)
-    assert found.monotone == MONOTONE[cls.__name__], found.rises()
+    assert found.monotone == MONOTONE[cls.__name__], found.increasing_intervals()
     falls, rises, clean = found.mixture()
     assert falls.mass + clean == pytest.approx(1)
     assert (rises.mass == 0) == found.monotone
@@ -140,11 +140,11 @@ def test_monotone_as_in_the_table(cls, schedule):
     assert total * float(found.weight[-1]) == pytest.approx(whole * clean, rel=1e-6, abs=1e-12)
     assert found.meaning().startswith("Training" if found.monotone else "This objective is no")
     if found.monotone:
-        assert found.share_of_rises() == 0
+        assert found.share_increasing() == 0
 
 
 def test_where_edm_rises():
-    ((low, high),) = objective(ld.EDMWeighting()).rises()
+    ((low, high),) = objective(ld.EDMWeighting()).increasing_intervals()
     assert low == -20
     assert high == pytest.approx(-3.308, abs=0.006)
     assert objective(ld.MonotoneWeighting()).monotone
@@ -152,7 +152,7 @@ def test_where_edm_rises():
 
 @pytest.mark.parametrize("name", ["SechWeighting", "MinSNRWeighting", "DensityWeighting"])
 def test_where_the_others_rise(name):
-    ((low, high),) = objective(ld.WEIGHTINGS[name]()).rises()
+    ((low, high),) = objective(ld.WEIGHTINGS[name]()).increasing_intervals()
     assert (low, high) == (-20, pytest.approx(0, abs=0.006))
 
 
@@ -200,7 +200,7 @@ def test_other_augmentations():
 def test_a_weight_that_is_zero_beyond_a_range_is_no_error():
     inner = ld.DensityWeighting(ld.LinearSchedule(-5.0, 5.0))
     found = objective(inner)
-    assert [low for low, _ in found.rises()] == [pytest.approx(-5, abs=0.01)]
+    assert [low for low, _ in found.increasing_intervals()] == [pytest.approx(-5, abs=0.01)]
     assert math.isfinite(found.std_over_mean())
     assert len(nearest_published(found)) == 3
 
@@ -263,7 +263,7 @@ class _Times(ld.Weighting):
 def test_factors_do_not_matter(factor):
     plain = PUBLISHED["edm"]
     found = objective(_Times(factor), plain.schedule, plain.prediction)
-    assert found.rises() == plain.rises()
+    assert found.increasing_intervals() == plain.increasing_intervals()
     for part, expected in zip(found.mixture(), plain.mixture(), strict=True):
         assert part == pytest.approx(expected, rel=1e-9)
     assert found.std_over_mean() == pytest.approx(plain.std_over_mean())

@@ -58,7 +58,7 @@ def test_without_words_it_repeats_what_training_logged(run, cli):
     found = told(run / "evaluation")
     (row,) = found["scores"]
     assert row["scores"]["fid"]["mean"] == pytest.approx(logged["fid"].value, rel=1e-9)
-    assert found["floor"] == pytest.approx(logged["fid_floor"].value)
+    assert found["baseline"] == pytest.approx(logged["fid_baseline"].value)
     for key in ("samples", "sampler", "network calls", "reference", "classes", "precision"):
         assert row["protocol"][key] == logged["fid"].protocol[key], key
     bound = {one["name"]: one for one in found["bound"]}
@@ -120,7 +120,7 @@ def test_a_checkpoint_without_its_run_needs_a_config(run, cli):
     assert code == 0, err
     one, other = (told(Path(folder))["scores"][0]["scores"]["fid"] for folder in ("here", "there"))
     assert one == other
-    assert told(Path("there"))["floor"] is not None  # the config's FID says so
+    assert told(Path("there"))["baseline"] is not None  # the config's FID says so
 
 
 def test_it_knows_no_stale_numbers(run, cli):

@@ -620,11 +620,11 @@ def test_validations_are_counted_and_the_last_is_measured(tmp_path):
     run.fit(model(), ImageDataModule(steps_per_epoch=1, val_examples=8))
     steps = [one.step for one in read_measurements(tmp_path) if one.name == "fid"]
     assert steps == [2, 4, 5]
-    floor = [one for one in read_measurements(tmp_path) if one.name == "fid_floor"]
+    baseline = [one for one in read_measurements(tmp_path) if one.name == "fid_baseline"]
     truth = scores.frechet_distance(open_digits(Flat(), "train"), open_digits(Flat()))
-    assert {one.value for one in floor} == {truth}
-    assert floor[0].protocol["split"] == "train"
-    assert "samples" not in floor[0].protocol
+    assert {one.value for one in baseline} == {truth}
+    assert baseline[0].protocol["split"] == "train"
+    assert "samples" not in baseline[0].protocol
 
 
 def test_nothing_of_it_is_in_checkpoints(tmp_path):

@@ -39,7 +39,7 @@ EVALUATION = {
         "examples": 1500, "data": "digits8x8", "split": "train", "hash": "1234",
         "features": "Classifier", "features hash": "5678", "resize": "none",
     },
-    "floor": 2.0,
+    "baseline": 2.0,
     "scores": [
         {
             "sampler": "DDIMSampler", "steps": 5, "network calls": 10, "seeds": [0],
@@ -268,7 +268,7 @@ def test_the_headline_is_the_last_of_the_runs_own_validation(run):
     add_measurements(run, [Measurement("fid", 98.765, None, 2, "val", {"samples": 3})])
     for split, shown in (("another", ""), ("test", " baseline 1.25")):
         about = {"reference": {"split": split, "features": "F"}}
-        add_measurements(run, [Measurement("fid_floor", 1.25, None, 4, "val", about)])
+        add_measurements(run, [Measurement("fid_baseline", 1.25, None, 4, "val", about)])
         page = Page(write_report(run))
         head = page.text.partition("Samples over time")[0]
         said = "Fréchet distance 12.5 ± 0.25, val at step 4 9 samples, F, against split test"

@@ -28,7 +28,8 @@ class Averages(L.Callback):
     samples use the average of `EMA`, not these.
 
     Args:
-        stds: Relative widths σ of power averages, each in (0, 0.2887]; saved in the snapshots.
+        sigma_rels: Relative widths of power averages, each in (0, 0.2887]; saved in the
+            snapshots.
         decays: Constant decays d, each in [0, 1); saved in the checkpoints only.
         snapshot_every_n_steps: Optimizer steps between the first ten snapshots, which are written
             to averages/ in the run folder; later ones follow at intervals of a tenth of their
@@ -48,17 +49,17 @@ class Averages(L.Callback):
 
     def __init__(
         self,
-        stds: Sequence[float] = (0.05, 0.1),
+        sigma_rels: Sequence[float] = (0.05, 0.1),
         decays: Sequence[float] = (),
         snapshot_every_n_steps: int = 100,
     ) -> None:
-        self.stds, self.decays = list(stds), list(decays)
+        self.sigma_rels, self.decays = list(sigma_rels), list(decays)
         self.snapshot_every_n_steps = snapshot_every_n_steps
-        profiles = [*map(PowerProfile, self.stds), *map(ConstantProfile, self.decays)]
+        profiles = [*map(PowerProfile, self.sigma_rels), *map(ConstantProfile, self.decays)]
         if not profiles or len(set(profiles)) < len(profiles):
             raise ValueError(
                 "Averages: expected at least one std or decay, none repeated, "
-                f"got stds={self.stds} and decays={self.decays}."
+                f"got sigma_rels={self.sigma_rels} and decays={self.decays}."
             )
         if snapshot_every_n_steps < 0:
             raise ValueError(

@@ -54,7 +54,7 @@ class FID(L.Callback):
         batch_size: Images per batch; whole batches are assigned to the ranks.
         every_n_validations: Measure at every n-th validation and at the last step only.
         baseline_split: A split of real images whose own distance is computed once, as the score
-            of perfect samples; logged as …/fid_floor. None for none.
+            of perfect samples; logged as …/fid_baseline. None for none.
         reference_hash: A prefix of the expected hash of the reference; None accepts any.
 
     Raises:
@@ -157,7 +157,7 @@ class FID(L.Callback):
         found = comparison.scores(model, self.generation, *place())
         values = {name: score.value for name, score in found.items()}
         if comparison.baseline is not None:
-            values["fid_floor"] = comparison.baseline
+            values["fid_baseline"] = comparison.baseline
         for name, number in values.items():
             # Every rank has the number; sync_dist only says that it may be monitored anywhere.
             value = torch.tensor(number, device=model.device)
@@ -173,7 +173,9 @@ class FID(L.Callback):
             if comparison.baseline is not None:
                 about = {key: protocol[key] for key in ("reference", "versions")}
                 about |= {"split": self.baseline_split}
-                new.append(Measurement("fid_floor", comparison.baseline, None, step, stage, about))
+                new.append(
+                    Measurement("fid_baseline", comparison.baseline, None, step, stage, about)
+                )
             add_measurements(folder, new)
         self.summary = self._sentence(stage, found, protocol, comparison.baseline)
 

@@ -12,12 +12,12 @@ from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
 from lit_diffusion.training.run.snapshots import (
-    Scatter,
+    Magnitudes,
     Stored,
     folder_of,
+    magnitudes,
     mix,
     read_snapshots,
-    scatter,
 )
 from lit_diffusion.training.run.weights import named_averages, weights_alone
 
@@ -147,7 +147,7 @@ def _usable(stored: list[Stored], step: int) -> list[Stored]:
 class _Fit:
     """The average of a width at the time of the last snapshot, from all of them."""
 
-    def __init__(self, sigma_rel: float, stored: list[Stored], sizes: Scatter) -> None:
+    def __init__(self, sigma_rel: float, stored: list[Stored], sizes: Magnitudes) -> None:
         target = Snapshot(PowerProfile(sigma_rel), stored[-1].snapshot.updates)
         found = reconstruct(target, [one.snapshot for one in stored], sizes.noise)
         distance = target.updates / (2 * target.profile.power + 1)  # squared, in steps
@@ -158,7 +158,7 @@ class _Fit:
         self.expected, self.misfit = share * found.error, share * found.misfit
 
 
-def _reach(stored: list[Stored], sizes: Scatter) -> str:
+def _reach(stored: list[Stored], sizes: Magnitudes) -> str:
     """The widths that can be reconstructed accurately enough."""
     tried = {round(0.005 * 1.1**i, 4) for i in range(43)} | {0.2886}
     tried |= {one.snapshot.profile.sigma_rel for one in stored}
@@ -185,7 +185,7 @@ def _reconstructed(
         )
     step = steps[-1]
     stored = _usable(stored, step)
-    sizes = scatter(stored)
+    sizes = magnitudes(stored)
     found = _Fit(sigma_rel, stored, sizes)
     if not found.within_reach:
         raise UsageError(
@@ -230,6 +230,6 @@ def _available(checkpoint: dict[str, Any], stored: list[Stored]) -> Available:
     reach = ""
     if stored:
         usable = _usable(stored, stored[-1].step)
-        widths = _reach(usable, scatter(usable))
+        widths = _reach(usable, magnitudes(usable))
         reach = f"Possible at step {stored[-1].step}: sigma_rel {widths}"
     return Available(checkpoint["global_step"], list(named_averages(checkpoint)), snapshots, reach)

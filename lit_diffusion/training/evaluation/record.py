@@ -47,7 +47,7 @@ def make_record(
         "weights": weights,
         "weights hash": weights_hash,
         "reference": comparison.reference.protocol,
-        "floor": comparison.baseline,
+        "baseline": comparison.baseline,
         "scores": [row.plain() for row in rows],
         "bound": [one._asdict() for one in bound],
     }

@@ -86,7 +86,7 @@ def baseline_sentence(record: dict[str, Any]) -> str:
     Args:
         record: The contents of evaluation.json.
     """
-    baseline, rows = record.get("floor"), record["scores"]
+    baseline, rows = record.get("baseline"), record["scores"]
     if baseline is None:
         return ""
     ratio = min(row["scores"]["fid"]["mean"] for row in rows) / baseline
@@ -158,7 +158,7 @@ def plot_scores(record: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    rows, baseline = record["scores"], record.get("floor")
+    rows, baseline = record["scores"], record.get("baseline")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="network calls per image", ylabel=TITLES["fid"]

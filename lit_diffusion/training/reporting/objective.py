@@ -211,7 +211,7 @@ def save_objective(found: Objective, path: Path) -> None:
     for axis in axes:
         axis.set_xlim(*found.schedule.ends)
         axis.spines[["top", "right"]].set_visible(False)
-        for low, high in found.rises():
+        for low, high in found.increasing_intervals():
             axis.axvspan(low, high, color="0.93", zorder=0)
     for axis in axes[2:]:
         axis.set_xlabel("λ, from noise to clean data")
@@ -270,7 +270,7 @@ def _plot_mixture(axis: Any, found: Objective) -> None:
     axis.axhline(0, color="0.3", linewidth=0.8)
     if mixture.clean > 1e-3:
         # A point mass has no height as a density: a mass of 1 is as high as the panel.
-        top = max(float(density.max()), 1e-9 if mixture.falls.mass else 1.0)
+        top = max(float(density.max()), 1e-9 if mixture.decreasing.mass else 1.0)
         axis.vlines(found.logsnr[-1], 0, mixture.clean * top, color=_COLOURS["v"], linewidth=6)
         axis.set_ylim(top=1.05 * top)
     clean = f"clean data: {mixture.clean:.2g}"

@@ -183,7 +183,7 @@ def _quality(run: Run) -> list[Part]:
         *(
             chart(NAMES.get(name, name), [one, *_baseline(lines, name)], "steps")
             for name, one in lines.items()
-            if not name.endswith("_floor") and len(one.points) > 1
+            if not name.endswith("_baseline") and len(one.points) > 1
         )
     )
     record = run.folder / "evaluation" / "evaluation.json"
@@ -217,7 +217,7 @@ def _evaluation(path: Path) -> list[Part]:
 
 
 def _baseline(lines: dict[str, Line], name: str) -> list[Line]:
-    baseline = lines.get(f"{name}_floor")
+    baseline = lines.get(f"{name}_baseline")
     return [] if baseline is None else [Line("baseline", baseline.points)]
 
 
@@ -225,7 +225,7 @@ def _groups(measured: list[Measurement]) -> list[list[Measurement]]:
     """Measurements grouped by stage and protocol, the latest group first."""
     found: dict[tuple[str, str], list[Measurement]] = {}
     for one in reversed(measured):
-        if not one.name.endswith("_floor"):
+        if not one.name.endswith("_baseline"):
             key = (one.stage, json.dumps(one.protocol, sort_keys=True))
             found.setdefault(key, []).append(one)
     return list(found.values())[:GROUPS]

@@ -131,7 +131,7 @@ def _notes(one: Measurement, newest: dict[str, Measurement]) -> list[str]:
     error = "" if one.error is None else f"± {number(one.error)}, "
     notes = [f"{error}{one.stage} at step {one.step}"]
     parts = [
-        f"{name.removeprefix(one.name)[1:].replace('floor', 'baseline')} {number(part.value)}"
+        f"{name.removeprefix(one.name)[1:]} {number(part.value)}"
         for name, part in newest.items()
         if name.startswith(f"{one.name}_") and _belongs(part, one)
     ]

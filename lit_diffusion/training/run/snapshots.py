@@ -23,13 +23,13 @@ from lit_diffusion.averaging import PowerProfile, RunningAverage, Snapshot, over
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = [
-    "Scatter",
+    "Magnitudes",
     "Stored",
     "folder_of",
+    "magnitudes",
     "mix",
     "next_step",
     "read_snapshots",
-    "scatter",
     "write_snapshot",
 ]
 
@@ -165,8 +165,8 @@ def mix(stored: Sequence[Stored], weights: Sequence[float]) -> dict[str, Tensor]
     return {name: value.float() for name, value in total.items()}
 
 
-class Scatter(NamedTuple):
-    """How large things are, each as a sum of squares over all weights.
+class Magnitudes(NamedTuple):
+    """What decides how exactly an average is reconstructed, as sums of squares over the weights.
 
     Args:
         weights: The weights themselves.
@@ -184,8 +184,8 @@ class Scatter(NamedTuple):
         return self.rounding / self.step if self.step > 0 else 0.0
 
 
-def scatter(stored: Sequence[Stored]) -> Scatter:
-    """Measure it on the last two averages, whose distance tells how far the weights walk.
+def magnitudes(stored: Sequence[Stored]) -> Magnitudes:
+    """Estimate them from the last two averages, whose distance gives the size of one step.
 
     Rounding to a mantissa whose last digit is eps has the variance value²·eps²/24 in the mean.
 
@@ -198,7 +198,7 @@ def scatter(stored: Sequence[Stored]) -> Scatter:
         whole = overlaps([one.snapshot for one in last])
         apart = float(whole[0, 0] + whole[1, 1] - 2 * whole[0, 1])
         step = _square(mix(last, [1.0, -1.0])) / apart
-    return Scatter(weights, step, torch.finfo(torch.float16).eps ** 2 / 24 * weights)
+    return Magnitudes(weights, step, torch.finfo(torch.float16).eps ** 2 / 24 * weights)
 
 
 def _square(tensors: dict[str, Tensor]) -> float:
