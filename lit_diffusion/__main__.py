@@ -10,40 +10,31 @@ import difflib
 import os
 import signal
 import sys
+import textwrap
 
-COMMANDS = (
-    "fit", "validate", "test", "predict", "sample", "evaluate", "report", "compare", "objective",
-    "ema", "replay", "export", "import", "encode", "decode", "plugins",
-)  # fmt: skip
+from lit_diffusion.training.commands.table import COMMANDS
 
 HELP = """usage: lit-diffusion COMMAND [arguments]
 
 Train diffusion models, and know what the objective does.
 
 commands:
-  fit       train                   lit-diffusion fit --config configs/digits.yaml
-  validate  validation loss         lit-diffusion validate --ckpt_path X --config C
-  test      test loss               lit-diffusion test --ckpt_path X --config C
-  predict   one sample per          lit-diffusion predict --ckpt_path X --config C
-            validation example
-  sample    sample images           lit-diffusion sample --ckpt_path X --out grid.png
-  evaluate  FID and bits/dim        lit-diffusion evaluate --ckpt_path X --seeds [0,1,2]
-  report    HTML report of a run    lit-diffusion report RUN
-  compare   losses over λ of runs   lit-diffusion compare RUN1 RUN2 --out compare.png
-  objective analyse an objective    lit-diffusion objective --config C --out objective.png
-  ema       post-hoc EMA            lit-diffusion ema --run RUN --sigma_rel 0.08
-  replay    locate a NaN            lit-diffusion replay RUN/non_finite/step-N.json
-  export    model as a folder       lit-diffusion export RUN --out FOLDER
-  import    model from diffusers    lit-diffusion import FOLDER --out model.ckpt
-  encode    images to latents       lit-diffusion encode --vae FOLDER --data.path D --out LATENTS
-  decode    latents to images       lit-diffusion decode LATENTS.npy --vae FOLDER --out grid.png
-  plugins   list all schedules,     lit-diffusion plugins
-            weightings, predictions, samplers and decoders
+{commands}
 
   lit-diffusion COMMAND --help              arguments of a command
   lit-diffusion fit --model.weighting.help SigmoidWeighting    arguments of a class
   lit-diffusion --version                   version
 """
+
+
+def overview() -> str:
+    """The help of the command line, with a line for each command."""
+    lines = []
+    for name, command in COMMANDS.items():
+        first, *more = textwrap.wrap(command.summary, 22)
+        lines.append(f"  {name:<10}{first:<24}lit-diffusion {name} {command.example}".rstrip())
+        lines += [" " * 12 + line for line in more]
+    return HELP.format(commands="\n".join(lines))
 
 
 def main() -> None:
@@ -62,7 +53,7 @@ def main() -> None:
 
         print(f"lit_diffusion {__version__}")
     elif command in ("-h", "--help"):
-        print(HELP, end="")
+        print(overview(), end="")
     elif command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(COMMANDS)}."

@@ -123,7 +123,7 @@ def test_startup(run):
 
 def test_every_command_that_is_timed_is_one(script):
     """None of them ends with an error, and the names say what is run."""
-    from lit_diffusion.__main__ import COMMANDS
+    from lit_diffusion.training.commands.table import COMMANDS
 
     for name, words in script("startup").commands("demo.py").items():
         if name.startswith("lit-diffusion"):

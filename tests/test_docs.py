@@ -17,7 +17,7 @@ import pytest
 import warm
 import yaml
 
-from lit_diffusion import __main__ as command_line
+from lit_diffusion.training.commands.table import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +27,6 @@ BLOCK = re.compile(r"(?:<!-- *([^\n]*?) *-->\n)?^```(\w+)\n(.*?)^```$", re.MULTI
 FOLDERS = "configs|docs|tests|benchmarks|lit_diffusion"
 MENTIONED = re.compile(rf"(?<![\w./<-])((?:{FOLDERS})/[\w./*-]*[\w*/])")
 MADE = ("docs/_build", "docs/gallery_built", "docs/api/generated")
-COMMANDS = re.findall(r"^  (\w+) +\S", command_line.HELP.partition("commands:")[2], re.MULTILINE)
 
 
 def blocks(page, *languages):

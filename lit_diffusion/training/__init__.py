@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lit_diffusion.training.commands.table import COMMANDS
+
 if TYPE_CHECKING:
     from lit_diffusion.training.callbacks import *
     from lit_diffusion.training.commands.compare import compare
@@ -29,24 +31,9 @@ if TYPE_CHECKING:
     from lit_diffusion.training.module import LitDiffusion
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
-_COMMANDS = (
-    "compare",
-    "decode",
-    "ema",
-    "encode",
-    "evaluate",
-    "export",
-    "import_diffusers",
-    "objective",
-    "plugins",
-    "replay",
-    "report",
-    "sample",
-)
-
 #: Where a name is defined; all others are callbacks.
 _MODULES = {
-    **{name: f"commands.{name}" for name in _COMMANDS},
+    **{one.function: f"commands.{one.function}" for one in COMMANDS.values() if one.function},
     "ClassifierFeatures": "evaluation.features",
     "ImageDataModule": "data.module",
     "InceptionFeatures": "evaluation.features",

@@ -16,12 +16,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
 
 if TYPE_CHECKING:
@@ -29,31 +30,6 @@ if TYPE_CHECKING:
     from lit_diffusion.training.module import LitDiffusion
 
 __all__ = ["main"]
-
-
-class Command(NamedTuple):
-    """A function of `commands/` and how its arguments are given on the command line."""
-
-    function: str  # also the name of its module
-    word: str | None = None  # the argument that is given without a flag
-    several: bool = False  # whether there may be several such words
-    group: str | None = None  # the argument whose own arguments are flags: --data.path
-
-
-COMMANDS = {
-    "compare": Command("compare", "runs", several=True),
-    "decode": Command("decode", "latents"),
-    "ema": Command("ema"),
-    "encode": Command("encode", group="data"),
-    "evaluate": Command("evaluate", group="data"),
-    "export": Command("export", "run"),
-    "import": Command("import_diffusers", "folder"),
-    "objective": Command("objective"),
-    "plugins": Command("plugins"),
-    "replay": Command("replay", "file"),
-    "report": Command("report", "run"),
-    "sample": Command("sample"),
-}
 
 
 def main(
@@ -102,12 +78,12 @@ def _run(
     data_class: type[ImageDataModule] | None,
 ) -> int:
     """Run a command, print its result, and return the exit code."""
-    if name not in COMMANDS:
+    command = COMMANDS.get(name)
+    if command is None or command.function is None:  # one of Lightning's, or none at all
         from lit_diffusion.training.commands.fit import DiffusionCLI
 
         DiffusionCLI(*_classes(model_class, data_class))
         return 0
-    command = COMMANDS[name]
     module = importlib.import_module(f"lit_diffusion.training.commands.{command.function}")
     function: Callable[..., Any] = getattr(module, command.function)
     if name == "evaluate":
