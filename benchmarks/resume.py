@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them until they are done, and compare bit for bit.
 
-    python benchmarks/resume.py [--runs 50] [--seed 0]
+    python benchmarks/resume.py [--runs 50] [--kills 12] [--seed 0]
 
 Each run is `lit-diffusion fit --ckpt_path last` on the digits with a small network, killed by
 SIGKILL repeatedly: half of the time at a random moment, half of the time while a checkpoint is
@@ -214,9 +214,9 @@ def undisturbed(kind: list[str], folder: Path) -> tuple[Path, float]:
 
 
 def tormented(
-    kind: list[str], folder: Path, reference: Path, length: float, chance: random.Random
+    kind: list[str], folder: Path, reference: Path, length: float, chance: random.Random, most: int
 ) -> Outcome:
-    """A run that is killed at random moments and resumed until it is done."""
+    """A run that is killed at random moments, at most so often, and resumed until it is done."""
     folder.mkdir(parents=True)
     kills = in_a_save = unreadable = 0
     resumed_at: list[int] = []
@@ -229,8 +229,7 @@ def tormented(
             except ValueError:
                 unreadable += 1
         run = Run(command(kind, folder), folder)
-        # Not for ever: after 12 kills a run may end in peace.
-        patient = kills >= 12
+        patient = kills >= most
         in_save, start = chance.random() < 0.5, time.perf_counter()
         moment = chance.uniform(0.2, 0.9) * length
         saves, before = chance.randrange(5), False
@@ -258,7 +257,9 @@ def tormented(
     return Outcome(kills, in_a_save, resumed_at, unreadable, not problem, problem)
 
 
-def torment(kinds: dict[str, list[str]], runs: int, seed: int, root: Path) -> Iterator[Any]:
+def torment(
+    kinds: dict[str, list[str]], runs: int, most: int, seed: int, root: Path
+) -> Iterator[Any]:
     """Outcomes of runs that count, kind after kind in turn: (kind, outcome)."""
     chance = random.Random(seed)
     references: dict[str, tuple[Path, float]] = {}
@@ -268,7 +269,7 @@ def torment(kinds: dict[str, list[str]], runs: int, seed: int, root: Path) -> It
         if name not in references:
             references[name] = undisturbed(kinds[name], root / f"reference-{len(references)}")
         tried += 1
-        outcome = tormented(kinds[name], root / f"run-{tried}", *references[name], chance)
+        outcome = tormented(kinds[name], root / f"run-{tried}", *references[name], chance, most)
         if outcome.resumed_at or not outcome.equal:
             done += 1
             yield name, outcome
@@ -278,6 +279,7 @@ def main() -> None:
     """Torment, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=12, help="The most that a run suffers.")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -288,7 +290,7 @@ def main() -> None:
     outcomes = []
     kinds = KINDS if chosen.ranks == 1 else TWO_RANKS
     with tempfile.TemporaryDirectory() as root:
-        for name, outcome in torment(kinds, chosen.runs, chosen.seed, Path(root)):
+        for name, outcome in torment(kinds, chosen.runs, chosen.kills, chosen.seed, Path(root)):
             outcomes.append(outcome)
             steps = ", ".join(map(str, outcome.resumed_at))
             row = (name, outcome.kills, outcome.in_a_save, steps, outcome.unreadable)

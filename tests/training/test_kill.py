@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 def test_killed_runs_end_as_if_nothing_had_happened():
-    words = [sys.executable, resume.__file__, "--runs", "5", "--seed", "1"]
+    words = [sys.executable, resume.__file__, "--runs", "5", "--seed", "1", "--kills", "4"]
     done = warm.run(words, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 of 5 equal bit for bit" in done.stdout, done.stdout
@@ -75,6 +75,10 @@ def test_a_run_goes_on_from_any_of_its_checkpoints(
             accumulate_grad_batches=accumulate, **arguments,
         ).fit(model, tiny_data(steps_per_epoch=epoch), ckpt_path=ckpt_path)  # fmt: skip
 
+    # The figures are not compared, and they would take most of the time.
+    monkeypatch.setattr(
+        "lit_diffusion.training.callbacks.noise_level_loss.save_figure", lambda *_: None
+    )
     folder, whole = tmp_path / "kept", tmp_path / "runs" / "whole"
     folder.mkdir()
     with monkeypatch.context() as patch:
@@ -283,7 +287,8 @@ def test_the_command_line_hands_the_plugin_to_the_trainer(cli, configs, monkeypa
 
     monkeypatch.setattr(L.Trainer, "fit", watched)
     words = ["fit", "--config", configs / "digits.yaml", "--trainer.fast_dev_run=1"]
-    code, _, err = cli(*words, "--trainer.accelerator=cpu")
+    small = ["--model.network.channels=[8,8]", "--model.network.attention=[]"]
+    code, _, err = cli(*words, *small, "--model.sampler.steps=2", "--trainer.accelerator=cpu")
     assert code == 0, err
     assert [type(io) for io in found] == [WholeCheckpointIO]
 

@@ -53,6 +53,11 @@ def test_the_command_line_shows_each_message_once(cli, configs, capsys):
         code, _, err = cli(
             *("fit", "--config", configs / "digits.yaml", "--ckpt_path=last"),
             *("--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"),
+            *(
+                "--model.network.channels=[8,8]",
+                "--model.network.attention=[]",
+                "--model.sampler.steps=2",
+            ),
         )
     finally:
         root.removeHandler(handler)

@@ -1,5 +1,6 @@
 """A package of plug-ins, from its folder to a checkpoint: the guide's page in a fresh venv."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 import lit_diffusion
@@ -54,8 +56,12 @@ class Desk:
 
     def __init__(self, folder):
         self.folder = folder
-        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         self.python = folder / "venv/bin/python"
+
+    def lay(self):
+        """Make all of it."""
+        folder = self.folder
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         # Python 3.11's venv comes with a setuptools that is older than the project asks for.
         self.run("python", "-m", "pip", "uninstall", "--yes", "setuptools").check_returncode()
         # The heavy packages are those of this interpreter: seen from there, not installed again.
@@ -84,35 +90,50 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    return Desk(tmp_path_factory.mktemp("desk"))
+def visit(tmp_path_factory, worker_id):
+    """The desk, and what each command of the page said there, in order; once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    desk, record = Desk(root / "desk"), root / "said.json"
+    with FileLock(root / "desk.lock"):
+        if not record.exists():
+            shutil.rmtree(desk.folder, ignore_errors=True)  # of a worker that failed at it
+            desk.lay()
+            said = {}
+            for words in COMMANDS:
+                done = desk.run(*words, *offline(words))
+                where = f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr}"
+                assert done.returncode == 0, where
+                said[shlex.join(words)] = done.stdout, done.stderr
+            record.write_text(json.dumps(said))
+    return desk, json.loads(record.read_text())
 
 
 @pytest.fixture(scope="module")
-def walk(desk):
-    """Run all commands of the page in order; what the one with some words in it said."""
-    said = {}
-    for words in COMMANDS:
-        done = desk.run(*words, *offline(words))
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr}"
-        said[shlex.join(words)] = done
+def desk(visit):
+    return visit[0]
+
+
+@pytest.fixture(scope="module")
+def said(visit):
+    """What the command with some words in it said: (stdout, stderr)."""
 
     def find(part):
-        (found,) = [done for command, done in said.items() if part in command]
+        (found,) = [texts for command, texts in visit[1].items() if part in command]
         return found
 
     return find
 
 
 @pytest.fixture
-def run_folder(desk, walk):
+def run_folder(desk):
     (folder,) = (desk.folder / "runs/digits").iterdir()
     return folder
 
 
-def test_the_list_shows_both_with_their_package(walk):
+def test_the_list_shows_both_with_their_package(said):
     listed, family = {}, None
-    for line in walk("plugins").stdout.splitlines():
+    for line in said("plugins")[0].splitlines():
         if re.fullmatch(r"\w+", line):
             family = line
         elif "lit_diffusion_flow" in line.split():
@@ -122,30 +143,30 @@ def test_the_list_shows_both_with_their_package(walk):
     assert "RectifiedFlowWeighting" not in WEIGHTINGS
 
 
-def test_its_own_tests_pass_on_what_is_installed(walk):
-    summary = walk("pytest").stdout.splitlines()[-1]
+def test_its_own_tests_pass_on_what_is_installed(said):
+    summary = said("pytest")[0].splitlines()[-1]
     assert re.search(r"\b\d\d passed", summary)
     assert "failed" not in summary
     assert "skipped" not in summary
 
 
-def test_its_docstring_is_the_help(walk):
-    said = walk("--model.weighting.help").stdout
-    assert "The flow-matching loss under the density p" in said
-    assert "Schedule whose density is the weight; None means" in said
+def test_its_docstring_is_the_help(said):
+    text, _ = said("--model.weighting.help")
+    assert "The flow-matching loss under the density p" in text
+    assert "Schedule whose density is the weight; None means" in text
 
 
-def test_the_overlay_draws_its_objective(walk, desk):
-    assert "RectifiedFlowWeighting" in walk("objective").stdout
+def test_the_overlay_draws_its_objective(said, desk):
+    assert "RectifiedFlowWeighting" in said("objective")[0]
     with Image.open(desk.folder / "objective.png") as image:
         assert image.width > 500
 
 
-def test_a_run_by_bare_names_is_of_the_package(walk, run_folder):
-    said = walk(f"fit --config configs/digits.yaml --config {OVERLAY}").stderr
-    assert "Objective: RectifiedFlowWeighting(" in said
-    assert "sampled from ModeSchedule(scale=1.29, logsnr_min=-10, logsnr_max=13.3)" in said
-    assert "Warning: Plug-in" not in said
+def test_a_run_by_bare_names_is_of_the_package(said, run_folder):
+    _, text = said(f"fit --config configs/digits.yaml --config {OVERLAY}")
+    assert "Objective: RectifiedFlowWeighting(" in text
+    assert "sampled from ModeSchedule(scale=1.29, logsnr_min=-10, logsnr_max=13.3)" in text
+    assert "Warning: Plug-in" not in text
     described = load_checkpoint(run_folder / "checkpoints/last.ckpt")["hyper_parameters"]
     assert described["schedule"]["class_path"] == "lit_diffusion_flow.ModeSchedule"
     assert described["weighting"]["class_path"] == "lit_diffusion_flow.RectifiedFlowWeighting"
@@ -156,13 +177,13 @@ def test_a_run_by_bare_names_is_of_the_package(walk, run_folder):
     assert not config["plugins"]
 
 
-def test_its_checkpoint_draws_in_a_new_process(walk, desk):
-    assert walk("sample").stdout.splitlines()[-1] == "samples.png"
+def test_its_checkpoint_draws_in_a_new_process(said, desk):
+    assert said("sample")[0].splitlines()[-1] == "samples.png"
     with Image.open(desk.folder / "samples.png") as image:
         assert len(image.getcolors(100_000)) > 10
 
 
-def test_the_wheel_holds_the_package_and_its_entry_point_alone(walk, desk):
+def test_the_wheel_holds_the_package_and_its_entry_point_alone(said, desk):
     (wheel,) = (desk.folder / "dist").glob("lit_diffusion_flow-*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
@@ -237,7 +258,7 @@ def others(tmp_path_factory):
     return {"PYTHONPATH": str(folder)}
 
 
-def test_a_broken_package_is_named_and_the_rest_is_listed(desk, walk, others):
+def test_a_broken_package_is_named_and_the_rest_is_listed(desk, others):
     done = desk.run("lit-diffusion", "plugins", **others)
     assert done.returncode == 0
     (line,) = [line for line in done.stderr.splitlines() if "Plug-in" in line]
