@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint check docs benchmark clean
+.PHONY: help demo test slow lint check docs benchmark clean
 help:  ## Show this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
@@ -24,8 +24,12 @@ demo: .venv/.run  ## Train on real handwritten digits (a few minutes on a laptop
 # stay together. At most eight, since each needs two gigabytes. WORKERS=0 runs in one process.
 WORKERS ?= auto
 test: export OMP_NUM_THREADS ?= 1
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 test: .venv/.dev  ## Run every test that is not marked slow, on all cores.
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
+	$(PYTEST)
+slow: export OMP_NUM_THREADS ?= 1
+slow: .venv/.dev  ## Run the tests that are marked slow: whole programs, killed, on many ranks, timed.
+	$(PYTEST) -m slow
 
 lint: .venv/.dev  ## Check style, imports and types.
 	$(BIN)/ruff check .

@@ -122,6 +122,7 @@ def test_it_is_an_argument_like_any_other(make):
     assert "activation_checkpointing=False" in make(False).extra_repr()
 
 
+@pytest.mark.slow
 def test_it_compiles_into_one_graph(make):
     torch.compiler.reset()
     net = make(True)
@@ -134,7 +135,7 @@ def test_it_compiles_into_one_graph(make):
     assert less <= step(make(False))[2] / 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_inductor_drops_the_same_features_again(make):
     """The gradient is that of the loss, whose dropout is the same in both passes."""
@@ -178,6 +179,7 @@ def _rank(rank, port):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_are_one():
     with socket.socket() as free:

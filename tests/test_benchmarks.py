@@ -64,7 +64,7 @@ def test_sampling(run):
     assert [row["noise for"] for row in rows[: len(each)]] == ["batch"] * len(SAMPLERS) + ["image"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sampling_compiled_in_bfloat16(run):
     words = ("--batch_sizes", 2, 3, "--steps", 2, "--compile", "--bf16")
     found = run("sampling", *TOY, *words)
@@ -78,6 +78,7 @@ def test_a_sampler_that_calls_more_often_than_it_says_is_an_error(run, monkeypat
         run("sampling", *TOY, "--batch_sizes", 2, "--steps", 3)
 
 
+@pytest.mark.slow
 def test_likelihood(run):
     words = ("--images", 3, "--batch_size", 2, "--steps", 2, "--tolerance", 1)
     rows = run("likelihood", *TOY, *words)["rows"]
@@ -152,7 +153,7 @@ def test_imports_are_told_apart(script, tmp_path, monkeypatch):
     assert rows["outer"]["ms"] == pytest.approx(parts, abs=0.05)
 
 
-@pytest.mark.slow  # three processes
+@pytest.mark.soak  # three processes
 def test_memory(run):
     small = ("--model.network.channels=[8,8]", "--model.network.attention=[]")
     words = ("--device", "cpu", "--steps", 16, "--every", 2)
@@ -181,6 +182,7 @@ def test_the_slope_of_a_memory_that_grows(script):
     assert row["peak relative to bare"] == pytest.approx(1.04)
 
 
+@pytest.mark.slow
 def test_throughput(run, tmp_path):
     words = ("--device", "cpu", "--toy", "--cases", "U-Net", "--peak_tflops", 0.5)
     found = run("throughput", *words, "--traces", tmp_path / "traces")
@@ -223,6 +225,7 @@ def test_averages(run):
     assert all(positive(row, "ms", "one call over it") for row in rows)
 
 
+@pytest.mark.slow
 def test_one_command_runs_them_all_and_names_what_failed(script, tmp_path, monkeypatch, capsys):
     speed = script("speed")
     assert all((BENCHMARKS / f"{name}.py").is_file() for name in speed.SCRIPTS)

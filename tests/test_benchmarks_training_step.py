@@ -30,6 +30,7 @@ def task(script):
     return script("peers.task").Task((3, 8, 8), (8, 16), 1, (4,), 2, "cpu", "32", False, False)
 
 
+@pytest.mark.slow
 def test_ours_against_diffusers_beside_one_that_is_missing_and_one_that_is_broken(
     script, tmp_path, capsys, monkeypatch
 ):

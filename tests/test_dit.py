@@ -385,7 +385,7 @@ def test_compiles_into_one_graph(dtype):
         assert (ours - theirs).norm() <= 2 * torch.finfo(dtype).eps * theirs.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_into_one_graph_by_inductor():
     torch.compiler.reset()
@@ -477,6 +477,7 @@ def _rank(rank, port):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_are_one():
     with socket.socket() as free:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -18,6 +20,7 @@ def run(name, folder):
     return [(float(found), float(truth)) for found, truth in re.findall(pattern, done.stdout)]
 
 
+@pytest.mark.slow
 def test_minimal(tmp_path):
     share, mean, along_x, along_y = run("minimal.py", tmp_path)
     assert abs(share[0] - share[1]) < 0.05
@@ -32,6 +35,7 @@ def test_minimal(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_with_lightning(tmp_path):
     for found, truth in run("with_lightning.py", tmp_path):
         assert abs(found - truth) < 0.2

@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused(arguments, message):
         UNet(**arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_into_one_graph(net):
     compiled = torch.compile(net, fullgraph=True)

@@ -542,6 +542,6 @@ def test_records_of_all_kinds(tmp_path):
     check_records(tmp_path, 600)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_thousand_records_of_all_kinds(tmp_path):
     check_records(tmp_path, 10_000)

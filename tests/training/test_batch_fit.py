@@ -400,6 +400,7 @@ def lit_diffusion(folder, *words):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_memory_that_really_runs_out(tmp_path):
     limit = ("--trainer.callbacks=memory_plugin.Limit", "--trainer.callbacks.mib=358")
@@ -415,6 +416,7 @@ def test_memory_that_really_runs_out(tmp_path):
     assert code == 0, err[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes as Linux lists them")
 def test_one_rank_of_two(tmp_path):
     words = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=64")

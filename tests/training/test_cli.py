@@ -277,6 +277,7 @@ class BumpWeighting(Weighting):
 '''
 
 
+@pytest.mark.slow
 def test_a_local_plugin_by_bare_name_from_the_console_script(tmp_path):
     (tmp_path / "my_plugins.py").write_text(PLUGIN)
     script = Path(sys.executable).with_name("lit-diffusion")
@@ -340,6 +341,7 @@ def test_help_shows_the_docstrings(cli):
     assert "λ at which the weight is one half" in out
 
 
+@pytest.mark.slow
 def test_wandb_offline_file_is_in_the_run_folder(tmp_path):
     script = Path(sys.executable).with_name("lit-diffusion")
     words = list(map(str, [script, "fit", "--config", CONFIGS / "digits.yaml", *FAST]))
@@ -478,6 +480,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(cli):
 # A real kill ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_exact(tmp_path):
     words = [sys.executable, "-m", "lit_diffusion", "fit", "--config", CONFIGS / "digits.yaml"]
     words += [*FAST, "--trainer.max_steps=60", "--data.steps_per_epoch=7", "--name=killed"]

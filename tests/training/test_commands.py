@@ -76,6 +76,7 @@ def test_every_public_name_is_reached():
         _ = training.LitDifusion
 
 
+@pytest.mark.slow
 def test_a_command_imports_only_what_it_needs():
     assert "lightning" not in modules_after("plugins")
     others = modules_after("compare", "--help")

@@ -73,6 +73,7 @@ def make_batch(n=6):
 
 
 # Dynamo asks a λ that has a gradient for it, and torch would say that there is none yet.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("schedule", "prediction"),
@@ -117,6 +118,7 @@ def test_sampling_is_compiled_too_and_copies_are_not(fresh):
     assert model.loss._compiled is not None
 
 
+@pytest.mark.slow
 def test_a_run_with_it_has_the_checkpoint_of_one_without(fresh, tmp_path):
     runs = {}
     for name, callbacks in (("plain", []), ("compiled", [Compile()])):
@@ -193,7 +195,7 @@ def test_weights_of_either_order_in_memory_go_on_as_if_nothing_had_changed(tmp_p
         torch.testing.assert_close(changed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_networks_of_the_house_compile_in_one_piece(fresh):
     for network in (
         UNet((1, 8, 8), (8, 16), attention=(4,), num_classes=10, dropout=0.1, fourier=(3,)),

@@ -731,6 +731,7 @@ def config(tmp_path):
     return tmp_path / "c.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 def test_from_the_command_line(cli, config, folder, streaming):
     words = ["--config", config, "--data.path", folder, f"--data.streaming={streaming}"]

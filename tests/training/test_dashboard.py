@@ -72,6 +72,7 @@ def fit(cli, steps, *words):
     return Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
 
 
+@pytest.mark.slow
 def test_a_run_and_how_it_goes_on(cli):
     folder = fit(cli, 3)
     checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")

@@ -428,6 +428,7 @@ class Stored(torch.utils.data.Dataset):
 N = 20
 
 
+@pytest.mark.slow
 def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     """The whole path: a run with the callback, the command on its checkpoint, the library."""
     import torch_fidelity
@@ -566,6 +567,7 @@ def one_rank(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("samples", "batch"), [(37, 8), (20, 64)])
 def test_two_ranks_measure_what_one_does(one_rank, tmp_path, samples, batch):
     """Five batches for two ranks; and one batch, so that a rank draws nothing."""

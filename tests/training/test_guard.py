@@ -261,6 +261,7 @@ def test_skip_changes_nothing_and_goes_on(tmp_path, accumulate):
     assert all(p.isfinite().all() for p in model.parameters())  # the average, by now
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss and gradient of step")
 def test_skips_have_an_end(tmp_path):
     bad = bad_steps(200)
@@ -360,6 +361,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_two_ranks_do_the_same(tmp_path, policy):
     """The largest λ of a step belongs to one rank; both must know of it."""
@@ -456,6 +458,7 @@ def test_every_run_is_guarded_and_replayed(cli, plugin, extra):
     assert listing(Path()) == before
 
 
+@pytest.mark.slow
 def test_replay_starts_from_the_checkpoint_before(cli, plugin):
     """Also of a run that skipped, and went on to write other checkpoints."""
     skip = [
@@ -520,7 +523,7 @@ def test_a_trial_run_leaves_nothing(cli, plugin):
     assert not list(Path().glob("**/non_finite"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_replay_of_two_ranks(tmp_path, plugin):
     command = functools.partial(
         warm.run, cwd=tmp_path, capture_output=True, text=True, timeout=200

@@ -158,6 +158,7 @@ def test_a_pipeline_that_is_no_chain_is_one_line(cli, tmp_path, pipeline):
     assert not (tmp_path / "a.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_without_diffusers_every_way_ends_in_the_same_line(cli, tmp_path, pipeline):
     assert cli("import", "pipeline", "--out", "published.ckpt")[0] == 0
     network = {"class_path": "DiffusersNetwork", "init_args": {"config": UNET}}

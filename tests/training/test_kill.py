@@ -23,6 +23,7 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened():
     words = [sys.executable, resume.__file__, "--runs", "5", "--seed", "1", "--kills", "4"]
     done = warm.run(words, env=ENVIRONMENT, timeout=600)
@@ -137,7 +138,10 @@ def lives(pid):
         return False
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", 1), ("SIGUSR1", 1), ("SIGTERM", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("SIGTERM", 1), ("SIGUSR1", 1), pytest.param("SIGTERM", 2, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     # Without a signal there are checkpoints at validations only, which would hide nothing.
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp"] if ranks == 2 else []
@@ -173,6 +177,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert load_checkpoint(resume.checkpoint(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_leave_goes_on_exactly(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"""

@@ -219,6 +219,7 @@ def test_each_part_of_the_identity_counts(file, tmp_path, key, value):
     assert other.folder != first.folder
 
 
+@pytest.mark.slow
 def test_the_name_does_not_change_with_anything_else(file, cache):
     others = {"batch_size": 7, "seed": 3, "horizontal_flip": True, "num_workers": 1}
     others |= {"shuffle_window": 3, "steps_per_epoch": 2, "val_split": "train", "val_examples": 5}

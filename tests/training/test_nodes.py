@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import warm
 
@@ -38,6 +39,7 @@ def result(folder):
     return load_checkpoint(path), repeatable(path.parents[1] / "metrics.csv")
 
 
+@pytest.mark.slow
 def test_two_nodes_are_two_ranks(tmp_path):
     nodes, one = tmp_path / "nodes", tmp_path / "one"
     nodes.mkdir()

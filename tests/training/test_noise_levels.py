@@ -438,6 +438,7 @@ def two_ranks(folder, kill=-1, ckpt=None):
     return warm.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_the_numbers_of_one_and_resume(tmp_path):
     killed = two_ranks(tmp_path, kill=4)
     assert "Killed" in killed.stderr
@@ -470,6 +471,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_two_runs_are_laid_over_each_other(cli):
     runs = []
     for extra in ((), ("--config", CONFIGS / "objective" / "flow-matching.yaml")):

@@ -20,6 +20,8 @@ import lit_diffusion
 from lit_diffusion import SCHEDULES, WEIGHTINGS
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guide/plugin-package.md").read_text(encoding="utf-8")
 SENTENCES = " ".join(PAGE.split())

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 ELSEWHERE = """
 import signal, sys
 import datasets, lightning.pytorch, torchmetrics, wandb  # whose own portability is theirs
@@ -16,6 +18,7 @@ import lit_diffusion.__main__, lit_diffusion.training, lit_diffusion.training.cl
 """
 
 
+@pytest.mark.slow
 def test_training_imports_without_posix():
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -230,6 +230,7 @@ def urls(server, folder):
     return {"train": train, "test": f"{server.url}/test-00000-of-00001.parquet"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_over_http_is_the_local_stream(folder, workers):
     settings = {"num_workers": workers, "shuffle_window": 11, "horizontal_flip": True}
@@ -321,7 +322,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_spawned_workers_give_the_same_batches(folder, tmp_path, method):
     script = tmp_path / "script.py"

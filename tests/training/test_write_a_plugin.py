@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import warm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guide/write-a-plugin.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
