@@ -6,10 +6,16 @@ torch, and only commands that train or sample import Lightning.
 
 from __future__ import annotations
 
-import difflib
 import os
-import signal
 import sys
+
+# `python -m` imports from the working directory first, where a stranger's yaml.py may lie beside
+# the data. Like the console script, it imports from there what --plugins names, and nothing else.
+if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
+    del sys.path[0]
+
+import difflib
+import signal
 import textwrap
 
 from lit_diffusion.training.commands.table import COMMANDS
@@ -43,10 +49,6 @@ def main() -> None:
     # the awaited thread may not be running, and steps of 50 ms took up to 9 s. Sleeping after a
     # few microseconds of spinning avoids this, at no cost on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Unlike `python -m`, a console script does not have the working directory on its path, where
-    # a local my_plugins.py is.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command == "--version":
         from lit_diffusion import __version__

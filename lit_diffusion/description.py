@@ -3,7 +3,12 @@
 A checkpoint records how its model was constructed but must load without executing code
 (`weights_only=True`), so it holds {class_path, init_args} and nothing else. `describe` reads
 both from the object, which keeps every argument as an attribute of the same name; `build`
-constructs the object again and imports allowed modules only.
+constructs the object again.
+
+A file is data, and whoever wrote it chooses the classes and their arguments. So before anything is
+constructed, `build` checks every class it names: that the module that *defines* it is allowed,
+whether it has been imported or not, and that it is of the kind that the argument asks for.
+Otherwise a checkpoint could name any class of the process whose constructor reads or runs a file.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +31,19 @@ from lit_diffusion.predictions import Prediction
 from lit_diffusion.registry import arguments, load_plugins
 from lit_diffusion.samplers import Sampler
 
-__all__ = ["allow", "allowed_modules", "build", "describe", "missing_package", "public_path"]
+__all__ = [
+    "allow",
+    "allowed_modules",
+    "build",
+    "build_arguments",
+    "check_arguments",
+    "describe",
+    "missing_package",
+    "public_path",
+]
 
-_ALLOWED = ["lit_diffusion", "torch.optim", "torch.nn", "lightning.pytorch"]
+# What is defined in `__main__` is the program, script or notebook that loads the file.
+_ALLOWED = ["lit_diffusion", "torch.optim", "torch.nn", "lightning.pytorch", "__main__"]
 _KINDS = (
     nn.Module,
     Prediction,
@@ -54,10 +70,10 @@ def allow(module: str) -> None:
 
 
 def allowed_modules() -> list[str]:
-    """Modules that configs and checkpoints may import.
+    """Modules whose classes configs and checkpoints may name.
 
-    Those of this library, of PyTorch, of Lightning and of installed plug-in packages, and those
-    that were given to `allow`.
+    Those of this library, of PyTorch, of Lightning, of installed plug-in packages and of the
+    program itself, and those that were given to `allow`.
 
     Example:
         >>> allowed_modules()[:2]
@@ -154,18 +170,13 @@ def describe(value: Any) -> Any:
     return {"class_path": public_path(type(value)), "init_args": describe(arguments(value))}
 
 
-def _find(path: str) -> type:
-    """Find a class by its path; its module is imported only if it is allowed."""
-    module, _, name = path.rpartition(".")
+def _find(path: Any) -> type:
+    """Find a class by its path, if its module is allowed."""
+    module, _, name = str(path).rpartition(".")
     if module not in sys.modules:
         if missing := missing_package(path):
             raise ValueError(f"The checkpoint's {missing}")
-        if not _is_allowed(module):
-            raise ValueError(
-                f"{path} may not be imported from a checkpoint: its module is neither of "
-                f"{', '.join(_ALLOWED)} nor imported already. If you trust it, import it first "
-                f"(on the command line: --plugins {module or path})."
-            )
+        _refuse_unless_allowed(module, path)
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -173,33 +184,144 @@ def _find(path: str) -> type:
     found = getattr(sys.modules[module], name, None)
     if not (inspect.isclass(found) and issubclass(found, _KINDS)):
         raise ValueError(f"{path} is not a class that a checkpoint may name, or does not exist.")
+    _refuse_unless_allowed(found.__module__, path)  # wherever else it can be imported from
     return found
 
 
-def build(description: Any) -> Any:
+def _refuse_unless_allowed(module: str, path: str) -> None:
+    if not _is_allowed(module):
+        raise ValueError(
+            f"a file may not name {path}: its module is none of {', '.join(_ALLOWED)}. If you "
+            f"trust it, allow it first: --plugins {module} on the command line, "
+            f"lit_diffusion.description.allow({module!r}) in Python."
+        )
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types of which a value of an annotation, or a part of it, may be an instance."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Callable:  # of an optimizer: what it returns is meant
+        arguments = arguments[-1:]
+    elif isinstance(annotation, typing.TypeVar):
+        arguments = (annotation.__bound__ or Any,)
+    if arguments and typing.get_origin(annotation) is not typing.Literal:
+        for argument in arguments:
+            yield from _parts(argument)
+    elif not arguments:
+        yield annotation
+
+
+def _check(description: Any, wanted: Any, where: str) -> None:
+    """Check every class that a description names, before any of them is constructed."""
+    if isinstance(description, Mapping) and "class_path" in description:
+        cls = _find(description["class_path"])
+        parts = set(_parts(wanted))
+        if Any not in parts:
+            bases = tuple(
+                part
+                for part in parts
+                if isinstance(part, type) and (part is nn.Module or issubclass(part, _KINDS))
+            )
+            if not issubclass(cls, bases):
+                names = " or ".join(sorted(base.__name__ for base in bases)) or "plain data"
+                raise ValueError(
+                    f"{where} must be {names}, got the class {description['class_path']}."
+                )
+        check_arguments(cls, description.get("init_args") or {})
+    elif isinstance(description, Mapping):
+        for key, value in description.items():
+            _check(value, wanted, f"{where}[{key!r}]")
+    elif isinstance(description, list):
+        for i, value in enumerate(description):
+            _check(value, wanted, f"{where}[{i}]")
+
+
+def check_arguments(cls: type, described: Mapping[str, Any]) -> None:
+    """Check every class that the described arguments of a class name, constructing nothing.
+
+    Args:
+        cls: The class that takes the arguments.
+        described: What `describe` returned for each.
+
+    Raises:
+        ValueError: If one names a class that is not allowed, or of another kind.
+
+    Example:
+        >>> from lit_diffusion import Pretrained
+        >>> check_arguments(Pretrained, {"sampler": {"class_path": "lit_diffusion.UNet"}})
+        Traceback (most recent call last):
+        ValueError: sampler of Pretrained must be Sampler, got the class lit_diffusion.UNet.
+    """
+    hints = _hints(cls)
+    for name, value in described.items():
+        _check(value, hints.get(name, Any), f"{name} of {cls.__name__}")
+
+
+def build_arguments(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Construct the described arguments of a class, once all of them have been checked.
+
+    Args:
+        cls: The class that takes the arguments.
+        described: What `describe` returned for each.
+
+    Raises:
+        ValueError: If one names a class that is not allowed, or of another kind.
+
+    Example:
+        >>> from lit_diffusion import Pretrained
+        >>> build_arguments(Pretrained, {"sampler": {"class_path": "lit_diffusion.DDIMSampler"}})
+        {'sampler': DDIMSampler(steps=50, schedule=None, eta=0.0)}
+    """
+    check_arguments(cls, described)
+    return {name: _made(value) for name, value in described.items()}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotations of the arguments, also of those that are passed on to a base class."""
+    hints: dict[str, Any] = {}
+    for one in reversed(cls.__mro__):
+        try:
+            hints |= typing.get_type_hints(vars(one).get("__init__"))
+        except (NameError, TypeError):  # some names are imported for type checkers only
+            continue
+    return hints
+
+
+def build(description: Any, wanted: Any = Any) -> Any:
     """Construct an object from its description; the inverse of `describe`.
 
     Optimizers and learning-rate schedulers are returned as `functools.partial`, to be called with
-    the parameters or the optimizer.
+    the parameters or the optimizer. Nothing is constructed unless all classes are allowed and of
+    the kinds that the arguments are annotated with.
 
     Args:
         description: What `describe` returned, or a config of the same form.
+        wanted: The base class, or annotation, that the object itself must satisfy.
 
     Raises:
-        ValueError: If it names a class that is not allowed.
+        ValueError: If it names a class that is not allowed, or of another kind.
 
     Example:
         >>> build({"class_path": "lit_diffusion.SigmoidWeighting", "init_args": {"bias": 1.0}})
         SigmoidWeighting(bias=1.0)
+        >>> build({"class_path": "lit_diffusion.EpsPrediction"}, wanted=Sampler)
+        Traceback (most recent call last):
+        ValueError: the object must be Sampler, got the class lit_diffusion.EpsPrediction.
     """
+    _check(description, wanted, "the object")
+    return _made(description)
+
+
+def _made(description: Any) -> Any:
+    """Construct what has been checked."""
     if isinstance(description, Mapping) and "class_path" in description:
         cls = _find(description["class_path"])
-        values = {k: build(v) for k, v in (description.get("init_args") or {}).items()}
+        values = {k: _made(v) for k, v in (description.get("init_args") or {}).items()}
         if issubclass(cls, _KINDS[-2:]):
             return functools.partial(cls, **values)
         return cls(**values)
     if isinstance(description, Mapping):
-        return {key: build(item) for key, item in description.items()}
+        return {key: _made(item) for key, item in description.items()}
     if isinstance(description, list):
-        return [build(item) for item in description]
+        return [_made(item) for item in description]
     return description

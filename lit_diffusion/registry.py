@@ -14,9 +14,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Registry", "arguments", "load_plugins", "plain_arguments", "subclasses"]
@@ -36,7 +38,7 @@ def load_plugins() -> tuple[str, ...]:
         True
     """
     loaded = []
-    for entry in entry_points(group=GROUP):
+    for entry in _installed():
         try:
             entry.load()
         except (Exception, SystemExit) as error:
@@ -49,6 +51,21 @@ def load_plugins() -> tuple[str, ...]:
         else:
             loaded.append(entry.module)
     return tuple(loaded)
+
+
+def _installed() -> list[EntryPoint]:
+    """The entries of installed packages.
+
+    Python also searches the working directory, which may be a folder that somebody else has made,
+    such as a downloaded model; it counts only if PYTHONPATH names it.
+    """
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    here = {"", os.getcwd()} - {os.path.abspath(path) for path in named}
+    found: dict[tuple[str, str], EntryPoint] = {}
+    for one in distributions(path=[path for path in sys.path if path not in here]):
+        for entry in one.entry_points.select(group=GROUP):
+            found.setdefault((entry.name, entry.value), entry)
+    return list(found.values())
 
 
 def subclasses(base: type) -> Iterator[type]:

@@ -100,6 +100,7 @@ def test_an_estimator_that_calls_more_often_than_is_said_is_an_error(run, script
         run("likelihood", *TOY, "--images", 2, "--batch_size", 1)
 
 
+@pytest.mark.slow
 def test_startup(run):
     words = ("--rounds", 1, "--seconds", 0, "--only", "pass", "lit-diffusion --help")
     found = run("startup", *words)

@@ -1,6 +1,7 @@
 """A checkpoint names classes by public paths, so that their files can move."""
 
 import importlib
+import inspect
 import sys
 import types
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import lit_diffusion
-from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
+import lit_diffusion.nn
+from lit_diffusion import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, description
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.description import build, describe, public_path
 from lit_diffusion.nn import DiT, FourierFeatures, ResidualMLP, UNet
@@ -58,3 +60,72 @@ def test_a_file_can_move(monkeypatch):
     monkeypatch.setattr(UNet, "__module__", moved.__name__)
     assert describe(UNet()) == before
     assert isinstance(build(before), UNet)
+
+
+# A file may name what is allowed, and nothing else ----------------------------------------------
+
+
+class Opened(torch.nn.Module):
+    """What a stranger's file would like to be constructed, as its constructor opens a file."""
+
+    opened: list[str] = []  # noqa: RUF012
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.path = path
+        self.opened.append(path)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    monkeypatch.setattr(Opened, "opened", [])
+    monkeypatch.setattr(lit_diffusion.nn, "Opened", Opened, raising=False)
+    return Opened.opened
+
+
+@pytest.mark.parametrize("path", [f"{Opened.__module__}.Opened", "lit_diffusion.nn.Opened"])
+def test_a_class_of_another_module_is_refused_wherever_it_is_imported(opened, path):
+    one = {"class_path": path, "init_args": {"path": "secret"}}
+    for described in (
+        one,
+        [one],
+        {"class_path": "lit_diffusion.Pretrained", "init_args": {"network": one}},
+    ):
+        with pytest.raises(
+            ValueError, match=rf"may not name .*Opened.*allow\('{Opened.__module__}'\)"
+        ):
+            build(described)
+    assert opened == []
+
+
+def test_what_is_allowed_is_built(opened, monkeypatch):
+    monkeypatch.setattr(description, "_ALLOWED", list(description._ALLOWED))
+    description.allow(Opened.__module__)
+    assert isinstance(build(describe(Opened("a"))), Opened)
+    assert opened == ["a", "a"]
+
+
+@pytest.mark.parametrize("name", ["schedule", "weighting", "prediction", "sampler", "decoder"])
+def test_an_object_of_another_kind_is_refused_before_anything_is_constructed(
+    opened, monkeypatch, name
+):
+    monkeypatch.setattr(description, "_ALLOWED", [*description._ALLOWED, Opened.__module__])
+    wrong = {"class_path": f"{Opened.__module__}.Opened", "init_args": {"path": "wrong"}}
+    right = {"class_path": f"{Opened.__module__}.Opened", "init_args": {"path": "first"}}
+    described = {"network": right, name: wrong}
+    with pytest.raises(ValueError, match=f"^{name} of Pretrained must be .*, got the class"):
+        build({"class_path": "lit_diffusion.Pretrained", "init_args": described})
+    assert opened == []
+
+
+def test_a_number_is_no_object(opened):
+    nested = {"class_path": "lit_diffusion.UNet", "init_args": {}}
+    for value in (nested, [nested]):
+        one = {"class_path": "lit_diffusion.CosineSchedule", "init_args": {"logsnr_min": value}}
+        with pytest.raises(ValueError, match=r"logsnr_min of CosineSchedule.* must be plain data"):
+            build(one)
+
+
+@pytest.mark.parametrize("cls", [*OURS, lit_diffusion.Pretrained], ids=lambda cls: cls.__name__)
+def test_every_argument_of_ours_says_what_it_takes(cls):
+    assert set(inspect.signature(cls).parameters) <= set(description._hints(cls))

@@ -118,8 +118,9 @@ class Pretrained(SamplingModel):
 def load_pretrained(folder: str | Path) -> Pretrained:
     """Load a model that `lit-diffusion export` wrote, on the CPU and in evaluation mode.
 
-    No code in the folder is executed, and only allowed modules are imported: those of this
-    library, of PyTorch and of installed plug-in packages, and any that is imported already.
+    No code in the folder is executed, and only classes of allowed modules are constructed: those
+    of this library, of PyTorch, of installed plug-in packages and of the program itself, and
+    those given to `lit_diffusion.description.allow`.
 
     Args:
         folder: The folder.
@@ -152,7 +153,7 @@ def _make(path: Path) -> Pretrained:
             f"model of class lit_diffusion.Pretrained, got {type(error).__name__}: {error}."
         ) from error
     try:
-        model: Pretrained = build(described)
+        model: Pretrained = build(described, Pretrained)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} describes a model that cannot be built: {error}") from error
     return model

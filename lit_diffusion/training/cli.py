@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lit_diffusion.description import allow
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
 from lit_diffusion.training.commands.table import COMMANDS
@@ -49,6 +50,8 @@ def main(
     try:
         with _messages_on_stderr():
             import_plugins(_plugins(argv))
+            for cls in filter(None, (model_class, data_class)):
+                allow(cls.__module__)
             prefer_importable_classes()
             code = _run(command, argv[1:], model_class, data_class)
     except UsageError as error:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
-from lit_diffusion.description import build, describe
+from lit_diffusion.description import build_arguments, describe
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.nn import UNet
@@ -380,10 +380,10 @@ class LitDiffusion(SamplingModel, L.LightningModule):
                     f"{checkpoint_path} does not say how its network was made: pass network=…."
                 )
             arguments["optimizer"] = _unknown_optimizer
-        kept = {name: build(value) for name, value in described.items() if name not in arguments}
+        kept = {name: value for name, value in described.items() if name not in arguments}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
-            model = cls(**kept, **arguments)
+            model = cls(**build_arguments(cls, kept), **arguments)
         model.load_state_dict(checkpoint["state_dict"], strict=strict)
         model.weights = weights_name(checkpoint)
         return model.eval()

@@ -119,6 +119,7 @@ def test_too_many_end_the_run(tmp_path):
     take(module(tmp_path / "x.parquet", max_bad_share=0.1, **settings).train_dataloader(), 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.01, 1.0])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_of_nothing_but_bad_examples_ends(tmp_path, workers, share):

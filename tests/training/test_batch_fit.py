@@ -197,6 +197,7 @@ def test_memory_that_others_took_is_not_the_batch(tmp_path):
     assert "although as many fit when their step is tried again alone" in note
 
 
+@pytest.mark.slow
 def test_what_takes_less_memory(tmp_path, monkeypatch):
     def no_room(self, z, *args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -435,6 +436,7 @@ def test_one_rank_of_two(tmp_path):
             continue
 
 
+@pytest.mark.slow
 def test_in_one_line(cli, tmp_path, monkeypatch):
     (tmp_path / "memory_plugin.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)

@@ -445,6 +445,7 @@ def test_validation_and_prediction_are_told_the_whole_truth(folder, tmp_path, st
         assert all(torch.equal(seen[name], batch[name]) for name in ("label", *KEYS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path, streaming):
     def fit(steps, ckpt_path=None):

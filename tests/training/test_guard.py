@@ -446,7 +446,7 @@ def test_every_run_is_guarded_and_replayed(cli, plugin, extra):
     code, _, err = start(cli, *extra)
     assert code == 2
     (file,) = Path("runs").glob("digits/*/non_finite/*.json")
-    assert f"lit-diffusion replay {file}" in err
+    assert f"lit-diffusion replay {file} --plugins breaking_plugin" in err
     assert "Traceback" not in err
     before = listing(Path())
     code, out, err = cli("replay", file)

@@ -53,6 +53,7 @@ def pipeline(tmp_path):
     return tmp_path / "pipeline"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "given"), [("UNet2DModel", UNET), ("DiTTransformer2DModel", DIT)]
 )

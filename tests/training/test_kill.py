@@ -36,10 +36,10 @@ def test_killed_runs_end_as_if_nothing_had_happened():
 CYCLES = [  # (micro-batches to a step, batches to an epoch, trainer arguments)
     (1, 5, {}),
     (1, 5, {"val_check_interval": 2}),
-    (1, 4, {"check_val_every_n_epoch": 2}),
-    (2, 7, {"val_check_interval": 3}),
+    pytest.param(1, 4, {"check_val_every_n_epoch": 2}, marks=pytest.mark.slow),
+    pytest.param(2, 7, {"val_check_interval": 3}, marks=pytest.mark.slow),
     (2, 6, {"val_check_interval": 5, "check_val_every_n_epoch": None}),
-    (3, 4, {"limit_val_batches": 0}),
+    pytest.param(3, 4, {"limit_val_batches": 0}, marks=pytest.mark.slow),
 ]
 
 

@@ -337,7 +337,7 @@ def test_a_hostile_checkpoint_is_not_executed(tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint"):
         LitDiffusion.load_from_checkpoint(tmp_path / "none.ckpt")
     for class_path in ("os.system", "subprocess.Popen", "antigravity.geohash", "builtins.eval"):
-        with pytest.raises(ValueError, match=r"may not be imported|not a class"):
+        with pytest.raises(ValueError, match=r"may not name|not a class"):
             build({"class_path": class_path, "init_args": {}})
     assert "antigravity" not in sys.modules
 

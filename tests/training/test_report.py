@@ -389,6 +389,7 @@ def test_a_resumed_run_has_two_sessions_and_a_new_report(cli, run, monkeypatch):
     assert re.search(r"\bsteps 6\b", Page(run / "report.html").text)
 
 
+@pytest.mark.slow
 def test_the_report_is_named_before_the_run_folder(cli):
     code, out, err = fit(cli, CONFIGS / "digits.yaml", overlay(Path()))
     assert code == 0, err

@@ -157,6 +157,7 @@ def test_each_example_once_for_any_ranks_workers_shards(tmp_path, world, shards)
             assert sorted(example.index for example in seen) == list(range(151))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize(("world", "workers"), [(1, 4), (2, 2), (3, 1)])
 def test_each_example_once_with_real_workers(folder, world, workers):

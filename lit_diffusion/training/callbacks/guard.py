@@ -232,7 +232,7 @@ class Guard(L.Callback):
             lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
             write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
         trainer.strategy.barrier("non_finite")  # copying a checkpoint takes time
-        return f"{line} `lit-diffusion replay {path}` shows its cause."
+        return f"{line} `lit-diffusion replay {path}{_plugins(trainer)}` shows its cause."
 
     def _keep_config(self, trainer: L.Trainer, path: Path) -> str | None:
         """Save the config of this session; the run folder may have several."""
@@ -307,6 +307,14 @@ def plain(batch: dict[str, Tensor | None]) -> dict[str, list[Any] | None]:
         else [x if math.isfinite(x) else str(x) for x in values.tolist()]
         for name, values in batch.items()
     }
+
+
+def _plugins(trainer: L.Trainer) -> str:
+    """The flag that names the plug-ins of the run: a replay imports no others."""
+    for callback in all_callbacks(trainer):
+        if isinstance(callback, SaveConfigCallback) and (found := callback.config.get("plugins")):
+            return f" --plugins {found if isinstance(found, str) else ','.join(found)}"
+    return ""
 
 
 def _where(batches: list[dict[str, Any]]) -> str:

@@ -119,7 +119,7 @@ def _read(path: Path) -> _Trained:
         "class_path": "lit_diffusion.Pretrained",
         "init_args": {name: value for name, value in given.items() if name in own},
     }
-    model: Pretrained = build(described)
+    model: Pretrained = build(described, Pretrained)
     model.load_state_dict(checkpoint["state_dict"])
     return _Trained(model.eval(), described, weights_name(checkpoint), checkpoint["global_step"])
 

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
@@ -56,6 +57,7 @@ class DiffusionCLI(LightningCLI):
         data_class: type[ImageDataModule],
         args: list[str] | None = None,
     ) -> None:
+        self.trained_class = model_class
         self.run_folder: Path | None = None
         self.ckpt_path: str | None = None
         self.resume_step: int | None = None
@@ -140,6 +142,7 @@ class DiffusionCLI(LightningCLI):
             return
         inform("Using the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
+        check_arguments(self.trained_class, described)
         described.pop("image_shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
             {self.config.subcommand: {"model": described}}, self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -67,6 +68,9 @@ def import_plugins(modules: Iterable[str]) -> None:
         ValueError: If there is no such module.
     """
     load_plugins()
+    modules = list(modules)
+    if modules and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # last, so that no file there replaces an installed package
     for name in modules:
         module = name.removesuffix(".py")
         allow(module)

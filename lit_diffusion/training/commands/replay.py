@@ -30,7 +30,6 @@ from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.fit import DiffusionCLI
-from lit_diffusion.training.commands.parsing import import_plugins
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.folder import is_first_rank
@@ -181,8 +180,6 @@ def replay(
         experiment = _rehearsal(path, record, start, folder)
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(experiment))
-        plugins = experiment.get("plugins") or []
-        import_plugins([plugins] if isinstance(plugins, str) else plugins)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.decoders import Decoder
-from lit_diffusion.description import build
+from lit_diffusion.description import build_arguments
 from lit_diffusion.loss import DiffusionLoss
+from lit_diffusion.models import Pretrained
 from lit_diffusion.objective import Objective, gaussian_error
 from lit_diffusion.predictions import Prediction, VPrediction, XPrediction
 from lit_diffusion.published import PUBLISHED, nearest_published
@@ -65,9 +66,9 @@ def objective_of(model: Mapping[str, Any]) -> tuple[Objective, Decoder | None]:
         >>> found.weighting, found.prediction, decoder
         (EDMWeighting(data_std=0.5, mean=2.4, std=2.4), VPrediction(), None)
     """
-    schedule, weighting, prediction, decoder = (
-        build(model.get(name)) for name in ("schedule", "weighting", "prediction", "decoder")
-    )
+    names = ("schedule", "weighting", "prediction", "decoder")
+    parts = build_arguments(Pretrained, {name: model.get(name) for name in names})
+    schedule, weighting, prediction, decoder = parts.values()
     loss = DiffusionLoss(schedule, weighting, model.get("num_timesteps"), decoder)
     prediction = prediction or VPrediction()
     return Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps), decoder
