@@ -37,6 +37,7 @@ lint: .venv/.dev  ## Check style, imports and types.
 	$(BIN)/mypy
 
 docs: .venv/.dev  ## Build the documentation, gallery included; any warning is an error.
+	rm -rf docs/api/generated  # pages of modules that are gone
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 # Style and documentation use one core each, so they run in parallel; the tests need all cores, and
