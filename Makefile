@@ -28,7 +28,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --di
 test: .venv/.dev  ## Run every test that is not marked slow, on all cores.
 	$(PYTEST)
 slow: export OMP_NUM_THREADS ?= 1
-slow: .venv/.dev  ## Run the tests that are marked slow: whole programs, killed, on many ranks, timed.
+slow: .venv/.dev  ## Run the tests that are marked slow: whole programs, killed, on many ranks, installed.
 	$(PYTEST) -m slow
 
 lint: .venv/.dev  ## Check style, imports and types.

@@ -1,4 +1,4 @@
-"""The table of commands: what each does, the function behind it, and its words without a flag.
+"""The table of commands: what each does, the function behind it, and its positional argument.
 
 `lit-diffusion --help`, the command line and the public names of `training` are made from it. It
 imports nothing expensive.
@@ -19,8 +19,8 @@ class Command(NamedTuple):
         example: Its arguments in a typical call.
         function: The function of `commands/`, which is also the name of its module; None for
             those of Lightning's Trainer.
-        word: The argument that is given without a flag, if there is one.
-        several: Whether there may be several such words.
+        word: The positional argument, if there is one.
+        several: Whether the positional argument takes several values.
         group: The argument whose own arguments are flags, as in `--data.path`.
     """
 
@@ -45,20 +45,20 @@ COMMANDS = {
     ),
     "report": Command("HTML report of a run", "RUN", "report", "run"),
     "compare": Command(
-        "losses over λ of runs", "RUN1 RUN2 --out compare.png", "compare", "runs", several=True
+        "compare losses over λ", "RUN1 RUN2 --out compare.png", "compare", "runs", several=True
     ),
     "objective": Command("analyse an objective", "--config C --out objective.png", "objective"),
     "ema": Command("post-hoc EMA", "--run RUN --sigma_rel 0.08", "ema"),
     "replay": Command("locate a NaN", "RUN/non_finite/step-N.json", "replay", "file"),
-    "export": Command("model as a folder", "RUN --out FOLDER", "export", "run"),
+    "export": Command("export a model folder", "RUN --out FOLDER", "export", "run"),
     "import": Command(
-        "model from diffusers", "FOLDER --out model.ckpt", "import_diffusers", "folder"
+        "import from diffusers", "FOLDER --out model.ckpt", "import_diffusers", "folder"
     ),
     "encode": Command(
-        "images to latents", "--vae FOLDER --data.path D --out LATENTS", "encode", group="data"
+        "encode images", "--vae FOLDER --data.path D --out LATENTS", "encode", group="data"
     ),
     "decode": Command(
-        "latents to images", "LATENTS.npy --vae FOLDER --out grid.png", "decode", "latents"
+        "decode latents", "LATENTS.npy --vae FOLDER --out grid.png", "decode", "latents"
     ),
     "plugins": Command("list all plug-ins", "", "plugins"),
 }
