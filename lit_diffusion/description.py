@@ -53,6 +53,8 @@ _KINDS = (
     torch.optim.lr_scheduler.LRScheduler,
 )
 
+_PLAIN = {bool, int, float, str, Path, type(None), ...}  # no part of a model is one of these
+
 
 def allow(module: str) -> None:
     """Allow configs and checkpoints to name classes of a module and of its submodules.
@@ -215,18 +217,16 @@ def _check(description: Any, wanted: Any, where: str) -> None:
     """Check every class that a description names, before any of them is constructed."""
     if isinstance(description, Mapping) and "class_path" in description:
         cls = _find(description["class_path"])
-        parts = set(_parts(wanted))
-        if Any not in parts:
-            bases = tuple(
-                part
-                for part in parts
-                if isinstance(part, type) and (part is nn.Module or issubclass(part, _KINDS))
+        parts = set(_parts(wanted)) - _PLAIN
+        bases = tuple(
+            part for part in parts if isinstance(part, type) and issubclass(part, _KINDS)
+        )
+        # A protocol, a callable or Any says nothing about the class.
+        if len(bases) == len(parts) and not issubclass(cls, bases):
+            names = " or ".join(sorted(base.__name__ for base in bases)) or "plain data"
+            raise ValueError(
+                f"{where} must be {names}, got the class {description['class_path']}."
             )
-            if not issubclass(cls, bases):
-                names = " or ".join(sorted(base.__name__ for base in bases)) or "plain data"
-                raise ValueError(
-                    f"{where} must be {names}, got the class {description['class_path']}."
-                )
         check_arguments(cls, description.get("init_args") or {})
     elif isinstance(description, Mapping):
         for key, value in description.items():

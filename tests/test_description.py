@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -124,6 +125,20 @@ def test_a_number_is_no_object(opened):
         one = {"class_path": "lit_diffusion.CosineSchedule", "init_args": {"logsnr_min": value}}
         with pytest.raises(ValueError, match=r"logsnr_min of CosineSchedule.* must be plain data"):
             build(one)
+
+
+class Wraps(torch.nn.Module):
+    """A plug-in whose argument is annotated by what it can do."""
+
+    def __init__(self, inner: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_an_argument_annotated_by_what_it_can_do_takes_any_allowed_class(monkeypatch):
+    monkeypatch.setattr(description, "_ALLOWED", [*description._ALLOWED, Wraps.__module__])
+    found = build(describe(Wraps(torch.nn.ReLU())))
+    assert isinstance(found.inner, torch.nn.ReLU)
 
 
 @pytest.mark.parametrize("cls", [*OURS, lit_diffusion.Pretrained], ids=lambda cls: cls.__name__)
