@@ -99,10 +99,11 @@ class AdaptiveScheduleUpdate(L.Callback):
         """Add a micro-batch; update the schedule every n optimizer steps."""
         loss: DiffusionLoss = pl_module.loss
         schedule: AdaptiveSchedule = pl_module.loss.schedule
-        logsnr, values = outputs["logsnr"], outputs["eps_mse"]
-        if self.weighted:
-            values = loss.weighting(logsnr) * values
-        self._sums += schedule.tally(logsnr, values)
+        if outputs:  # the step of a subclass may have skipped the batch
+            logsnr, values = outputs["logsnr"], outputs["eps_mse"]
+            if self.weighted:
+                values = loss.weighting(logsnr) * values
+            self._sums += schedule.tally(logsnr, values)
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
