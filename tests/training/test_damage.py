@@ -1,5 +1,6 @@
 """Damaged and inflated files: read as they were written, or refused; never with other numbers."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -75,15 +76,13 @@ def test_a_flipped_bit_of_a_checkpoint_changes_no_number(tmp_path, saved, read):
     for damaged in flips(whole, 200):
         path.write_bytes(damaged)
         try:
-            assert same(read(path), contents)
-        except ValueError as error:
-            assert "\n" not in str(error)
+            found = read(path)
+        except ValueError:
             refused += 1
-        try:  # what torch alone would make of it
-            with warnings.catch_warnings(action="ignore"):
-                changed += not same(torch.load(path, weights_only=True), contents)
-        except Exception:  # noqa: S110
-            pass
+        else:
+            assert same(found, contents)
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+            changed += not same(torch.load(path, weights_only=True), contents)  # torch alone
     assert refused > 100
     assert changed > 50
 
@@ -95,9 +94,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, saved):
     path.write_bytes(whole[:number] + bytes([whole[number] ^ 1]) + whole[number + 1 :])
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged, or not .*: Bad CRC-32") as found:
         LitDiffusion.load_from_checkpoint(path)
-    assert str(found.value).endswith(
-        "Use another checkpoint of the run, or copy the file again."
-    )
+    assert str(found.value).endswith("Use another checkpoint of the run, or copy the file again.")
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="is damaged, or not a checkpoint: File is not a zip"):
         load_checkpoint(path)
@@ -112,7 +109,7 @@ def test_a_remote_checkpoint_is_checked_as_well(saved):
         with fsspec.open("memory://run/last.ckpt", "wb") as file:
             file.write(whole)
         if damaged:
-            with pytest.raises(ValueError, match="memory://run/last.ckpt is damaged"):
+            with pytest.raises(ValueError, match=r"memory://run/last\.ckpt is damaged"):
                 WholeCheckpointIO().load_checkpoint("memory://run/last.ckpt")
         else:
             assert same(WholeCheckpointIO().load_checkpoint("memory://run/last.ckpt"), saved[0])
@@ -183,7 +180,9 @@ LONGER = rewritten(
     ],
     ids=["compressed", "overlapping", "longer", "view", "bytearray", "index", "cut", "empty"],
 )
-def test_an_inflated_checkpoint_is_refused_before_it_is_loaded(tmp_path, file, reason, monkeypatch):
+def test_an_inflated_checkpoint_is_refused_before_it_is_loaded(
+    tmp_path, file, reason, monkeypatch
+):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
     path = tmp_path / "last.ckpt"
     path.write_bytes(file.getvalue())
@@ -199,7 +198,7 @@ def test_the_check_leaves_the_file_at_its_beginning(saved):
     assert file.tell() == 0
 
 
-# Files of tensors ---------------------------------------------------------------------------------
+# Files of tensors -------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_of_a_file_of_tensors_changes_no_number(tmp_path):
@@ -212,11 +211,11 @@ def test_a_flipped_bit_of_a_file_of_tensors_changes_no_number(tmp_path):
         path.write_bytes(damaged)
         try:
             with open_tensors(path) as file:
-                found = {name: file.read(name) for name in file.names}
-                assert same((found, file.about), (tensors, about))
-        except ValueError as error:
-            assert str(error).startswith(f"{path} is damaged, or another kind of file: ")
+                found = {name: file.read(name) for name in file.names}, file.about
+        except ValueError:
             refused += 1
+        else:
+            assert same(found, (tensors, about))
     assert refused > 100
 
 
@@ -249,5 +248,5 @@ def test_weights_that_do_not_have_the_checksum_of_the_config_are_refused(tmp_pat
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="model.safetensors is damaged, or belongs to another"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or belongs to another"):
         ld.load_pretrained(tmp_path)

@@ -301,7 +301,7 @@ def test_a_flipped_bit_of_a_latent_is_noticed(cli, vae, rgb, alone):
     whole = bytearray(path.read_bytes())
     whole[whole.index(before[0][0].numpy().tobytes())] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="[Cc]hecksum|CRC"):
+    with pytest.raises(ValueError, match=r"[Cc]hecksum|CRC"):
         list(module("latents", **arguments).examples("train", 24))
 
 
