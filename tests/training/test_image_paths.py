@@ -212,7 +212,7 @@ def claiming(shape):
 
 @pytest.mark.parametrize("shape", [(10**6, 10**6), (1, 10**9, 10**9), (1, 4, 5), (2**40, 2**40)])
 def test_an_array_that_claims_more_than_it_holds_is_bad(shape):
-    with pytest.raises(MisfitError, match="whole .npy array, got 64 bytes"):
+    with pytest.raises(MisfitError, match=r"whole \.npy array, got 64 bytes"):
         decode(claiming(shape), (1, 4, 4))
 
 

@@ -28,9 +28,7 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def channels_of(
-    picture: Any, encoding: str | None, channels: int
-) -> tuple[npt.NDArray[Any], str]:
+def channels_of(picture: Any, encoding: str | None, channels: int) -> tuple[npt.NDArray[Any], str]:
     """Return the pixels of a picture without what is only encoding, and what they are.
 
     Args:
@@ -46,9 +44,7 @@ def channels_of(
     if mode == "PA" or picture.has_transparency_data:
         grey = mode in ("1", "L", "LA", "La") and not (palette and channels > 2)
         picture = picture.convert("LA" if grey else "RGBA")
-    elif palette and (mode == "P" or channels > 1):
-        picture = picture.convert("RGB")
-    elif mode in ("CMYK", "YCbCr", "HSV", "LAB"):
+    elif mode in ("P", "CMYK", "YCbCr", "HSV", "LAB") or (palette and channels > 1):
         picture = picture.convert("RGB")
     elif mode == "1":
         picture = picture.convert("L")

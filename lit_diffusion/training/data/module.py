@@ -299,9 +299,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world = self._place()
         return BadExamples(split, self.max_bad_share, self._folder, rank if world > 1 else None)
 
-    def _open_split(
-        self, splits: Splits, name: str, like: ImageDecoder | None = None
-    ) -> Split:
+    def _open_split(self, splits: Splits, name: str, like: ImageDecoder | None = None) -> Split:
         """Open a split; its examples must look as another decoder expects, or like its first."""
         columns = Columns(self.image_key, self.label_key, self.condition_keys)
         source = open_source(splits, name, columns, self.open_shards, self._skip)
