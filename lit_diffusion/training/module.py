@@ -42,6 +42,7 @@ from lit_diffusion.training.optimizers import (
 )
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.resume import Resume
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import (
@@ -189,9 +190,9 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     # Training and validation ---------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The callback that every model adds: `BatchFit`, unless the trainer has one."""
-        given = all_callbacks(self.trainer)
-        return [] if any(isinstance(one, BatchFit) for one in given) else [BatchFit()]
+        """The callbacks that every model adds, unless the trainer has them: BatchFit, Resume."""
+        given = {type(one) for one in all_callbacks(self.trainer)}
+        return [kind() for kind in (BatchFit, Resume) if kind not in given]
 
     def setup(self, stage: str) -> None:
         """Settle a precision that the device does not have."""
