@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -155,8 +155,8 @@ def _repeat(schedule: Any, now: Settings, steps: int) -> None:
                 schedule.step()
     except ValueError as error:
         raise ValueError(
-            f"{now.schedule} ends before step {steps}, from which this run would continue: give it "
-            f"more steps. ({error})"
+            f"{now.schedule} ends before step {steps}, from which this run would continue: give "
+            f"it more steps. ({error})"
         ) from error
     for group, kept, begin in zip(groups, restored, now.groups, strict=True):
         for key, value in begin.items():
@@ -207,9 +207,13 @@ def _differences(before: Values, now: Values, which: str) -> Iterator[str]:
             parts = zip(before.get(key, []), value, strict=False)
             for number, pair in enumerate(parts):
                 yield from _differences(*pair, f"{which}, part {number}")
-        elif key in before and not _same(before[key], value):
-            if key == "_milestones" or not (key.startswith("_") or key in ("base_lrs", "min_lrs")):
-                yield _changed(f"{key.strip('_')}{which}", before[key], value)
+        elif key in before and not _same(before[key], value) and _is_argument(key):
+            yield _changed(f"{key.strip('_')}{which}", before[key], value)
+
+
+def _is_argument(key: str) -> bool:
+    """Whether a value of a schedule was given to it, and not computed from the learning rate."""
+    return key == "_milestones" or not (key.startswith("_") or key in ("base_lrs", "min_lrs"))
 
 
 def _changed(name: str, before: Any, now: Any) -> str:
