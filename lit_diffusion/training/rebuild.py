@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import lightning as L
 
 from lit_diffusion.description import build_arguments, describe
-from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.weights import weights_name
 
 __all__ = ["own_arguments", "rebuild", "remember"]
@@ -77,22 +76,24 @@ def _accepted(cls: type, described: dict[str, Any]) -> dict[str, Any]:
 
 
 def rebuild(
-    cls: type[M], path: str | Path, map_location: Any, strict: bool, arguments: dict[str, Any]
+    cls: type[M],
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    strict: bool,
+    arguments: dict[str, Any],
 ) -> M:
     """The model of a checkpoint, in evaluation mode.
 
     Args:
         cls: Its class.
-        path: The checkpoint.
-        map_location: Device for the weights; None means the CPU.
+        checkpoint: As `load_checkpoint` returns it.
+        path: Its file, for messages.
         strict: Whether every weight must be found.
         arguments: Replace what the checkpoint says, or supply what it could not keep.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of this library, or lacks an argument.
+        ValueError: If it lacks an argument, or names a class that is not allowed.
     """
-    checkpoint = load_checkpoint(path, map_location)
     described = _accepted(cls, checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY])
     needed = {"network", "optimizer"} & set(inspect.signature(cls).parameters)
     if missing := needed - described.keys() - arguments.keys():
