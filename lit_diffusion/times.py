@@ -21,10 +21,11 @@ __all__ = ["fixed_times", "sample_times", "stratified_times"]
 
 
 def stratified_times(n: int, offset: Tensor, part: int = 0, parts: int = 1) -> Tensor:
-    """Evenly spaced times with one random offset: t_i = (offset + i/(n·parts)) mod 1.
+    """Evenly spaced times with one random offset: t_i = (offset + (i + part/parts)/n) mod 1.
 
-    The batch is one of `parts` batches of equal size that together form one stratified set: every
-    rank and every accumulated micro-batch of a training step uses the same offset.
+    The batch is one of `parts` batches that together form one stratified set: every rank and every
+    accumulated micro-batch of a training step uses the same offset. Each covers [0, 1] evenly by
+    itself as well, so that one which is smaller or missing leaves no gap.
 
     Args:
         n: Number of times, the size of the batch.
@@ -42,11 +43,10 @@ def stratified_times(n: int, offset: Tensor, part: int = 0, parts: int = 1) -> T
         >>> stratified_times(4, torch.tensor(0.9))
         tensor([0.9000, 0.1500, 0.4000, 0.6500], dtype=torch.float64)
         >>> stratified_times(2, torch.tensor(0.9), part=1, parts=2)
-        tensor([0.4000, 0.6500], dtype=torch.float64)
+        tensor([0.1500, 0.6500], dtype=torch.float64)
     """
-    first = part * n
-    index = torch.arange(first, first + n, device=offset.device, dtype=torch.float64)
-    return (offset + index / (n * parts)) % 1.0
+    index = torch.arange(n, device=offset.device, dtype=torch.float64)
+    return (offset + (index * parts + part) / (n * parts)) % 1.0
 
 
 def sample_times(x: Tensor, generator: Generators = None) -> Tensor:

@@ -476,7 +476,7 @@ def test_a_checkpoint_is_asked_as_it_is_now(run, tmp_path):
     [
         (["--model.weighting", "SigmoidWeigthing"], "Did you mean SigmoidWeighting"),
         (["--model.weighting", "SigmoidWeighting", "--model.weighting.bais", "1"], "bais"),
-        (["--out", "objective.jpg"], "--out must be a .png or .pdf file, got objective.jpg"),
+        (["--out", "objective.jpg"], "--out must be a .png, .pdf or .svg file, got objective.jpg"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["--ckpt_path", "nowhere.ckpt"], "No checkpoint at nowhere.ckpt"),
         (["--ckpt_path", "last"], "there is no checkpoint below runs/*"),

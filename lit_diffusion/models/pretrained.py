@@ -6,14 +6,17 @@
 
 A folder holds the weights, model.safetensors, and the arguments of the model, config.json. Both
 are plain data, and loading them executes no code. Classes that the config names are imported from
-allowed modules only, as for checkpoints (see `description`).
+allowed modules only, as for checkpoints (see `description`). The config also has the SHA-256 of
+the weights, which is compared: safetensors has no checksum of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -136,15 +139,18 @@ def load_pretrained(folder: str | Path) -> Pretrained:
                 f"Expected a folder that `lit-diffusion export` wrote, got {folder}, which has no "
                 f"{name}."
             )
-    model = _make(folder / CONFIG)
+    config = _read(folder / CONFIG)
+    _check(folder / WEIGHTS, config.get("sha256"))
+    model = _make(folder / CONFIG, config["model"])
     _fill(model, folder / WEIGHTS)
     return model.eval()
 
 
-def _make(path: Path) -> Pretrained:
-    """The model that a config describes, with untrained weights."""
+def _read(path: Path) -> dict[str, Any]:
+    """The config of an export."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))["model"]
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        described = config["model"]
         if described["class_path"] != "lit_diffusion.Pretrained":
             raise KeyError("lit_diffusion.Pretrained")
     except (ValueError, KeyError, TypeError) as error:
@@ -152,6 +158,24 @@ def _make(path: Path) -> Pretrained:
             f"{path} is not a config that `lit-diffusion export` wrote: expected JSON with a "
             f"model of class lit_diffusion.Pretrained, got {type(error).__name__}: {error}."
         ) from error
+    return config
+
+
+def _check(path: Path, expected: str | None) -> None:
+    """Compare the weights with the SHA-256 that a config has of them, if it has one."""
+    if expected is None:  # a folder that somebody assembled by hand
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged, or belongs to another config: expected a file of SHA-256 "
+            f"{expected}, got {found}. Copy or download the folder again."
+        )
+
+
+def _make(path: Path, described: dict[str, Any]) -> Pretrained:
+    """The model that a config describes, with untrained weights."""
     try:
         model: Pretrained = build(described, Pretrained)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

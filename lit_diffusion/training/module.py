@@ -33,17 +33,14 @@ from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times, stratified_times
 from lit_diffusion.training import randomness
+from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.conditions import check_labels, from_batch, named_conditions
-from lit_diffusion.training.optimizers import (
-    clip_each_group,
-    parameter_groups,
-    with_learning_rates,
-)
+from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.run.checkpoints import load_checkpoint
-from lit_diffusion.training.run.trainer import all_callbacks, log_interval
+from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -56,7 +53,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(SamplingModel, L.LightningModule):
+class LitDiffusion(SamplingModel, OptimizedModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -210,24 +207,20 @@ class LitDiffusion(SamplingModel, L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         x = batch["image"]
-        trainer = self.trainer
-        n = len(x)
-        micro = batch_idx % trainer.accumulate_grad_batches
+        trainer, n = self.trainer, len(batch["image"])
+        place = micro_batch(trainer, batch_idx)
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
         # the offset must not depend on either, and all other noise must.
         offset = torch.tensor(randomness.fraction(self.seed, "offset", step), dtype=torch.float64)
-        part, parts = micro * world + rank, trainer.accumulate_grad_batches * world
+        part, parts = place.index * world + rank, place.count * world
         t = stratified_times(n, offset.to(x.device, non_blocking=True), part, parts)
-        randomness.reseed(x.device, self.seed, "step", step, micro, rank)
+        randomness.reseed(x.device, self.seed, "step", step, place.index, rank)
         cond = self.condition(batch)
         if cond and self.label_dropout > 0:
             cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
-        loss = terms.loss.mean()
-        if (step + 1) % log_interval(trainer) == 0:  # the logger would drop the others
-            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-            self.log("train/eps_mse", terms.eps_mse.detach().mean(), sync_dist=True)
+        loss = self.accumulate(terms, place)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
@@ -300,29 +293,6 @@ class LitDiffusion(SamplingModel, L.LightningModule):
         label = batch["label"]
         check_labels(label, self.num_classes)
         return {"label": label, **cond}
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer over what learns, and its schedule if there is one."""
-        groups = parameter_groups(self.parameters(), self.loss.schedule, self.schedule_lr)
-        max_steps = -1 if self._trainer is None else self.trainer.max_steps
-        return with_learning_rates(self.optimizer(groups), self.lr_scheduler, max_steps)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the float32 gradients in one fused pass.
-
-        Lightning refuses to clip before a fused optimizer under bfloat16, where nothing has been
-        scaled and clipping is safe; only float16, with its scaler, needs Lightning's own way.
-        """
-        scaled = self.trainer.precision == "16-mixed"
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
-            clip_each_group(optimizer, gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Sampling ------------------------------------------------------------------------------
 
