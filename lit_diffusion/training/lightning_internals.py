@@ -41,7 +41,7 @@ def validate_before_training(trainer: L.Trainer) -> None:
 
     A checkpoint that is saved at the end of a training batch, as `ModelCheckpoint` does it, comes
     before the validation of its step, and Lightning (2.6) goes on with the next batch. It can
-    resume in the middle of a validation, so the place of the loops is set to the first batch of it.
+    resume in the middle of a validation, so the loops are put at the first batch of it.
 
     Args:
         trainer: At the start of training, when its loops are restored and have not run.

@@ -1,4 +1,4 @@
-"""The settings of optimizers and learning-rate schedules, which a resumed run takes from its config.
+"""The settings of optimizers and schedules, which a resumed run takes from its own config.
 
 torch saves settings together with state: `load_state_dict` restores lr and weight_decay beside the
 moments, and T_max beside the position. A resumed run needs the state of the checkpoint and the
