@@ -65,9 +65,9 @@ def test_all_texts_of_a_config_are_masked_and_refused_afterwards():
     shown = {"train": ["https://h/a?sig=***", "b.parquet"], "test": ("s3://***@c/d", 3)}
     assert masked(files) == shown
     refuse_masked("data.data_files", files)
-    with pytest.raises(ValueError, match="give it again, as --data.data_files or in a last"):
+    with pytest.raises(ValueError, match=r"give it again, as --data\.data_files or in a last"):
         refuse_masked("data.data_files", shown)
-    with pytest.raises(ValueError, match="data.data_files is 'https"):
+    with pytest.raises(ValueError, match=r"data\.data_files is 'https"):
         locate("parquet", shown)
 
 
@@ -169,12 +169,12 @@ def test_a_replay_takes_the_address_again(tmp_path):
 
     seen = []
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def run(model_class, data_class, args):
         seen.extend(args)
-        raise Stop
+        raise StopError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "DiffusionCLI", run)
@@ -185,6 +185,6 @@ def test_a_replay_takes_the_address_again(tmp_path):
         (tmp_path / "a.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": []}}))
         (tmp_path / "a.json").write_text(json.dumps(record))
         patch.setenv("WANDB_MODE", "disabled")
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             replay.replay(tmp_path / "a.json", config="address.yaml")
     assert seen[0::2] == ["fit", seen[2], "address.yaml"]

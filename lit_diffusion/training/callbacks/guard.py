@@ -18,8 +18,8 @@ from torch import Tensor
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
 from lit_diffusion.training.run.messages import warn
-from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.saved_config import config_text
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Guard", "account", "gather", "plain"]

@@ -47,7 +47,7 @@ def open_parquet(files: list[str], skip: bool) -> Parquet:
                 return parquet.read_metadata(opened)
 
         try:
-            return patiently(without_secrets(file), read)
+            return patiently(file, read)
         except NetworkError:
             raise
         except Exception as error:
@@ -60,7 +60,8 @@ def open_parquet(files: list[str], skip: bool) -> Parquet:
     if broken and not (skip and footers):
         file, reason = next(iter(broken.items()))
         raise ValueError(
-            f"expected a parquet file at {without_secrets(file)}, got {reason}; repair or remove it"
+            f"expected a parquet file at {without_secrets(file)}, got {reason}; repair or remove "
+            "it"
         )
     rows = round(np.mean([one.num_rows for one in footers.values()])) if footers else 0
     lost = tuple(

@@ -52,7 +52,7 @@ def patiently(where: str, action: Callable[[], T]) -> T:
             failure = error
     reason = without_secrets(" ".join(f"{type(failure).__name__}: {failure}".split()))[:200]
     raise NetworkError(
-        f"expected to read {where} over the network, got {ATTEMPTS} failures in a row ({reason}); "
+        f"expected to read {without_secrets(where)} over the network, got {ATTEMPTS} failures in a row ({reason}); "
         "check the network, then resume from the last checkpoint"
     ) from failure
 

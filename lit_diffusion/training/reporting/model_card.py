@@ -114,8 +114,8 @@ def _text(value: Any) -> str:
     """A value as one line of Markdown that shows it as it is: no HTML, link, picture or heading.
 
     Example:
-        >>> _text("<b> [a](b) https://c")
-        '&lt;b> \\\\[a](b) https:&#47;/c'
+        >>> _text("<b> https://c")
+        '&lt;b> https:&#47;/c'
     """
     line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`\[|]|://)", _escaped, line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from lightning.pytorch import LightningModule
 from lit_diffusion.training.run.archive import check_archive
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
+__all__ = [
+    "MODEL_CLASS",
+    "WholeCheckpointIO",
+    "load_checkpoint",
+    "model_class",
+    "with_whole_checkpoints",
+]
+
+MODEL_CLASS = "model_class"  # key of the path of the class that was trained
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -121,6 +130,19 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of lit_diffusion.") from error
     return checkpoint
+
+
+def model_class(checkpoint: Mapping[str, Any]) -> str:
+    """The path of the class that a checkpoint's model has.
+
+    Args:
+        checkpoint: As `load_checkpoint` returns it.
+
+    Example:
+        >>> model_class({})
+        'lit_diffusion.training.LitDiffusion'
+    """
+    return str(checkpoint.get(MODEL_CLASS, "lit_diffusion.training.LitDiffusion"))
 
 
 def _read(path: Any, map_location: Any = None) -> dict[str, Any]:
