@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lightning.pytorch import LightningModule
 
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
+__all__ = ["SAVED_AT", "WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
+
+SAVED_AT = "saved_at"  # key of the time at which a checkpoint was written, Unix time in seconds
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -47,7 +50,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             remove_orphans(path)
             with replacing(path, durable=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)  # given a path it would hide why a write fails
+                # The file's own time would change when it is copied.
+                dated = checkpoint | {SAVED_AT: time.time()}
+                torch.save(dated, file)  # given a path it would hide why a write fails
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             before = f"the previous one is intact ({path})" if path.is_file() else "none exists"
             cause: BaseException = error
@@ -90,12 +95,15 @@ def with_whole_checkpoints(plugins: Any) -> list[Any]:
     return [*given, WholeCheckpointIO()]
 
 
-def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, map_location: Any = None, mmap: bool = False
+) -> dict[str, Any]:
     """Read a checkpoint of this library without executing anything in it.
 
     Args:
         path: The file.
         map_location: Device for its tensors; None means the CPU.
+        mmap: Whether tensors are read from the file only when they are used.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -106,7 +114,7 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
         raise FileNotFoundError(f"No checkpoint at {path}.")
     try:
         checkpoint: dict[str, Any] = torch.load(
-            path, map_location=map_location or "cpu", weights_only=True
+            path, map_location=map_location or "cpu", weights_only=True, mmap=mmap
         )
         described = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
         if not {"schedule", "weighting", "prediction"} <= set(described):
