@@ -21,10 +21,11 @@ __all__ = ["fixed_times", "sample_times", "stratified_times"]
 
 
 def stratified_times(n: int, offset: Tensor, part: int = 0, parts: int = 1) -> Tensor:
-    """Evenly spaced times with one random offset: t_i = (offset + i/(n·parts)) mod 1.
+    """Evenly spaced times with one random offset: t_i = (offset + (i + part/parts)/n) mod 1.
 
-    The batch is one of `parts` batches of equal size that together form one stratified set: every
-    rank and every accumulated micro-batch of a training step uses the same offset.
+    The batch is one of `parts` batches that together form one stratified set: every rank and every
+    accumulated micro-batch of a training step uses the same offset. Each covers [0, 1] evenly by
+    itself as well, so that one which is smaller or missing leaves no gap.
 
     Args:
         n: Number of times, the size of the batch.
@@ -42,11 +43,10 @@ def stratified_times(n: int, offset: Tensor, part: int = 0, parts: int = 1) -> T
         >>> stratified_times(4, torch.tensor(0.9))
         tensor([0.9000, 0.1500, 0.4000, 0.6500], dtype=torch.float64)
         >>> stratified_times(2, torch.tensor(0.9), part=1, parts=2)
-        tensor([0.4000, 0.6500], dtype=torch.float64)
+        tensor([0.1500, 0.6500], dtype=torch.float64)
     """
-    first = part * n
-    index = torch.arange(first, first + n, device=offset.device, dtype=torch.float64)
-    return (offset + index / (n * parts)) % 1.0
+    index = torch.arange(n, device=offset.device, dtype=torch.float64)
+    return (offset + (index * parts + part) / (n * parts)) % 1.0
 
 
 def sample_times(x: Tensor, generator: Generators = None) -> Tensor:
@@ -76,16 +76,19 @@ def sample_times(x: Tensor, generator: Generators = None) -> Tensor:
     return stratified_times(len(x), offset)
 
 
-def fixed_times(index: Tensor, total: int, sample: int = 0, samples: int = 1) -> Tensor:
+def fixed_times(index: Tensor, total: int | None, sample: int = 0, samples: int = 1) -> Tensor:
     """Fixed stratified times for evaluation: one example in each of `total` strata.
 
     Neighbours get distant strata (index · k mod total with k near total/φ), so that in a data set
     sorted by class the noise level does not depend on the class. With several samples per example,
     each sample shifts all times by another fraction of a stratum.
 
+    Without a total the times are those of the golden-ratio sequence, (n + ½) / φ mod 1, which
+    covers [0, 1) evenly for any number of examples.
+
     Args:
         index: Index of each example in the data set, from 0.
-        total: Size of the data set.
+        total: Size of the data set; None means unknown.
         sample: Index of this sample, from 0.
         samples: Number of samples of the time per example.
 
@@ -97,7 +100,12 @@ def fixed_times(index: Tensor, total: int, sample: int = 0, samples: int = 1) ->
         tensor([0.1250, 0.3750, 0.6250, 0.8750], dtype=torch.float64)
         >>> fixed_times(torch.arange(4), 4, sample=1, samples=2).sort().values
         tensor([0.0000, 0.2500, 0.5000, 0.7500], dtype=torch.float64)
+        >>> fixed_times(torch.arange(4), None).sort().values
+        tensor([0.1631, 0.3090, 0.5451, 0.9271], dtype=torch.float64)
     """
+    if total is None:
+        number = index.to(torch.float64) * samples + sample
+        return (number + 0.5) * ((math.sqrt(5) - 1) / 2) % 1
     stride = max(1, round(total * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, total) != 1:
         stride += 1

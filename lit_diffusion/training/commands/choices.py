@@ -35,7 +35,7 @@ def find_checkpoint(
         ValueError: If there is none, or it is not one of this library.
     """
     path = resolve_checkpoint(given, name, root)
-    step = load_checkpoint(path, mmap=True)["global_step"]
+    step = load_checkpoint(path)["global_step"]
     inform(f"Using {path}, step {step}.")
     return path
 

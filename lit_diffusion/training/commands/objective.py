@@ -61,7 +61,7 @@ def objective(
             that of the newest run.
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
-        out: File for a figure, .png or .pdf; None means no figure.
+        out: File for a figure, .png, .pdf or .svg; None means no figure.
 
     Raises:
         ValueError: If the parts are incompatible, or the checkpoint cannot be read.
@@ -73,8 +73,8 @@ def objective(
         True
     """
     out = None if out is None else Path(out)
-    if out is not None and out.suffix not in (".png", ".pdf"):
-        raise UsageError(f"--out must be a .png or .pdf file, got {out}.")
+    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--out must be a .png, .pdf or .svg file, got {out}.")
     if ckpt_path is not None:
         # With its weights, since a schedule may have learned its shape.
         model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name, root))

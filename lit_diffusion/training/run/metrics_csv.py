@@ -47,6 +47,7 @@ class RunLogger(Logger):
         self._folder = Path(folder)
         self._resume_step = resume_step
         self._columns: list[str] | None = None  # None until the file has been opened
+        self._last: Row = {}
 
     # Lightning joins save_dir, name and version to the folder of the run and its checkpoints,
     # except for its own loggers, so the first must be all of it.
@@ -73,7 +74,9 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append a row.
+        """Append a row, unless it repeats the last one.
+
+        Lightning's LearningRateMonitor logs at every micro-batch of an accumulated step.
 
         Args:
             metrics: Names and numbers.
@@ -82,6 +85,9 @@ class RunLogger(Logger):
         row: Row = {"step": step or 0}
         for name, value in metrics.items():
             row[name] = value.item() if isinstance(value, Tensor) else value
+        if row == self._last:
+            return
+        self._last = row
         known = self._begin()
         if new := row.keys() - set(known):
             self._columns = known = sorted({*known, *new})

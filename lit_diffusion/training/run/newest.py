@@ -20,7 +20,7 @@ from lit_diffusion.training.run.messages import warn
 __all__ = ["last_checkpoint"]
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
-SLACK = 3600.0  # seconds by which the clocks of a machine and its file server may differ
+SLACK = 60.0  # seconds by which the clocks of a machine and its file server may differ
 
 
 def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
@@ -43,7 +43,7 @@ def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
         if newest is not None and changed + SLACK < newest[0][0]:
             break  # a file is not older than the time in it
         try:
-            checkpoint = load_checkpoint(path, mmap=True)
+            checkpoint = load_checkpoint(path)
         except ValueError as error:
             warn(f"Skipped a checkpoint: {error}")
             continue

@@ -1,0 +1,102 @@
+"""How a model is optimized: its optimizer, and the gradient and the means of an optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_diffusion.loss import DiffusionLoss, LossTerms
+from lit_diffusion.training.accumulation import MicroBatch, StepMean, scale_gradients
+from lit_diffusion.training.optimizers import (
+    clip_each_group,
+    parameter_groups,
+    with_learning_rates,
+)
+from lit_diffusion.training.run.trainer import log_interval
+
+__all__ = ["OptimizedModule"]
+
+
+class OptimizedModule(L.LightningModule):
+    """The part of `LitDiffusion` that turns the loss of micro-batches into optimizer steps.
+
+    A subclass sets these attributes in its `__init__`.
+
+    Attributes:
+        loss: The training loss; its schedule may be learned.
+        optimizer: Creates the optimizer from the parameters.
+        lr_scheduler: Creates the learning-rate schedule from the optimizer, or None.
+        schedule_lr: Learning rate of a learned noise schedule, or None.
+    """
+
+    loss: DiffusionLoss
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None
+    schedule_lr: float | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = StepMean(0)
+        self._gradient_scale = 1.0  # of the optimizer step that the next backward pass completes
+
+    def accumulate(self, terms: LossTerms, place: MicroBatch) -> Tensor:
+        """The loss of a micro-batch, weighted by its size; logs the means of a complete step.
+
+        Args:
+            terms: Of the micro-batch.
+            place: Its place in the optimizer step.
+
+        Shapes:
+            result ().
+        """
+        n, loss = len(terms.loss), terms.loss.mean()
+        if place.index == 0 or self._step.step != self.global_step:
+            self._step = StepMean(self.global_step)
+        self._step.add(n, torch.stack([loss.detach(), terms.eps_mse.detach().mean()]))
+        weight = self._step.weight(n)
+        if place.last:
+            self._gradient_scale = self._step.scale(self.trainer.accumulate_grad_batches)
+            if (self.global_step + 1) % log_interval(self.trainer) == 0:  # or they are dropped
+                loss_mean, eps_mse = self._step.means
+                self.log("train/loss", loss_mean, prog_bar=True, sync_dist=True)
+                self.log("train/eps_mse", eps_mse, sync_dist=True)
+        return loss if weight == 1 else loss * weight
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of a micro-batch; after the last one, that of the step is complete.
+
+        Args:
+            loss: As `accumulate` has returned it, divided by the number of micro-batches.
+            *args: Passed on.
+            **kwargs: Passed on.
+        """
+        super().backward(loss, *args, **kwargs)
+        scale, self._gradient_scale = self._gradient_scale, 1.0
+        scale_gradients(self.parameters(), scale)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over what learns, and its schedule if there is one."""
+        groups = parameter_groups(self.parameters(), self.loss.schedule, self.schedule_lr)
+        max_steps = -1 if self._trainer is None else self.trainer.max_steps
+        return with_learning_rates(self.optimizer(groups), self.lr_scheduler, max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the float32 gradients in one fused pass.
+
+        Lightning refuses to clip before a fused optimizer under bfloat16, where nothing has been
+        scaled and clipping is safe; only float16, with its scaler, needs Lightning's own way.
+        """
+        scaled = self.trainer.precision == "16-mixed"
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
+            clip_each_group(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
