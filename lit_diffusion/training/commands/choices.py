@@ -79,9 +79,7 @@ def resolve_checkpoint(
     return path / LAST if path.is_dir() else path
 
 
-def find_run(
-    given: str | Path, name: str | None = None, root: str | Path | None = None
-) -> Path:
+def find_run(given: str | Path, name: str | None = None, root: str | Path | None = None) -> Path:
     """The run folder that is meant, which need not have a checkpoint, unless it is `last`.
 
     Args:

@@ -51,9 +51,7 @@ def make_loggers(given: Any, folder: Path) -> list[Logger]:
         return []
     described = list(given) if isinstance(given, list | tuple) else [given]
     return [
-        one
-        if isinstance(one, Logger)
-        else instantiate(Logger, _placed(one, folder))  # type: ignore[type-abstract]
+        one if isinstance(one, Logger) else instantiate(Logger, _placed(one, folder))  # type: ignore[type-abstract]
         for one in described
     ]
 

@@ -153,7 +153,7 @@ def _machine() -> str:
 
 
 def _lives(process: int) -> bool:
-    """Whether this machine has a process of this id; with POSIX only, since Windows would end it."""
+    """Whether this machine has a process of this id; only for POSIX: Windows would end it."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
