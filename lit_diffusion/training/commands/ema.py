@@ -75,7 +75,7 @@ def ema(
     checkpoint if it is there. Without sigma_rel and decay the averages of the run are listed.
 
     Args:
-        run: A run folder, a checkpoint in it, which describes the model, or `last` for the newest run.
+        run: A run folder, a checkpoint in it, or `last` for the newest run.
         sigma_rel: Relative width, in (0, 0.2887].
         decay: Constant decay of an average that the run has kept.
         step: With sigma_rel: use the last snapshot up to this step; the newest by default.

@@ -47,7 +47,7 @@ __all__ = ["DiffusionCLI", "DiffusionParser"]
 
 
 class DiffusionParser(CommandParser, LightningArgumentParser):
-    """The parser of LightningCLI, with errors of one line, and loggers that know where to write."""
+    """The parser of LightningCLI, with errors of one line; loggers know where to write."""
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a class; a logger writes to the run folder by default.

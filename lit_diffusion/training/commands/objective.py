@@ -57,8 +57,8 @@ def objective(
         prediction: What the network outputs; None means `VPrediction()`.
         num_timesteps: Number T of steps of a discrete chain; None means continuous time.
         decoder: The decoder, if the loss is the full bound.
-        ckpt_path: Analyse the objective of a checkpoint instead: a file, a run folder, or `last` for
-            that of the newest run.
+        ckpt_path: Analyse the objective of a checkpoint instead: a file, a run folder, or `last`
+            for that of the newest run.
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
         out: File for a figure, .png, .pdf or .svg; None means no figure.
