@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
 from lit_diffusion.description import build_arguments, describe
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.nn import UNet
@@ -206,8 +207,8 @@ class LitDiffusion(SamplingModel, OptimizedModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
-        x = batch["image"]
-        trainer, n = self.trainer, len(batch["image"])
+        x = at_least_float32(batch["image"])
+        trainer, n = self.trainer, len(x)
         place = micro_batch(trainer, batch_idx)
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
@@ -218,7 +219,9 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         randomness.reseed(x.device, self.seed, "step", step, place.index, rank)
         cond = self.condition(batch)
         if cond and self.label_dropout > 0:
-            cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
+            cond = drop_condition(
+                cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
+            )
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = self.accumulate(terms, place)
         return {
@@ -234,7 +237,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Add the loss of each example at its own fixed λ and ε."""
-        x, index = batch["image"], batch["index"]
+        x, index = at_least_float32(batch["image"]), batch["index"]
         noise = randomness.generators(self.seed, "valid", index.tolist())
         terms: LossTerms = self.loss(
             self.denoiser,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.decoders import Decoder, SoftmaxDecoder
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
@@ -134,7 +135,8 @@ class Likelihood(L.Callback):
         Shapes:
             terms (B,), float64.
         """
-        x, index, total = batch["image"], batch["index"], int(batch["total"])
+        x = at_least_float32(batch["image"])
+        index, total = batch["index"], int(batch["total"])
         decoder, num_timesteps, schedule = self.settings(model)
         cond: dict[str, Any] = model.condition(batch)
         found = []

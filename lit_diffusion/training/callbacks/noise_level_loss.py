@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
 from lit_diffusion.training.module import LitDiffusion
@@ -157,7 +158,8 @@ class NoiseLevelLoss(L.Callback):
         Shapes:
             result (bins,), float64.
         """
-        x, denoiser = batch["image"][: self.probe_examples], model.denoiser
+        x = at_least_float32(batch["image"][: self.probe_examples])
+        denoiser = model.denoiser
         cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
         generators = randomness.generators(model.seed, "probe", list(range(len(x))))
         eps = noise_like(x, generators)
