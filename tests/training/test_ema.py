@@ -498,7 +498,7 @@ def test_runs_that_have_nothing_to_make_it_from(trained, cli, tmp_path):
     (empty / "averages").mkdir()
     path = next((trained[0] / "averages").glob("step-*"))
     (empty / "averages" / path.name).write_bytes(path.read_bytes()[:1000])
-    assert f"{path.name} is no snapshot, or damaged" in error(empty)
+    assert f"{path.name} is damaged, or another kind of file" in error(empty)
     other = tmp_path / "other"
     run(other, [EMA(0.9), Averages(snapshot_every_n_steps=2)], 2)
     last(other).write_bytes(last(trained[0]).read_bytes())

@@ -1,6 +1,7 @@
 """`lit-diffusion export`: the folder stands alone, draws the same images, and the Hub takes it."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -150,6 +151,8 @@ def test_the_weights_are_the_average_in_float32(cli, run):
     config = json.loads(Path("exported/config.json").read_text())
     assert config["weights"] == checkpoint.get("average", "average")
     assert config["step"] == 5
+    whole = Path("exported/model.safetensors").read_bytes()
+    assert config["sha256"] == hashlib.sha256(whole).hexdigest()
     assert "optimizer" not in config["model"]["init_args"]
     modes = {path.stat().st_mode for path in Path("exported").iterdir()}
     assert len(modes) == 1  # none is for the owner alone

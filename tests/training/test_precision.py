@@ -155,7 +155,7 @@ def test_weights_in_another_type_train_measure_sample_and_resume(tmp_path, sched
 
 
 def test_a_data_module_of_the_users_own_trains_in_bfloat16(tmp_path):
-    rows = [{"image": torch.randn(1, 8, 8), "label": torch.tensor(i)} for i in range(8)]
+    rows = [{"image": 2 * torch.rand(1, 8, 8) - 1, "label": torch.tensor(i)} for i in range(8)]
     exact = Exact(torch.bfloat16)
     run = trainer(
         tmp_path, precision="bf16-true", max_steps=2, callbacks=[exact], limit_val_batches=0

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.schedules import AdaptiveSchedule
 from lit_diffusion.training.run.dashboard import show
-from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.figures import PALETTE, figure_style, new_figure, save_figure
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 
@@ -147,17 +147,17 @@ def plot_density(schedule: AdaptiveSchedule, step: int) -> Figure:
         schedule: The schedule.
         step: Optimizer steps so far.
     """
-    from matplotlib.figure import Figure
-
     low, high = schedule.ends
     borders = torch.linspace(low, high, schedule.bins + 1, dtype=torch.float64)
     now = schedule.beyond.diff().flip(0).cpu() / schedule.width
     start = schedule._initial_mass(torch.full_like(schedule.first, 1 / schedule.bins)).cpu()
-    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    axes.stairs(now.numpy(), borders.numpy(), fill=True, color="#17407f", alpha=0.35, label="now")
     start = start / schedule.width
-    axes.stairs(start.numpy(), borders.numpy(), color="black", linewidth=1, label="at the start")
-    axes.set(title=f"Density of λ at step {step}", xlabel="λ", ylabel="fraction per unit of λ")
-    axes.legend()
+    with figure_style():
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        bars = {"fill": True, "color": PALETTE[0], "alpha": 0.35}
+        axes.stairs(now.numpy(), borders.numpy(), **bars, label="now")
+        axes.stairs(start.numpy(), borders.numpy(), color=PALETTE[1], label="at the start")
+        axes.set(title=f"Density of λ at step {step}", xlabel="λ", ylabel="fraction per unit of λ")
+        axes.legend()
     return figure

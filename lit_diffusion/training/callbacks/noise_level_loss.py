@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
 from lit_diffusion.training.module import LitDiffusion
@@ -145,7 +144,7 @@ class NoiseLevelLoss(L.Callback):
             self._sums[10, : self.bins] += norms.where(finite, torch.zeros_like(norms))
             self._sums[10, self.bins :] += finite
 
-    def gradient_norms(self, model: LitDiffusion, batch: dict[str, Tensor]) -> Tensor:
+    def gradient_norms(self, model: LitDiffusion, batch: Any) -> Tensor:
         """‖∇θ mean (ε̂ − ε)²‖ at the centre of each bin, averaged over the first examples.
 
         The noise is a function of the place in the batch, the same for each bin and at each step.
@@ -158,8 +157,8 @@ class NoiseLevelLoss(L.Callback):
         Shapes:
             result (bins,), float64.
         """
-        x = at_least_float32(batch["image"][: self.probe_examples])
-        denoiser = model.denoiser
+        batch = model.standard(batch)
+        x, denoiser = batch["image"][: self.probe_examples], model.denoiser
         cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
         generators = randomness.generators(model.seed, "probe", list(range(len(x))))
         eps = noise_like(x, generators)

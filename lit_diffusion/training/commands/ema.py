@@ -10,7 +10,11 @@ from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.run.checkpoints import WholeCheckpointIO, load_checkpoint
+from lit_diffusion.training.run.checkpoints import (
+    WholeCheckpointIO,
+    load_checkpoint,
+    model_class,
+)
 from lit_diffusion.training.run.snapshots import (
     Magnitudes,
     Stored,
@@ -215,7 +219,12 @@ def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
         )
     key = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
     new = weights_alone(
-        state | weights, average.name, average.step, checkpoint[key], checkpoint["epoch"]
+        state | weights,
+        average.name,
+        average.step,
+        checkpoint[key],
+        checkpoint["epoch"],
+        model_class(checkpoint),
     )
     WholeCheckpointIO().save_checkpoint(new, out)
 

@@ -162,6 +162,7 @@ def evaluate(
     data = data or _own_data(experiment, path)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
+    subject.model.check_guidance(settings.guidance)
     if compile:
         compile_in_place(subject.model, subject.model.device)
     comparison, rows = _compare(subject, data, settings)

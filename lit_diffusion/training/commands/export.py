@@ -1,7 +1,7 @@
 """The command `export`: write a trained model as a self-contained folder.
 
     model.safetensors   the weights for sampling: the average, if the run has one
-    config.json         the arguments of the model, as plain data
+    config.json         the arguments of the model, as plain data, and the SHA-256 of the weights
     README.md           the model card: architecture, objective, measurements
     samples.png         the run's last samples, if there are any
 
@@ -11,6 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import re
@@ -148,6 +149,8 @@ def _write(
     with unfinished_folder(out) as unfinished:
         weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
+        with (unfinished / WEIGHTS).open("rb") as file:
+            about = {**about, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         # JSON has no infinity, but 1e999 is read as infinite.
         text = re.sub(r"^(.*?)(-?)Infinity(,?)$", r"\g<1>\g<2>1e999\3", text, flags=re.MULTILINE)

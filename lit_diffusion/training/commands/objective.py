@@ -58,7 +58,7 @@ def objective(
         decoder: The decoder, if the loss is the full bound.
         ckpt_path: Analyse the objective of a checkpoint instead; `last`: the newest in runs/.
         name: With `last`: only runs of this name.
-        out: File for a figure, .png or .pdf; None means no figure.
+        out: File for a figure, .png, .pdf or .svg; None means no figure.
 
     Raises:
         ValueError: If the parts are incompatible, or the checkpoint cannot be read.
@@ -70,8 +70,8 @@ def objective(
         True
     """
     out = None if out is None else Path(out)
-    if out is not None and out.suffix not in (".png", ".pdf"):
-        raise UsageError(f"--out must be a .png or .pdf file, got {out}.")
+    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--out must be a .png, .pdf or .svg file, got {out}.")
     if ckpt_path is not None:
         # With its weights, since a schedule may have learned its shape.
         model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name))

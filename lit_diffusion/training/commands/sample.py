@@ -19,6 +19,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.evaluation.generation import to_bytes
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
@@ -86,6 +87,7 @@ def sample(
             f"examples of {model.image_shape[0]} channels cannot be written as images: give a "
             ".npy file as --out, and decode latents with `lit-diffusion decode`."
         )
+    model.check_guidance(guidance)
     if compile:
         compile_in_place(model, model.device)
     classes = _classes(model, label, per_class)
@@ -160,6 +162,11 @@ def _classes(
     if label is None:
         return [] if per_class is None else list(range(known))
     classes = [-1] if label == "none" else label if isinstance(label, list) else [label]
+    if -1 in classes and model.label_dropout == 0:
+        warn(
+            "this model was trained with label_dropout=0, so it knows images without a class only "
+            "if there were some in the data."
+        )
     if not classes or min(classes) < -1 or max(classes) >= known:
         raise UsageError(f"--label must name classes from 0 to {known - 1}, or none, got {label}.")
     return classes

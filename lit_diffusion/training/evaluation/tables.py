@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_diffusion.training.run.figures import PALETTE, figure_style, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -32,7 +34,6 @@ TITLES = {
     "density": "density",
     "coverage": "coverage",
 }
-_COLOURS = ("#17407a", "#c2571a", "#3c8d5a", "#8a4fa3", "#6b6b6b")
 
 
 def title_of(record: dict[str, Any]) -> str:
@@ -155,11 +156,15 @@ def plot_scores(record: dict[str, Any]) -> Figure:
     Args:
         record: The contents of evaluation.json.
     """
-    from matplotlib.figure import Figure
+    with figure_style():
+        return _plot_scores(record)
+
+
+def _plot_scores(record: dict[str, Any]) -> Figure:
     from matplotlib.ticker import LogLocator
 
     rows, baseline = record["scores"], record.get("baseline")
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
+    figure = new_figure(6.4, 4.2, dpi=150)
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="network calls per image", ylabel=TITLES["fid"]
     )
@@ -171,7 +176,7 @@ def plot_scores(record: dict[str, Any]) -> Figure:
             [row["scores"]["fid"]["mean"] for row in mine],
             [row["scores"]["fid"]["error"] or 0.0 for row in mine],
             label=sampler,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=PALETTE[i % len(PALETTE)],
             marker="o",
             markersize=4,
             capsize=2,
@@ -183,6 +188,5 @@ def plot_scores(record: dict[str, Any]) -> Figure:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.minorticks_off()
-    axes.grid(alpha=0.2)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure

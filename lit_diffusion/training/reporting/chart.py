@@ -7,14 +7,23 @@ and too bright in dark mode. A line chart needs little more than two scales and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_diffusion.training.reporting.page import number, text
+from lit_diffusion.training.reporting.scale import (
+    BOTTOM,
+    HEIGHT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Scale,
+    axes,
+    left_margin,
+)
 
-__all__ = ["Line", "chart"]
+__all__ = ["Line", "Shade", "chart"]
 
-WIDTH, HEIGHT = 440, 246
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 8, 42  # margins
 POINTS = 300  # per line at most; more could not be distinguished
 COLOURS = 6  # defined in the style sheet
 WIDE = 20.0  # ratio of maximum to minimum above which the y axis is logarithmic
@@ -27,36 +36,61 @@ class Line(NamedTuple):
 
     name: str
     points: Points
+    dashed: bool = False  # for a line that lies on another one
 
 
-def chart(title: str, lines: list[Line], x: str, ends: bool = True, zero: bool = False) -> str:
+class Shade(NamedTuple):
+    """Intervals of x with a grey background, and what that means."""
+
+    name: str
+    intervals: Sequence[tuple[float, float]]
+
+
+def chart(
+    title: str,
+    lines: list[Line],
+    x: str,
+    *,
+    ends: bool = True,
+    zero: bool = False,
+    logarithmic: bool | None = None,
+    shade: Shade | None = None,
+) -> str:
     """A chart of lines over a common x axis, as HTML; "" if there is no finite point.
 
-    The y axis is logarithmic if all values are positive and span a wide range. A line of more than
-    `POINTS` points is averaged over neighbours.
+    A line of more than `POINTS` points is averaged over neighbours.
 
     Args:
         title: The title above the chart.
         lines: The lines; colours repeat after `COLOURS` of them.
         x: The label of the x axis.
         ends: Whether the legend shows the last value of each line.
-        zero: Whether the y axis starts at 0.
+        zero: Whether the y axis contains 0.
+        logarithmic: Whether the y axis is logarithmic, if all values are positive; None if they
+            span a wide range, too.
+        shade: Intervals of x to shade, explained in the legend.
     """
-    shown = [Line(line.name, _thin(line.points)) for line in lines]
+    shown = [line._replace(points=_thin(line.points)) for line in lines]
     shown = [line for line in shown if line.points]
     if not shown:
         return ""
-    across = _Scale([p[0] for line in shown for p in line.points], LEFT, WIDTH - RIGHT)
     values = [p[1] for line in shown for p in line.points] + [0.0] * zero
-    wide = min(values) > 0 and max(values) > WIDE * min(values)
-    up = _Scale(values, HEIGHT - BOTTOM, TOP, logarithmic=wide, margin=0.04)
-    parts = [*_grid(across, up), *(_path(i, line, across, up) for i, line in enumerate(shown))]
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 3}" text-anchor="middle">{text(x)}</text>')
+    wide = max(values) > WIDE * min(values) if logarithmic is None else logarithmic
+    up = Scale(values, HEIGHT - BOTTOM, TOP, logarithmic=wide and min(values) > 0, margin=0.04)
+    left, right = left_margin(up), WIDTH - RIGHT
+    across = Scale([p[0] for line in shown for p in line.points], left, right)
+    parts = [
+        *_shaded(shade, across),
+        *axes(across, up, x),
+        *(_path(i, line, across, up) for i, line in enumerate(shown)),
+    ]
     keys = "".join(
-        f'<li class="s{i % COLOURS}">{text(line.name)}{_end(line) if ends else ""}</li>'
+        f'<li class="s{i % COLOURS}{" dashed" if line.dashed else ""}">{text(line.name)}'
+        f"{_end(line) if ends else ''}</li>"
         for i, line in enumerate(shown)
     )
+    if shade is not None and shade.intervals:
+        keys += f'<li class="shade">{text(shade.name)}</li>'
     spoken = "; ".join(_spoken(line, x) for line in shown)
     return (
         f'<figure class="chart"><figcaption><h3>{text(title)}</h3><ul class="keys">{keys}</ul>'
@@ -87,71 +121,25 @@ def _thin(points: Points) -> Points:
     return [(sum(x) / len(x), sum(y) / len(y)) for x, y in (zip(*g, strict=True) for g in groups)]
 
 
-class _Scale:
-    """Maps values to coordinates, linearly in the value or in its logarithm."""
-
-    def __init__(
-        self,
-        values: list[float],
-        begin: float,
-        end: float,
-        logarithmic: bool = False,
-        margin: float = 0.0,
-    ) -> None:
-        self.logarithmic = logarithmic
-        low, high = self._straight(min(values)), self._straight(max(values))
-        if not logarithmic and margin and 0 < low < 0.4 * high:
-            low = 0.0  # a scale of positive values that nearly reaches zero starts there
-        if high - low < 1e-9 * max(abs(low), abs(high), 1e-300):
-            low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
-        room = margin * (high - low)
-        self.low, self.high = low if low == 0 else low - room, high + room
-        self.begin, self.end = begin, end
-
-    def _straight(self, value: float) -> float:
-        return math.log10(value) if self.logarithmic else value
-
-    def __call__(self, value: float) -> float:
-        share = (self._straight(value) - self.low) / (self.high - self.low)
-        return self.begin + share * (self.end - self.begin)
-
-    def ticks(self, few: int) -> list[float]:
-        """About `few` round numbers on the scale."""
-        if self.logarithmic:
-            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-            digits = (1,) if self.high - self.low > 2 else (1, 2, 5)
-            marks = [digit * 10.0**decade for decade in decades for digit in digits]
-            marks = [mark for mark in marks if self.low <= math.log10(mark) <= self.high]
-            return marks[:: math.ceil(len(marks) / (2 * few))]
-        rough = (self.high - self.low) / few
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough * 0.99)
-        first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
-
-
-def _grid(across: _Scale, up: _Scale) -> list[str]:
+def _shaded(shade: Shade | None, across: Scale) -> list[str]:
     parts = []
-    for tick in up.ticks(4):
-        y = up(tick)
-        parts.append(
-            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>'
-            f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-        )
-    for tick in across.ticks(5):
-        x = across(tick)
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{number(tick)}</text>"
-        )
+    for low, high in () if shade is None else shade.intervals:
+        begin, end = max(across(low), across.begin), min(across(high), across.end)
+        if end > begin:
+            parts.append(
+                f'<rect x="{begin:.1f}" y="{TOP}" width="{end - begin:.1f}" '
+                f'height="{HEIGHT - BOTTOM - TOP}"/>'
+            )
     return parts
 
 
-def _path(i: int, line: Line, across: _Scale, up: _Scale) -> str:
+def _path(i: int, line: Line, across: Scale, up: Scale) -> str:
     places = [(across(x), up(y)) for x, y in line.points]
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in places if len(places) <= 60
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>'
+        for x, y in places
+        if len(places) <= 60 and not line.dashed
     )
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<g class="s{i % COLOURS}"><polyline points="{path}"/>{dots}</g>'
+    kind = f"s{i % COLOURS}{' dashed' if line.dashed else ''}"
+    return f'<g class="{kind}"><polyline points="{path}"/>{dots}</g>'

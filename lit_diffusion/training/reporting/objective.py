@@ -23,14 +23,27 @@ from lit_diffusion.predictions import Prediction, VPrediction, XPrediction
 from lit_diffusion.published import PUBLISHED, nearest_published
 from lit_diffusion.registry import arguments
 from lit_diffusion.schedules import NoiseSchedule
-from lit_diffusion.training.run.figures import save_figure
+from lit_diffusion.training.run.figures import (
+    LINE,
+    PALETTE,
+    SOFT,
+    figure_style,
+    new_figure,
+    save_figure,
+)
 from lit_diffusion.weightings import Weighting
 
-__all__ = ["headline", "objective_of", "objective_text", "paragraphs", "save_objective"]
+__all__ = [
+    "headline",
+    "mixture_title",
+    "objective_of",
+    "objective_text",
+    "paragraphs",
+    "save_objective",
+]
 
 DATA_STD, DIMS = 0.5, 192  # the Gaussian data assumed in the text: like 8×8 colour images
 ROWS = 9  # of the table
-_COLOURS = {"ε": "#17407a", "x": "#c2571a", "v": "#3c8d5a"}
 
 
 def _call(value: Any) -> str:
@@ -196,13 +209,14 @@ def save_objective(found: Objective, path: Path) -> None:
 
     Args:
         found: The objective.
-        path: A .png or .pdf file.
+        path: A .png, .pdf or .svg file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with figure_style():
+        save_figure(_plot(found), path)
 
-    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _plot(found: Objective) -> Any:
+    figure = new_figure(10, 7, dpi=120)
     axes = figure.subplots(2, 2, sharex=True).flatten()
     logsnr = found.logsnr
     _plot_density(axes[0], found)
@@ -211,22 +225,24 @@ def save_objective(found: Objective, path: Path) -> None:
     _plot_mixture(axes[3], found)
     for axis in axes:
         axis.set_xlim(*found.schedule.ends)
-        axis.spines[["top", "right"]].set_visible(False)
-        for low, high in found.increasing_intervals():
-            axis.axvspan(low, high, color="0.93", zorder=0)
+        for i, (low, high) in enumerate(found.increasing_intervals()):
+            label = "w(λ) increases: no ELBO" if i == 0 else None
+            axis.axvspan(low, high, color=LINE, alpha=0.6, zorder=0, label=label)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     for axis in axes[2:]:
-        axis.set_xlabel("λ, from noise to clean data")
+        axis.set_xlabel("λ, from noise (left) to data (right)")
     chain = "" if found.num_timesteps is None else f", {found.num_timesteps} steps"
     lines = [_call(found.weighting), f"{_call(found.schedule)}{chain}, {_call(found.prediction)}"]
     figure.suptitle("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=9)
-    save_figure(figure, path)
+    return figure
 
 
 def _plot_density(axis: Any, found: Objective) -> None:
-    axis.fill_between(found.logsnr, found.density, color=_COLOURS["ε"], alpha=0.15, linewidth=0)
-    axis.plot(found.logsnr, found.density, color=_COLOURS["ε"])
+    axis.fill_between(found.logsnr, found.density, color=PALETTE[0], alpha=0.15, linewidth=0)
+    axis.plot(found.logsnr, found.density, color=PALETTE[0])
     axis.set_ylim(bottom=0)
-    axis.set_title("p(λ): the density that λ is sampled from", fontsize=10)
+    axis.set_title("p(λ): how often a noise level is sampled")
 
 
 def _plot_weights(axis: Any, found: Objective, logsnr: Tensor) -> None:
@@ -237,14 +253,13 @@ def _plot_weights(axis: Any, found: Objective, logsnr: Tensor) -> None:
     }
     for letter, curve in curves.items():
         style = "--" if letter == "v" else "-"  # v is close to ε at one end, to x at the other
-        axis.plot(logsnr, curve, style, color=_COLOURS[letter], label=f"on {letter}")
+        axis.plot(logsnr, curve, style, label=f"of {letter}")
     axis.set_yscale("log")
     whole = torch.stack(list(curves.values()))
     highest, lowest = float(whole.max()), float(whole.min())
     # Tails of a normal density reach 1e-20, and would compress the rest of the axis.
     axis.set_ylim(bottom=max(lowest / 3, highest * 1e-12), top=highest * 3)
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title("w(λ): the weight on the errors of ε, x and v", fontsize=10)
+    axis.set_title("w(λ): the weight of an error")
 
 
 def _plot_ratio(axis: Any, found: Objective, logsnr: Tensor) -> None:
@@ -252,31 +267,34 @@ def _plot_ratio(axis: Any, found: Objective, logsnr: Tensor) -> None:
     ratio = found.ratio
     scale = float(torch.trapezoid(found.weight * error, logsnr))
     relative = ratio * error / scale
-    axis.plot(logsnr, ratio / scale, color="0.6", label="w/p")
-    axis.plot(logsnr, relative, color=_COLOURS["ε"], label="w/p × error of the optimal denoiser")
-    axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
+    axis.plot(logsnr, relative, label="with the optimal denoiser of Gaussian data")
+    axis.plot(logsnr, ratio / scale, label="of an error of 1, w/p")
+    axis.axhline(1, color=SOFT, linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
     top = float(relative[relative.isfinite()].max())
     axis.set_ylim(1e-3, max(10.0, 3 * top))
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title("Loss of one sample over its mean; best if constant", fontsize=10)
+    axis.set_title("Loss of one example over the mean; flat is best")
 
 
 def _plot_mixture(axis: Any, found: Objective) -> None:
     middle = (found.logsnr[1:] + found.logsnr[:-1]) / 2
-    density, mixture = found.augmentation_density(), found.mixture()
-    axis.fill_between(middle, density.clamp(min=0), color=_COLOURS["v"], alpha=0.3, linewidth=0)
-    axis.fill_between(middle, density.clamp(max=0), color="#b3261e", alpha=0.3, linewidth=0)
-    axis.plot(middle, density, color="0.2", linewidth=1)
-    axis.axhline(0, color="0.3", linewidth=0.8)
-    if mixture.clean > 1e-3:
-        # A point mass has no height as a density: a mass of 1 is as high as the panel.
-        top = max(float(density.max()), 1e-9 if mixture.decreasing.mass else 1.0)
-        axis.vlines(found.logsnr[-1], 0, mixture.clean * top, color=_COLOURS["v"], linewidth=6)
-        axis.set_ylim(top=1.05 * top)
-    clean = f"clean data: {mixture.clean:.2g}"
+    density, clean = found.augmentation_density(), found.mixture().clean
+    axis.fill_between(middle, density, color=PALETTE[0], alpha=0.15, linewidth=0)
+    axis.plot(middle, density)
+    axis.axhline(0, color=SOFT, linewidth=0.8)
+    if clean > 1e-3:
+        # A point mass has no height as a density: a bar as high as its mass stands for it.
+        label = f"clean data, a share of {clean:.2g}"
+        axis.vlines(found.logsnr[-1], 0, clean, color=PALETTE[1], linewidth=4, label=label)
+    axis.set_title(mixture_title(found))
+
+
+def mixture_title(found: Objective) -> str:
+    """What the plot of −dw/dλ shows.
+
+    Args:
+        found: The objective.
+    """
     if found.monotone:
-        title = f"−dw/dλ: the noise added to the data; {clean}"
-    else:
-        title = f"−dw/dλ: a signed mixture, not an ELBO; {clean}"
-    axis.set_title(title, fontsize=10)
+        return "−dw/dλ: how much of which noise is added to the data"
+    return "−dw/dλ: below 0, hence no noise that could be added"

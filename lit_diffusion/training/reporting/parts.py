@@ -89,7 +89,8 @@ class Table(Part):
 class Picture(Part):
     """A picture; `source` is a data URI, `alt` a description for readers who cannot see it.
 
-    `picture` reads one from a file.
+    `picture` reads one from a file. One with a `name`, which no other has, fills the window when
+    it is clicked on.
     """
 
     source: str
@@ -98,11 +99,12 @@ class Picture(Part):
     alt: str
     caption: str
     kind: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Charts(Part):
-    """Line charts in a grid, each the SVG that `chart` returns."""
+    """Charts in a grid, each the SVG that `chart` or `heat_map` returns."""
 
     figures: Sequence[str]
 
@@ -156,7 +158,7 @@ def protocol(data: Any, summary: str = "protocol") -> Fold:
     return Fold(summary, [Code(lines)])
 
 
-def picture(file: Path, alt: str, caption: str, kind: str = "") -> Picture:
+def picture(file: Path, alt: str, caption: str, kind: str = "", name: str = "") -> Picture:
     """Read a picture; one of more than `LARGE` bytes is scaled down and stored as JPEG.
 
     Args:
@@ -164,6 +166,7 @@ def picture(file: Path, alt: str, caption: str, kind: str = "") -> Picture:
         alt: A description of what it shows.
         caption: The text below it.
         kind: Its class in the style sheet.
+        name: A name that no other picture of the page has; it then fills the window on a click.
 
     Raises:
         OSError: If the file is not a readable picture.
@@ -184,4 +187,4 @@ def picture(file: Path, alt: str, caption: str, kind: str = "") -> Picture:
             coding = "jpeg"
         width, height = image.size
     source = f"data:image/{coding};base64,{base64.b64encode(data).decode()}"
-    return Picture(source, width, height, alt, caption, kind)
+    return Picture(source, width, height, alt, caption, kind, name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lit_diffusion.published import nearest_published
 from lit_diffusion.training.evaluation.measurement_table import measurement_table
@@ -22,7 +23,10 @@ from lit_diffusion.training.evaluation.tables import (
     title_of,
 )
 from lit_diffusion.training.reporting.chart import Line, chart
-from lit_diffusion.training.reporting.objective import headline, objective_of, save_objective
+from lit_diffusion.training.reporting.heat_map import heat_map
+from lit_diffusion.training.reporting.objective import headline, objective_of
+from lit_diffusion.training.reporting.objective_charts import AXIS as LOGSNR_AXIS
+from lit_diffusion.training.reporting.objective_charts import objective_charts
 from lit_diffusion.training.reporting.page import number
 from lit_diffusion.training.reporting.parts import (
     Charts,
@@ -31,6 +35,7 @@ from lit_diffusion.training.reporting.parts import (
     Heading,
     Paragraph,
     Part,
+    Picture,
     Strip,
     Table,
     picture,
@@ -63,17 +68,28 @@ def _charts(*charts: str) -> list[Part]:
 
 
 def _samples(run: Run) -> list[Part]:
+    """The newest grid, large, and below it earlier ones; each fills the window on a click."""
     grids = sorted((run.folder / "samples").glob("step-*.png"), key=_step)
     predicted = sorted((run.folder / "samples").glob("predict-*.png"))[:4]
-    if not grids and not predicted:
-        return []
-    shown = _evenly(grids, GRIDS)
-    figures = [picture(g, f"Samples after {_step(g)} steps", f"step {_step(g)}") for g in shown]
-    figures += [picture(g, f"Samples of {g.stem}", g.stem) for g in predicted]
-    note = "All grids start from the same noise, so that only the model changes."
-    if len(shown) < len(grids):
-        note += f" Shown are {len(shown)} of {len(grids)} grids."
-    return [Paragraph(note, "soft"), Strip("Samples", figures)]
+    parts: list[Part] = []
+    if grids:
+        newest, *earlier = reversed(_evenly(grids, GRIDS))
+        parts.append(_grid(newest, "newest"))
+        note = "All grids start from the same noise, so that only the model changes."
+        if len(grids) > GRIDS:
+            note += f" Shown are {GRIDS} of {len(grids)} grids."
+        parts.append(Paragraph(note, "soft"))
+        if earlier:
+            parts.append(Strip("Earlier samples", [_grid(grid) for grid in earlier]))
+    if predicted:
+        shown = [picture(g, f"Samples of {g.stem}", g.stem, name=g.stem) for g in predicted]
+        parts.append(Strip("Predicted samples", shown))
+    return parts
+
+
+def _grid(path: Path, kind: str = "") -> Picture:
+    step = _step(path)
+    return picture(path, f"Samples after {step} steps", f"step {step:,}", kind, path.stem)
 
 
 def when(session: dict[str, Any]) -> str:
@@ -101,8 +117,8 @@ def _loss(run: Run) -> list[Part]:
     loss = run.chosen(lambda name: name in ("train/loss", "val/loss"))
     error = run.chosen(lambda name: name in ("train/eps_mse", "val/eps_mse"))
     return _charts(
-        chart("Loss, nats per dimension", loss, "steps"),
-        chart("ε-error, mean (ε̂ − ε)²", error, "steps"),
+        chart("Loss, nats per dimension", loss, "steps", logarithmic=True),
+        chart("ε-error, mean (ε̂ − ε)²", error, "steps", logarithmic=True),
     )
 
 
@@ -126,7 +142,7 @@ def _noise_levels(run: Run) -> list[Part]:
             found.append(Line(key, list(pairs)))
         return found
 
-    x = "λ, from noise (left) to data (right)"
+    x = LOGSNR_AXIS
     along = {f"step {record.step}": record for record in some}
     train = {stage: record for stage, record in last.items() if stage == "train"}
     parts = _charts(
@@ -137,18 +153,33 @@ def _noise_levels(run: Run) -> list[Part]:
         ),
         chart("Gradient norm of the ε-error", lines("gradient_norm", train), x, ends=False),
     )
-    whole = run.folder / "noise_levels.png"
-    if whole.is_file():
-        alt = "ε-error, loss and density over λ, and heat maps over λ and steps"
-        shown = picture(whole, alt, "The latest record, and all records over the steps.")
-        parts.append(Fold("All noise-level plots in one picture", [shown]))
-    return parts
+    maps = _charts(
+        _heat_map("ε-error in validation", records, "val", "eps_mse"),
+        _heat_map("ε-error in training", records, "train", "eps_mse"),
+        _heat_map("Gradient norm of the ε-error", records, "train", "gradient_norm"),
+    )
+    return [*parts, Fold("All records, over λ and steps", maps)] if maps else parts
+
+
+def _heat_map(title: str, records: list[NoiseLevels], stage: str, name: str) -> str:
+    """A statistic over λ and steps; each record fills the steps since the previous one."""
+    chosen = [record for record in records if record.stage == stage]
+    # A file may contain records of other bins, from a run with another schedule.
+    chosen = [r for r in chosen if len(r.edges) == len(chosen[-1].edges)]
+    chosen = [r for r in chosen if torch.allclose(r.edges, chosen[-1].edges, atol=1e-3)]
+    if not chosen:
+        return ""
+    steps = [float(record.step) for record in chosen]
+    first = max(0.0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0.0
+    values = [getattr(record, name).tolist() for record in chosen]
+    edges = chosen[-1].edges.tolist()
+    return heat_map(title, edges, [first, *steps], values, LOGSNR_AXIS, "steps")
 
 
 def _objective(run: Run) -> list[Part]:
-    path = run.folder / "objective.png"
     model = run.config.get("model")
     if not isinstance(model, dict):
+        path = run.folder / "objective.png"
         return [picture(path, "The objective", "")] if path.is_file() else []
     found, decoder = objective_of(model)
     (name, distance), *_ = nearest_published(found, 1)
@@ -157,14 +188,14 @@ def _objective(run: Run) -> list[Part]:
         if distance.total < 1e-3
         else f"The nearest published objective is {name}, at a distance of {distance.total:.2f}."
     )
-    alt = "Density of λ, weights on the errors, loss of one sample, and augmentation noise, over λ"
-    with tempfile.TemporaryDirectory() as scratch:
-        if not path.is_file():
-            path = Path(scratch) / "objective.png"
-            save_objective(found, path)
-        caption = "At the start of training; the loss of one sample is for Gaussian data."
-        figure = picture(path, alt, caption)
-    return [Paragraph(headline(found, decoder)), Paragraph(f"{found.meaning()} {near}"), figure]
+    return [
+        Paragraph(headline(found, decoder)),
+        Paragraph(f"{found.meaning()} {near}"),
+        *_charts(*objective_charts(found)),
+        Paragraph(
+            "At the start of training. The optimal denoiser is that of Gaussian data.", "soft"
+        ),
+    ]
 
 
 def _bound(run: Run) -> list[Part]:
@@ -238,8 +269,13 @@ def _measurements(group: list[Measurement]) -> list[Part]:
     at = {(one.step, one.name): one for one in group}
     rows = [[step, *(_value(at.get((step, name))) for name in names)] for step in steps]
     heads = ["step", *(NAMES.get(name, name.replace("_", " ")) for name in names)]
-    title = f"Measured in {STAGES.get(group[0].stage, group[0].stage)}"
+    stage = STAGES.get(group[0].stage, group[0].stage)
+    title = f"{_capital(heads[1])}, measured in {stage}"
     return [Heading(title), Table(title, heads, rows), protocol(group[0].protocol)]
+
+
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
 
 
 def _value(one: Measurement | None) -> str:
@@ -255,7 +291,9 @@ def _is_quality(name: str) -> bool:
 
 def _throughput(run: Run) -> list[Part]:
     lines = run.chosen(lambda name: name.startswith("throughput/"), "throughput/")
-    return _charts(*(chart(CLOCKS.get(line.name, line.name), [line], "steps") for line in lines))
+    return _charts(
+        *(chart(CLOCKS.get(line.name, line.name), [line], "steps", zero=True) for line in lines)
+    )
 
 
 def _problems(run: Run) -> list[Part]:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_diffusion.training.run.figures import PALETTE, figure_style, new_figure
+
 __all__ = ["NoiseLevels", "plot_noise_levels", "read_table", "table_text"]
 
 MEANS = ("eps_mse", "eps_mse_variance", "loss", "loss_variance")
@@ -31,7 +33,7 @@ COLUMNS = (
     *("step", "stage", "logsnr_min", "logsnr_max"),
     *("count", "not_finite", "density", *MEANS, "gradient_norm"),
 )
-TRAIN, VAL = "#9a6a1f", "#17407f"
+TRAIN, VAL = PALETTE[1], PALETTE[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +152,13 @@ def plot_noise_levels(records: list[NoiseLevels]) -> Any:
     Args:
         records: All records of the run.
     """
-    # Not pyplot, which opens a window system and keeps every figure alive.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    with figure_style():
+        return _plot(records)
 
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(14, 8), dpi=80, layout=layout)
+
+def _plot(records: list[NoiseLevels]) -> Any:
+    figure = new_figure(14, 8, dpi=80)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = figure.subplots(2, 3).flat
     last = {record.stage: record for record in records}
     step = max(record.step for record in records)
