@@ -52,8 +52,8 @@ def patiently(where: str, action: Callable[[], T]) -> T:
             failure = error
     reason = without_secrets(" ".join(f"{type(failure).__name__}: {failure}".split()))[:200]
     raise NetworkError(
-        f"expected to read {without_secrets(where)} over the network, got {ATTEMPTS} failures in a row ({reason}); "
-        "check the network, then resume from the last checkpoint"
+        f"expected to read {without_secrets(where)} over the network, got {ATTEMPTS} failures in "
+        f"a row ({reason}); check the network, then resume from the last checkpoint"
     ) from failure
 
 
