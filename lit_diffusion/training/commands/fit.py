@@ -18,6 +18,7 @@ from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
+from lit_diffusion.training.commands.differences import another_model
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
@@ -271,7 +272,12 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self.trainer.fit, arguments)
+        try:
+            self._run(self.trainer.fit, arguments)
+        except RuntimeError as error:
+            if "Error(s) in loading state_dict" not in str(error) or not self.described:
+                raise
+            raise UsageError(another_model(self.described, self.model.hparams)) from error
 
     def validate(self, **arguments: Any) -> None:
         """Measure the loss on the validation data."""
