@@ -24,9 +24,14 @@ from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
+from lit_diffusion.training.run.checkpoints import (
+    load_checkpoint,
+    model_class,
+    with_whole_checkpoints,
+)
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -132,6 +137,7 @@ class DiffusionCLI(LightningCLI):
             inform(f"Resuming from {found}.")
             config.ckpt_path = path = str(found)
         checkpoint = load_checkpoint(path)
+        refuse_other_class(self.trained_class, model_class(checkpoint))
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             refuse_weights_alone(checkpoint)
@@ -206,7 +212,7 @@ class DiffusionCLI(LightningCLI):
         folder = self.run_folder
         if not is_first_rank() or folder is None or self.resume_step is not None:
             return
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
+        kept = ("checkpoints/*", "samples/*", "predicted/*", "metrics.csv", "non_finite/*")
         if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
             shutil.rmtree(folder)
             for parent in (folder.parent, folder.parent.parent):
@@ -241,8 +247,8 @@ class DiffusionCLI(LightningCLI):
         self._run(self.trainer.test, arguments)
 
     def predict(self, **arguments: Any) -> None:
-        """Sample one image for each validation example."""
-        self._run(self.trainer.predict, arguments)
+        """Sample one image for each validation example; they are written, and not kept."""
+        self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""
