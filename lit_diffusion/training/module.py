@@ -36,6 +36,7 @@ from lit_diffusion.training import randomness
 from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.conditions import check_labels, from_batch, named_conditions
+from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
 from lit_diffusion.training.precision import settle_precision
@@ -53,7 +54,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(SamplingModel, OptimizedModule):
+class LitDiffusion(SamplingModel, OptimizedModule, MeasuredModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -202,7 +203,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-        self.weights = RAW
+        self.weights, self.validated_step = RAW, -1
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
@@ -250,6 +251,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole set, the same whatever the ranks and batches."""
         self._finish("val")
+        self.validated_step = self.steps
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -313,6 +315,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
+            self.loaded_step = checkpoint["global_step"]
             return
         refuse_weights_alone(checkpoint)
         keep_schedule(self, checkpoint["state_dict"])

@@ -115,12 +115,13 @@ class LastCheckpoint(Checkpoint):
             return
         self._last_step = step
         self._leaving = self._received(trainer)
-        due = step % self.every_n_steps == 0 or self._late or self._leaving
+        ends = step == trainer.max_steps or trainer.should_stop
+        due = step % self.every_n_steps == 0 or self._late or self._leaving or ends
         if due and step != self._saved_step:
-            if _validates_or_ends(trainer, batch_idx):
+            if trainer.is_last_batch or _validates(trainer, batch_idx):
                 self._late, self._leaving = True, 0
             else:
-                self._pending = self._save(trainer, self._path.with_name(PENDING))
+                self._pending = self._save(trainer, self._path.with_name(PENDING), again=ends)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -142,13 +143,14 @@ class LastCheckpoint(Checkpoint):
             self._late = True
             return
         number = self._received(trainer)
-        self._save(trainer, self._path)
+        if trainer.global_step != self._saved_step:  # else it is after the end of training
+            self._save(trainer, self._path)
         if number:
             self._leave(trainer, number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, unless it is saved."""
-        self._drop(trainer)
+        """Save the last step, unless it is saved, before its weights are measured."""
+        self._publish(trainer)
         if trainer.global_step != self._saved_step:
             self._save(trainer, self._path, required=True)
 
@@ -164,8 +166,10 @@ class LastCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: L.Trainer, path: Path, required: bool = False) -> bool:
-        """Write a checkpoint; return whether that succeeded."""
+    def _save(
+        self, trainer: L.Trainer, path: Path, required: bool = False, again: bool = False
+    ) -> bool:
+        """Write a checkpoint, a required one or one that is tried again; return whether it is."""
         if not self._enabled:
             return False
         try:
@@ -174,7 +178,8 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            warn(f"{error} Training continues.")
+            if not again:
+                warn(f"{error} Training continues.")
             return False
         self._saved_step, self._late = trainer.global_step, False
         return True
@@ -224,13 +229,13 @@ class LastCheckpoint(Checkpoint):
         return {"run": str(self._path.parents[1]) if self._path.name else ""}
 
 
-def _validates_or_ends(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a validation, the end of an epoch or the end of training may follow this batch."""
-    if trainer.global_step == trainer.max_steps or trainer.is_last_batch:
-        return True
+def _validates(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation may follow this batch, which is not the last one of an epoch."""
     interval = trainer.val_check_batch
     if not trainer.enable_validation or not isinstance(interval, int):
         return False
+    if trainer.should_stop:
+        return True
     of_epoch = trainer.check_val_every_n_epoch is not None
     batches = (batch_idx if of_epoch else trainer.fit_loop.total_batch_idx) + 1
     return batches % interval == 0

@@ -22,6 +22,7 @@ from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reporting.objective import headline
@@ -38,7 +39,7 @@ from lit_diffusion.training.run.folder import (
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser"]
@@ -230,7 +231,13 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self.trainer.fit, arguments)
+        self._run(self._fit, arguments)
+
+    def _fit(self, **arguments: Any) -> None:
+        """Train, and measure the last weights even if there was nothing left to train."""
+        self.trainer.fit(**arguments)
+        if self.resume_step is not None and self.trainer.global_step == self.resume_step:
+            measure_again(self.trainer, self.model)
 
     def validate(self, **arguments: Any) -> None:
         """Measure the loss on the validation data."""
@@ -278,7 +285,11 @@ class DiffusionCLI(LightningCLI):
         if self.subcommand == "fit":
             _say(f"Steps: {self.trainer.global_step}")
         for name, value in losses.items():
-            _say(f"{name}: {value:.4f} nats per dimension")
+            step = self.model.validated_step
+            if name.startswith("train/"):
+                step = self.trainer.global_step // log_interval(self.trainer)
+                step *= log_interval(self.trainer)
+            _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
