@@ -101,8 +101,9 @@ def measure_again(trainer: L.Trainer, model: MeasuredModule) -> None:
         model: Its model.
     """
     inform(f"Step {trainer.global_step} was the last one: its weights are measured once more.")
+    data = getattr(trainer, "datamodule", None)
     model.finishing = True
     try:
-        trainer.validate(model, datamodule=trainer.datamodule, verbose=False)
+        trainer.validate(model, datamodule=data, verbose=False)
     finally:
         model.finishing = False

@@ -1,7 +1,9 @@
 """A fit measures its last weights once, whatever ends it, and training does not notice."""
 
 import csv
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -174,9 +176,7 @@ def test_grids_of_a_model_with_conditions_need_no_validation(tmp_path, monkeypat
     run = trainer(tmp_path, callbacks=[grid], max_steps=2, limit_val_batches=0)
     model = tiny_model()
     model.conditions = ("label",)
-    monkeypatch.setattr(
-        type(model), "condition", lambda self, batch: {"label": batch["label"]}
-    )
+    monkeypatch.setattr(type(model), "condition", lambda self, batch: {"label": batch["label"]})
     data = tiny_data()
     run.fit(model, data)
     first = next(data.examples("train", 4))["label"]
@@ -258,6 +258,49 @@ def test_the_printed_training_loss_is_that_of_the_last_logged_step(cli, tmp_path
     assert code == 0, err
     assert "val/loss at step 7: " in out
     assert "val/bpd at step 7: " in out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_last_measurement_at_once(tmp_path, monkeypatch, name):
+    """The weights are saved, and whoever resumes the run measures them."""
+    number = getattr(signal, name)
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("this process ignores the signal, as a job in the background does")
+    monkeypatch.setattr(Likelihood, "bound", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with (
+        pytest.warns(UserWarning, match=f"{name}: step 2 is saved"),
+        pytest.raises(SystemExit) as e,
+    ):
+        fit(tmp_path, max_steps=2)
+    assert e.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+def test_a_signal_in_the_last_step_leaves_without_a_measurement(tmp_path):
+    class Tell(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.warns(UserWarning, match="SIGTERM: step 2 is saved"), pytest.raises(SystemExit):
+        fit(tmp_path, Tell(), max_steps=2)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_ctrl_c_before_training_has_the_code_that_shells_expect(cli, tmp_path, monkeypatch):
+    from lit_diffusion.training import ImageDataModule
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(ImageDataModule, "setup", interrupt)
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from here on
+    code, _, _ = cli("fit", "--config", "tiny.yaml")
+    signal.signal(signal.SIGINT, before)
+    assert code == 130
 
 
 TWO = """

@@ -37,8 +37,8 @@ class FID(Periodic):
     most published ones are of 50,000 samples and Inception features against the training split.
 
     With an `EMA` the samples are those of the average. The reference is computed once for each
-    data set and feature network, and cached. The last weights of a fit are always measured; without
-    validation data, epochs of training count as validations.
+    data set and feature network, and cached. The last weights of a fit are always measured;
+    without validation data, epochs of training count as validations.
 
     Args:
         num_samples: Number of samples, at least 2.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.folder import is_first_rank
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import sync
 
 __all__ = ["LastCheckpoint"]
 
-#: Signals that end a job early: kill and torchrun send the first, SLURM's --signal either.
-SIGNALS = ("SIGTERM", "SIGUSR1")
+#: Signals that end a job early: Ctrl-C sends the first, kill and torchrun the second, SLURM's
+#: --signal the second or third.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+#: Seconds in which a second SIGINT is the first one again: at a terminal, torchrun passes on to
+#: its processes what they have received themselves.
+ECHO = 0.5
 PENDING = "last.ckpt.pending"  # not found by a search for *.ckpt
 
 
@@ -32,9 +38,9 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints, at least 1.
-        save_on_signal: On SIGTERM or SIGUSR1 to any rank, save a checkpoint after the step (during
-            validation: after it) and exit with code 128 + signal. A second signal ends the
-            process at once.
+        save_on_signal: On Ctrl-C (SIGINT), SIGTERM or SIGUSR1 to any rank, save a checkpoint after
+            the step (during validation: after it) and exit with code 128 + signal. A second signal
+            ends the process at once. The last weights are then not measured.
 
     Raises:
         ValueError: If every_n_steps is below 1.
@@ -66,6 +72,8 @@ class LastCheckpoint(Checkpoint):
         self._between_steps = True  # whether the last batch completed an optimizer step
         self._leaving = 0  # the signal to end by
         self._signal = 0
+        self._received_at = 0.0
+        self._saved_all: L.Trainer | None = None  # in the measurements after the last checkpoint
         self._process = 0
         self._handlers: dict[int, Any] = {}
 
@@ -92,10 +100,12 @@ class LastCheckpoint(Checkpoint):
                 "validations and at the end; set data.steps_per_epoch to 2 or more."
             )
         self._signal, self._leaving, self._process = 0, 0, os.getpid()
+        self._saved_all = None
         self._pending, self._late, self._between_steps = False, False, True
         if self.save_on_signal and threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in SIGNALS):
-                if number is not None:
+            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
                     self._handlers[number] = signal.signal(number, self._note)
 
     # When -------------------------------------------------------------------------------------
@@ -153,6 +163,10 @@ class LastCheckpoint(Checkpoint):
         self._publish(trainer)
         if trainer.global_step != self._saved_step:
             self._save(trainer, self._path, required=True)
+        if number := self._received(trainer):
+            self._leave(trainer, number)
+        if trainer.world_size == 1:  # several ranks can only leave together
+            self._saved_all = trainer
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -201,10 +215,19 @@ class LastCheckpoint(Checkpoint):
     # Signals ----------------------------------------------------------------------------------
 
     def _note(self, number: int, frame: Any) -> None:
+        """Keep a signal until the step is complete; leave now if nothing remains to be saved."""
+        echo = number == signal.SIGINT and time.monotonic() - self._received_at < ECHO
+        if os.getpid() == self._process and self._signal and echo:
+            return
         if os.getpid() != self._process or self._signal:  # a worker, or the second time
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signal = number
+        self._signal, self._received_at = number, time.monotonic()
+        if self._saved_all is not None:
+            self._leave(self._saved_all, number)
+        if number == signal.SIGINT and is_first_rank():
+            # Neither logging nor print may be called from within themselves.
+            os.write(2, b"\nCtrl-C: saving after this step; once more ends the run at once.\n")
 
     def _received(self, trainer: L.Trainer) -> int:
         """The signal that some rank has received, 0 for none; a collective."""

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,9 @@ class DiffusionCLI(LightningCLI):
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
             self._end_report(outcome(error))
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                # Ctrl-C outside of training; Lightning makes it 1, shells expect this.
+                raise SystemExit(128 + signal.SIGINT) from error
             raise
         self._finish_dashboard(exit_code=0)
         self._summarise()
