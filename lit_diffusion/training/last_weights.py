@@ -22,7 +22,7 @@ from lit_diffusion.training.lightning_internals import logged_as_last_step
 from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.trainer import all_callbacks
 
-__all__ = ["Measures", "MeasuredModule", "has_validation", "measure_again"]
+__all__ = ["MeasuredModule", "Measures", "has_validation", "measure_again"]
 
 
 class Measures(L.Callback):

@@ -23,9 +23,7 @@ __all__ = ["LastCheckpoint"]
 #: Signals that end a job early: Ctrl-C sends the first, kill and torchrun the second, SLURM's
 #: --signal the second or third.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-#: Seconds in which a second SIGINT is the first one again: at a terminal, torchrun passes on to
-#: its processes what they have received themselves.
-ECHO = 0.5
+TWICE = 1.0  # seconds within which a second signal is the first one again
 PENDING = "last.ckpt.pending"  # not found by a search for *.ckpt
 
 
@@ -39,8 +37,9 @@ class LastCheckpoint(Checkpoint):
     Args:
         every_n_steps: Optimizer steps between two checkpoints, at least 1.
         save_on_signal: On Ctrl-C (SIGINT), SIGTERM or SIGUSR1 to any rank, save a checkpoint after
-            the step (during validation: after it) and exit with code 128 + signal. A second signal
-            ends the process at once. The last weights are then not measured.
+            the step (during validation: after it) and exit with code 128 + signal, without a
+            measurement of the last weights. A second signal, a second later or more, ends the
+            process at once.
 
     Raises:
         ValueError: If every_n_steps is below 1.
@@ -72,7 +71,7 @@ class LastCheckpoint(Checkpoint):
         self._between_steps = True  # whether the last batch completed an optimizer step
         self._leaving = 0  # the signal to end by
         self._signal = 0
-        self._received_at = 0.0
+        self._noted = 0.0  # when
         self._saved_all: L.Trainer | None = None  # in the measurements after the last checkpoint
         self._process = 0
         self._handlers: dict[int, Any] = {}
@@ -216,13 +215,15 @@ class LastCheckpoint(Checkpoint):
 
     def _note(self, number: int, frame: Any) -> None:
         """Keep a signal until the step is complete; leave now if nothing remains to be saved."""
-        echo = number == signal.SIGINT and time.monotonic() - self._received_at < ECHO
-        if os.getpid() == self._process and self._signal and echo:
-            return
-        if os.getpid() != self._process or self._signal:  # a worker, or the second time
+        other = os.getpid() != self._process  # a process that was forked from this one
+        # `timeout` sends its signal to the process and to its group, one right after the other;
+        # torchrun at a terminal passes on a Ctrl-C that its processes have received themselves.
+        if other or (self._signal and time.monotonic() - self._noted > TWICE):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signal, self._received_at = number, time.monotonic()
+        if self._signal:
+            return
+        self._signal, self._noted = number, time.monotonic()
         if self._saved_all is not None:
             self._leave(self._saved_all, number)
         if number == signal.SIGINT and is_first_rank():

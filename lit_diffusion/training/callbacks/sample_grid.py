@@ -97,10 +97,11 @@ class SampleGrid(Periodic):
 
     With classes, each column is one class. With further conditions, the images have the
     conditions of the first validation examples, or training examples if there is no validation;
-    if rank 0 has fewer than rows · columns of them, there are fewer images. The starting noise is always the same, so that the grids differ only
-    by the model. With an `EMA` the samples are those of the average. The last weights of a fit always
-    have a grid; without validation data, epochs of training count as validations. Sampling with
-    more than 100 noise levels shows a progress bar, if the trainer has one.
+    if rank 0 has fewer than rows · columns of them, there are fewer images. The starting noise is
+    always the same, so that the grids differ only by the model. With an `EMA` the samples are
+    those of the average. The last weights of a fit always have a grid; without validation data,
+    epochs of training count as validations. Sampling with more than 100 noise levels shows a
+    progress bar, if the trainer has one.
 
     Data of one or two numbers are shown as a histogram or a scatter plot instead, which needs
     some thousand samples, such as 40 rows and 50 columns.
@@ -113,7 +114,7 @@ class SampleGrid(Periodic):
         every_n_validations: Sample at the first of every n validations, and at the end of the fit.
 
     Raises:
-        ValueError: If a number is below 1, or low is not below high.
+        ValueError: If a number is below 1, low is not below high, or the model cannot be guided.
     """
 
     def __init__(
@@ -167,11 +168,15 @@ class SampleGrid(Periodic):
             n,
             randomness.generators(model.seed, "sample", list(range(n))),
             label,
-            guidance=self.guidance if cond or classes is not None else 1.0,
+            guidance=self.guidance,
             guidance_interval=self.guidance_interval,
             progress=progress,
             cond=cond,
         )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse now what the model cannot do, not at the first validation."""
+        pl_module.check_guidance(self.guidance)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard the conditions of the previous validation."""
@@ -191,7 +196,7 @@ class SampleGrid(Periodic):
             return
         room = self.rows * self.columns - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
         if room > 0:
-            cond = pl_module.condition(batch)
+            cond = pl_module.condition(pl_module.standard(batch))
             self._seen.append({name: value[:room] for name, value in cond.items()})
 
     def measure(self, trainer: L.Trainer, pl_module: Any, stage: str) -> dict[str, float]:

@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lit_diffusion.description import public_path
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.secrets import masked
 from lit_diffusion.training.run.whole_file import write_whole
 
-__all__ = ["SaveConfig", "with_public_paths"]
+__all__ = ["SaveConfig", "config_text", "with_public_paths"]
 
 
 def with_public_paths(config: str) -> str:
@@ -41,6 +42,16 @@ def with_public_paths(config: str) -> str:
     return re.sub(r"(\bclass_path: )([\w.]+)", shortest, config)
 
 
+def config_text(parser: Any, config: Any) -> str:
+    """A parsed config as text, with every default, and without the secrets in addresses.
+
+    Args:
+        parser: Has parsed it.
+        config: As parsed.
+    """
+    return str(parser.dump(masked(config), skip_none=False))
+
+
 class SaveConfig(SaveConfigCallback):
     """Saves the whole config as config.yaml in the run folder, and to W&B."""
 
@@ -55,7 +66,7 @@ class SaveConfig(SaveConfigCallback):
             pl_module: The model.
             stage: fit, validate, test or predict.
         """
-        text = with_public_paths(self.parser.dump(self.config, skip_none=False))
+        text = with_public_paths(config_text(self.parser, self.config))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)
