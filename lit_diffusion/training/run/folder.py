@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
@@ -47,22 +48,40 @@ def new_run_folder(root: Path) -> Path:
 
 
 def last_checkpoint(root: Path, name: str = "*") -> Path | None:
-    """The newest readable last.ckpt among the runs of a name; None if there is none.
+    """The newest readable checkpoint among the runs of a name; None if there is none.
+
+    It is last.ckpt of `LastCheckpoint`, or one of Lightning's `ModelCheckpoint` that has more
+    steps. One with weights alone is none to continue from, and left out.
 
     Args:
         root: The folder of all runs.
         name: Name of the runs; * for any.
     """
     runs = name if name == "*" else glob.escape(name)
-    found = sorted(root.glob(f"{runs}/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    for path in reversed(found):
+    ages = {path: path.stat().st_mtime for path in root.glob(f"{runs}/*/checkpoints/*.ckpt")}
+    newest_first = sorted(ages, key=lambda path: ages[path], reverse=True)
+    for folder in dict.fromkeys(path.parent for path in newest_first):
+        last = folder / "last.ckpt"
+        others = [path for path in newest_first if path.parent == folder and path != last]
+        found = _first_readable([last] if last in ages else [])
+        if newer := [path for path in others if not found or ages[path] > ages[last]]:
+            found |= _first_readable(newer)
+        if found:
+            return max(found, key=lambda path: (found[path], path == last))
+    return None
+
+
+def _first_readable(paths: Iterable[Path]) -> dict[Path, int]:
+    """The first checkpoint that a run can continue from, with its step; empty if none can."""
+    for path in paths:
         try:
-            load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except ValueError as error:
             warn(f"Skipped a checkpoint: {error}")
         else:
-            return path
-    return None
+            if "optimizer_states" in checkpoint:
+                return {path: checkpoint["global_step"]}
+    return {}
 
 
 def run_loggers(
