@@ -211,7 +211,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         """The loss of one micro-batch, and the terms behind it."""
         batch = self.standard(batch)
         x = batch["image"]
-        trainer, n = self.trainer, len(batch["image"])
+        trainer, n = self.trainer, len(x)
         place = micro_batch(trainer, batch_idx)
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
@@ -223,7 +223,9 @@ class LitDiffusion(BatchReader, OptimizedModule):
         cond = self.condition(batch)
         self._first_batch(self, batch, cond)
         if cond and self.label_dropout > 0:
-            cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
+            cond = drop_condition(
+                cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
+            )
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = self.accumulate(terms, place)
         return {

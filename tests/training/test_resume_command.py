@@ -136,7 +136,7 @@ def test_an_evaluation_is_logged_at_the_step_of_the_weights(tiny):
             (only_run(command) / "metrics.json").read_text())}  # fmt: skip
         assert measured == 3
         (row,) = rows(only_run(command))
-        assert row["step"] == [row["step"] for row in rows(trained) if row["val/loss"]][0]
+        assert row["step"] == next(row["step"] for row in rows(trained) if row["val/loss"])
 
 
 @pytest.mark.parametrize(

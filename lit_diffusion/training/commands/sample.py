@@ -42,7 +42,8 @@ class Samples(NamedTuple):
 
 def sample(
     ckpt_path: str | Path,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     num_samples: int | None = None,
     out: str | Path = "samples.png",
     sampler: Sampler | None = None,
@@ -58,8 +59,9 @@ def sample(
     """Sample images from a checkpoint.
 
     Args:
-        ckpt_path: The checkpoint; `last` is the newest in runs/.
+        ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
         out: A .png file for one grid, a folder for one file per image, or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
@@ -80,7 +82,7 @@ def sample(
     """
     out = Path(out)
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
-    path = find_checkpoint(ckpt_path, name)
+    path = find_checkpoint(ckpt_path, name, root)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
     if not out.suffix and model.image_shape[0] not in (1, 3):
         raise UsageError(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import BATCH, Columns
 from lit_diffusion.training.data.images import ImageDecoder
@@ -231,8 +232,8 @@ class ImageDataModule(L.LightningDataModule):
         x = batch["image"]
         if x.dtype == torch.uint8:
             x = x.float().div_(127.5).sub_(1.0)
-        elif x.dtype == torch.float16:
-            x = x.float()
+        elif x.is_floating_point():
+            x = at_least_float32(x)
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
