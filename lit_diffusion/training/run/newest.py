@@ -28,7 +28,7 @@ def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
     """The newest readable checkpoint among the runs of a name; None if there is none.
 
     Of a run and its copy, the checkpoint is that of the folder it was written to. One with weights
-    alone is left out, since no run can continue from it.
+    alone, which `lit-diffusion ema` writes, is left out, since no run can continue from it.
 
     Args:
         root: The folder of all runs.
@@ -52,9 +52,9 @@ def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
         except ValueError as error:
             warn(f"Skipped a checkpoint: {error}")
             continue
-        if "optimizer_states" not in checkpoint:
+        if path.name != LAST.name and "optimizer_states" not in checkpoint:
             continue
-        steps[path] = checkpoint["global_step"]
+        steps[path] = checkpoint.get("global_step", 0)
         rank = _saved_at(checkpoint, path, changed), _is_original(checkpoint, path)
         if newest is None or rank > newest[0]:
             newest = rank, path
