@@ -110,6 +110,8 @@ class LitDiffusion(BatchReader, OptimizedModule):
         torch.Size([2, 1, 8, 8])
     """
 
+    trained_steps = 0  # optimizer steps behind the weights, known after a fit or a load
+
     def __init__(
         self,
         network: nn.Module | None = None,
@@ -152,7 +154,6 @@ class LitDiffusion(BatchReader, OptimizedModule):
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
-        self.trained_steps = 0  # optimizer steps behind the weights; known after a fit or a load
         self._resumed: dict[str, Any] = {}  # the checkpoint, until its average is taken
         self.remember(
             network=network,

@@ -54,7 +54,6 @@ def trainer(folder, callbacks=(), **arguments):
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "use_distributed_sampler": False,
         "enable_checkpointing": any(isinstance(c, LastCheckpoint) for c in callbacks),
         "plugins": [WholeCheckpointIO()],
         "max_epochs": -1,

@@ -91,7 +91,6 @@ class DiffusionCLI(LightningCLI):
             args=args,
             trainer_defaults={
                 "default_root_dir": "runs",
-                "use_distributed_sampler": False,
                 "max_epochs": -1,
             },
         )

@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lit_diffusion.description import public_path
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.secrets import masked
 from lit_diffusion.training.run.whole_file import write_whole
 
-__all__ = ["SaveConfig", "with_public_paths"]
+__all__ = ["SaveConfig", "config_text", "with_public_paths"]
 
 
 def with_public_paths(config: str) -> str:
@@ -39,6 +40,16 @@ def with_public_paths(config: str) -> str:
         return found[1] + (public_path(cls) if isinstance(cls, type) else found[2])
 
     return re.sub(r"(\bclass_path: )([\w.]+)", shortest, config)
+
+
+def config_text(parser: Any, config: Any) -> str:
+    """A parsed config as text, with every default, and without the secrets in addresses.
+
+    Args:
+        parser: Has parsed it.
+        config: As parsed.
+    """
+    return str(parser.dump(masked(config), skip_none=False))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -74,7 +85,7 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         if stage == "fit":
             config.ckpt_path = None
-        text = with_public_paths(self.parser.dump(config, skip_none=False))
+        text = with_public_paths(config_text(self.parser, config))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)
