@@ -42,9 +42,8 @@ class MeasuredModule(L.LightningModule):
     """A model whose last weights are measured at the end of a fit.
 
     Attributes:
-        validated_step: The optimizer steps of the weights that were validated last in this fit;
-            -1 if none were.
-        loaded_step: The optimizer steps of the checkpoint that was loaded to be evaluated.
+        validated_step: The optimizer steps of the weights that were validated or tested last; -1
+            if none were, or none in this fit.
         finishing: Whether a validation outside of a fit belongs to one: to a fit that was resumed
             from its last step.
     """
@@ -53,12 +52,6 @@ class MeasuredModule(L.LightningModule):
         super().__init__()
         self.validated_step = -1
         self.finishing = False
-        self.loaded_step = 0
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the weights: of this fit, or of the checkpoint that was loaded."""
-        return int(self.trainer.global_step or self.loaded_step)
 
     def on_train_end(self) -> None:
         """Validate and measure the last weights, after the callbacks, which save them before."""

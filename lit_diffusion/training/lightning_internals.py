@@ -17,11 +17,8 @@ if TYPE_CHECKING:  # the command line imports this file before it knows whether 
     import lightning as L
 
 __all__ = [
-<<<<<<< HEAD
-    "logged_as_last_step",
-=======
     "count_steps",
->>>>>>> main
+    "logged_as_last_step",
     "logged_step",
     "prefer_importable_classes",
     "validate_before_training",

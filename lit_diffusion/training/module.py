@@ -206,12 +206,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-<<<<<<< HEAD
         self.weights, self.validated_step = RAW, -1
-=======
-        self.weights = RAW
         turn_on_training(self)
->>>>>>> main
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
@@ -265,7 +261,6 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole set, the same whatever the ranks and batches."""
         self._finish("val")
-        self.validated_step = self.steps
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -279,6 +274,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
 
     def _finish(self, name: str) -> None:
         self._numbered.start()  # and let the last batch go
+        self.validated_step = self.trainer.global_step
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)
@@ -316,11 +312,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
-<<<<<<< HEAD
-            self.loaded_step = checkpoint["global_step"]
-=======
             self.trained_steps = checkpoint["global_step"]
->>>>>>> main
             return
         refuse_weights_alone(checkpoint)
         keep_schedule(self, checkpoint["state_dict"])

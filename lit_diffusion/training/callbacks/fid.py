@@ -161,7 +161,7 @@ class FID(Periodic):
         protocol = comparison.protocol(model, self.generation, weights_in_use(model))
         folder = output_folder(trainer)
         if trainer.is_global_zero and folder is not None:
-            step = model.steps
+            step = trainer.global_step
             new = [
                 Measurement(name, one.value, one.error, step, stage, protocol | one.protocol)
                 for name, one in found.items()
@@ -174,7 +174,7 @@ class FID(Periodic):
                 )
             add_measurements(folder, new)
         self.summary = self._sentence(
-            f"{stage}/fid at step {model.steps}", found, protocol, comparison.baseline
+            f"{stage}/fid at step {trainer.global_step}", found, protocol, comparison.baseline
         )
         return values
 

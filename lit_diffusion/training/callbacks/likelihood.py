@@ -243,7 +243,7 @@ class Likelihood(L.Callback):
         if total[-1] == 0:
             return
         measured = self.measurements(
-            pl_module, total, pl_module.steps, stage, weights_in_use(pl_module)
+            pl_module, total, trainer.global_step, stage, weights_in_use(pl_module)
         )
         for one in measured:
             value = torch.tensor(one.value, device=pl_module.device)

@@ -211,7 +211,7 @@ class SampleGrid(Periodic):
         in_fit = trainer.state.fn == "fit" or pl_module.finishing
         if not in_fit or not trainer.is_global_zero or folder is None:
             return {}
-        path = folder / "samples" / f"step-{pl_module.steps:07d}.png"
+        path = folder / "samples" / f"step-{trainer.global_step:07d}.png"
         if pl_module.conditions and not self._seen:
             self._see_training_data(trainer, pl_module)
         seen = {
