@@ -239,7 +239,7 @@ def test_a_run_that_is_resumed_from_its_end_is_measured_again(cli, tmp_path, mon
     code, out, err = cli(*words)
     assert code == 0, err
     assert "Step 7 was the last one" in err
-    assert "Steps: 7\n" in out
+    assert "Steps: 7" in out
     assert "val/loss at step 7: " in out
     assert "val/bpd at step 7: " in out
     assert [one.step for one in read_measurements(run) if one.name == "bpd"] == [7]
