@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line imports this file before it knows whether 
     import lightning as L
 
 __all__ = [
+    "count_steps",
     "logged_step",
     "prefer_importable_classes",
     "validate_before_training",
@@ -66,6 +67,21 @@ def validate_before_training(trainer: L.Trainer) -> None:
     batch.increment_completed()
     seen.ready = seen.started = seen.processed + 1
     epoch.update_restart_stage()
+
+
+def count_steps(trainer: L.Trainer, steps: int) -> None:
+    """Set the number of optimizer steps of a trainer that evaluates the weights after so many.
+
+    Lightning (2.6) restores its counters only to train on, and so logs an evaluation at step 0.
+
+    Args:
+        trainer: Validates, tests or predicts.
+        steps: For `trainer.global_step`; rows of metrics have the number of the last step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = max(0, steps - 1)
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    loop.manual_optimization.optim_step_progress.total.completed = steps
 
 
 def wandb_process() -> Any:

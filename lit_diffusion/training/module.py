@@ -37,12 +37,17 @@ from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
 from lit_diffusion.training.optimization import OptimizedModule
-from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
+from lit_diffusion.training.parts import (
+    check_numbers,
+    check_parts,
+    keep_schedule,
+    turn_on_training,
+)
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.resume import Resume
 from lit_diffusion.training.run.checkpoints import MODEL_CLASS, load_checkpoint, model_class
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.run.trainer import all_callbacks, check_trainer
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -105,6 +110,8 @@ class LitDiffusion(BatchReader, OptimizedModule):
         >>> model.sample(2, torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    trained_steps = 0  # optimizer steps behind the weights, known after a fit or a load
 
     def __init__(
         self,
@@ -185,12 +192,14 @@ class LitDiffusion(BatchReader, OptimizedModule):
         return [kind() for kind in (BatchFit, Resume) if kind not in given]
 
     def setup(self, stage: str) -> None:
-        """Settle a precision that the device does not have, and keep a subclass's arguments."""
+        """Check the trainer, settle its precision, and keep a subclass's arguments."""
+        if stage == "fit":
+            check_trainer(self.trainer)
         settle_precision(self.trainer)
         self.remember(**own_arguments(self, LitDiffusion))
 
     def on_fit_start(self) -> None:
-        """Refuse to lose the average of a run that is resumed."""
+        """Refuse to lose the average of a run that is resumed; turn on the training mode."""
         left, self._resumed = take_average(self._resumed), {}
         if left is not None:
             raise ValueError(
@@ -198,6 +207,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
                 "EMA to trainer.callbacks, so that it is not lost."
             )
         self.weights = RAW
+        turn_on_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
@@ -301,6 +311,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
+            self.trained_steps = checkpoint["global_step"]
             return
         refuse_weights_alone(checkpoint)
         keep_schedule(self, checkpoint["state_dict"])
@@ -317,6 +328,9 @@ class LitDiffusion(BatchReader, OptimizedModule):
         **arguments: Any,
     ) -> LitDiffusion:
         """Rebuild the model of a checkpoint, with its average weights if it has them.
+
+        The model is in evaluation mode. Training turns on the training mode of every part that
+        has something to learn.
 
         Nothing in the file is executed, and only allowed modules are imported. Called on
         LitDiffusion, it returns an instance of the class that was trained.
@@ -335,4 +349,6 @@ class LitDiffusion(BatchReader, OptimizedModule):
         checkpoint = load_checkpoint(checkpoint_path, map_location)
         if cls is LitDiffusion:
             cls = find_class(model_class(checkpoint), LitDiffusion)
-        return rebuild(cls, checkpoint, checkpoint_path, strict, arguments)
+        model = rebuild(cls, checkpoint, checkpoint_path, strict, arguments)
+        model.trained_steps = checkpoint["global_step"]
+        return model

@@ -318,7 +318,9 @@ class DiffusionCLI(LightningCLI):
             return
         losses = {k: float(v) for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
         if self.subcommand == "fit":
-            _say(f"Steps: {self.trainer.global_step}")
+            steps, limit = self.trainer.global_step, self.trainer.max_steps
+            none = f" before and none now: trainer.max_steps is {limit}"
+            _say(f"Steps: {steps}{none if steps == (self.resume_step or 0) else ''}")
         for name, value in losses.items():
             _say(f"{name}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
