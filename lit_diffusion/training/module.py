@@ -92,7 +92,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         conditions: Names of further inputs of the network, which are keys of a batch and arguments
             of the network; None means the network's attribute `conditions`.
         clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
-        seed: Seed of all noise in training, validation and sampling.
+        seed: Seed of all noise in training, validation and sampling; None means 0, and
+            on the command line that of seed_everything.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
@@ -129,7 +130,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_numbers(label_dropout, schedule_lr)
@@ -151,7 +152,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self.label_dropout = label_dropout
         self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
@@ -171,7 +172,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             label_dropout=label_dropout,
             conditions=conditions,
             clip_denoised=clip_denoised,
-            seed=seed,
+            seed=self.seed,
         )
 
     def remember(self, **arguments: Any) -> None:

@@ -22,6 +22,7 @@ from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
+from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
@@ -169,8 +170,9 @@ class DiffusionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Put the checkpoint back, and pass the shape of the data to a network that takes it."""
+        """Put the checkpoint back, set the seeds, and pass the shape of the data to a network."""
         config = self.config[self.subcommand]
+        follow_seed(config)
         config.ckpt_path = self.ckpt_path
         _set_shape(config.model.get("network"), tuple(config.data.image_shape))
 
