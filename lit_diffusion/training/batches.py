@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.training.conditions import check_labels, from_batch
@@ -67,7 +68,7 @@ def standard(batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             f"Expected images that are floats in [−1, 1] or bytes, got {x.dtype}: convert them."
         )
     else:
-        image = x.float() if x.dtype == torch.float16 else x
+        image = at_least_float32(x)
     if dtype == torch.float64:
         image = image.double()
     return found if image is x else {**found, "image": image}

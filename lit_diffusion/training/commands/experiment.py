@@ -1,4 +1,4 @@
-"""The experiment of a checkpoint: its run folder, its config, its callbacks."""
+"""The experiment of a run: its config and its callbacks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.data.module import ImageDataModule
 
-__all__ = [
-    "callback_arguments",
-    "evaluation_defaults",
-    "own_data",
-    "read_experiment",
-    "run_folder",
-]
-
-
-def run_folder(checkpoint: Path) -> Path | None:
-    """The run folder that contains a checkpoint; None if there is none.
-
-    Args:
-        checkpoint: The path of the checkpoint.
-    """
-    folder = checkpoint.parent.parent
-    return folder if checkpoint.parent.name == "checkpoints" and folder.is_dir() else None
+__all__ = ["callback_arguments", "evaluation_defaults", "own_data", "read_experiment"]
 
 
 def read_experiment(config: str | Path | None, run: Path | None) -> dict[str, Any]:

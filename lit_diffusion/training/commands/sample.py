@@ -14,9 +14,9 @@ from tqdm import tqdm
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.experiment import own_data, read_experiment, run_folder
+from lit_diffusion.training.commands.experiment import own_data, read_experiment
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.evaluation.features import fingerprint
 from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
@@ -44,7 +44,8 @@ class Samples(NamedTuple):
 
 def sample(
     ckpt_path: str | Path,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     num_samples: int | None = None,
     out: str | Path = "samples.png",
     sampler: Sampler | None = None,
@@ -65,8 +66,9 @@ def sample(
     goes on where it was.
 
     Args:
-        ckpt_path: The checkpoint; `last` is the newest in runs/.
+        ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
         out: A .png file for one grid, a folder for one file per image, or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
@@ -92,7 +94,7 @@ def sample(
     """
     out = Path(out)
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
-    path = find_checkpoint(ckpt_path, name)
+    path = find_checkpoint(ckpt_path, name, root)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
     if not out.suffix and model.image_shape[0] not in (1, 3):
         raise UsageError(
@@ -163,7 +165,7 @@ def _rows(
                 "omit --config and --split."
             )
         return None
-    data = own_data(read_experiment(config, run_folder(path)), path)
+    data = own_data(read_experiment(config, run_of(path)), path)
     split = split or data.val_split or data.train_split
     check_enough(data, split, n)
     return RowConditions(model, data, split, batch_size)

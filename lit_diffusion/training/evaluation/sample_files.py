@@ -10,6 +10,7 @@ never continued or overwritten.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,10 @@ def write_image(image: Tensor, path: Path) -> None:
         to_pil_image(to_bytes(image)).save(unfinished, format="PNG")
 
 
+def _text(about: dict[str, Any]) -> str:
+    return json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+
+
 def _refuse_others(record: Path, about: dict[str, Any], out: Path) -> None:
     """Refuse to continue the samples of another command."""
     try:
@@ -72,13 +77,12 @@ class ImageFolder:
     def __init__(
         self, out: Path, about: dict[str, Any], folder_of: Callable[[int], str] = lambda i: ""
     ) -> None:
-        self.out, self._folder_of = out, folder_of
+        self.out, self._about, self._folder_of = out, about, folder_of
         images = itertools.chain(out.glob("[0-9]*.png"), out.glob("*/[0-9]*.png"))
         if (out / RECORD).is_file() or any(images):
             _refuse_others(out / RECORD, about, out)
         for orphan in out.rglob(".*.png.*.tmp"):  # of a command that was killed
             orphan.unlink(missing_ok=True)
-        write_whole(out / RECORD, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
     def _path(self, index: int) -> Path:
         return self.out / self._folder_of(index) / f"{index:06d}.png"
@@ -101,6 +105,8 @@ class ImageFolder:
         Shapes:
             images (n, C, H, W), in [−1, 1].
         """
+        if not (self.out / RECORD).is_file():
+            write_whole(self.out / RECORD, _text(self._about))
         for i, image in zip(index, images, strict=True):
             write_image(image, self._path(i))
 
@@ -124,18 +130,13 @@ class ArrayFile:
         self.out, self._shape = out, shape
         self._part = out.with_name(f"{out.name}.part")
         self._record = out.with_name(f"{out.name}.part.json")
-        about = {**about, "shape": list(shape)}
+        self._about = {**about, "shape": list(shape)}
         if self._part.is_file():
-            _refuse_others(self._record, about, self._part)
-        else:
-            write_whole(self._record, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-            with self._part.open("wb") as file:
-                kind = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, kind)
-        with self._part.open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
+            _refuse_others(self._record, self._about, self._part)
+        header = io.BytesIO()
+        kind = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, kind)
+        self._header = header.getvalue()
 
     @property
     def _each(self) -> int:
@@ -147,7 +148,8 @@ class ArrayFile:
         Args:
             index: Their numbers.
         """
-        return max(index) < (self._part.stat().st_size - self._start) // self._each
+        size = self._part.stat().st_size if self._part.is_file() else 0
+        return max(index) < (size - len(self._header)) // self._each
 
     def write(self, index: Sequence[int], images: Tensor) -> None:
         """Write the next batch.
@@ -159,8 +161,11 @@ class ArrayFile:
         Shapes:
             images (n, C, H, W).
         """
+        if not self._part.is_file():
+            write_whole(self._record, _text(self._about))
+            self._part.write_bytes(self._header)
         with self._part.open("r+b") as file:
-            file.seek(self._start + index[0] * self._each)
+            file.seek(len(self._header) + index[0] * self._each)
             file.write(images.float().contiguous().numpy().astype("<f4").tobytes())
 
     def finish(self) -> None:
