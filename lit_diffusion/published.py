@@ -27,6 +27,7 @@ from lit_diffusion.schedules import (
     CosineSchedule,
     FlowSchedule,
     LinearSchedule,
+    NoiseSchedule,
     NormalSchedule,
 )
 from lit_diffusion.weightings import (
@@ -35,6 +36,8 @@ from lit_diffusion.weightings import (
     ELBOWeighting,
     ExponentialWeighting,
     InDIWeighting,
+    JiTWeighting,
+    MaxSNRWeighting,
     MinSNRWeighting,
     MonotoneWeighting,
     P2Weighting,
@@ -133,6 +136,12 @@ def nearest_published(objective: Objective, n: int = 3) -> list[tuple[str, Objec
     return sorted(found.items(), key=lambda item: item[1].total)[:n]
 
 
+def _flow_loss(schedule: NoiseSchedule) -> Objective:
+    """The unweighted squared error of ε − x at the times of a schedule."""
+    prediction = FlowPrediction()
+    return Objective(schedule, DensityWeighting(schedule, prediction=prediction), prediction)
+
+
 #: Name → objective, with the ranges of the overlays of that name in `configs/objective/`.
 PUBLISHED: dict[str, Objective] = {
     "ddpm": Objective(
@@ -152,8 +161,18 @@ PUBLISHED: dict[str, Objective] = {
     "flow-matching": Objective(FlowSchedule(), ExponentialWeighting(), FlowPrediction()),
     "iddpm": Objective(CosineSchedule(), SechWeighting(), EpsPrediction()),
     "indi": Objective(FlowSchedule(), InDIWeighting(), XPrediction()),
+    "jit": Objective(NormalSchedule(-1.6, 1.6), JiTWeighting(), XPrediction()),
+    "max-snr": Objective(CosineSchedule(), MaxSNRWeighting(), XPrediction()),
     "min-snr": Objective(CosineSchedule(), MinSNRWeighting(), EpsPrediction()),
-    "p2": Objective(CosineSchedule(), P2Weighting(), EpsPrediction()),
+    "p2": Objective(
+        BetaSchedule(),
+        P2Weighting(schedule=BetaSchedule(), num_timesteps=999),
+        EpsPrediction(),
+        num_timesteps=999,
+    ),
+    "sd3": _flow_loss(NormalSchedule(0.0, 2.0)),
+    "sd3-cosmap": _flow_loss(CosineSchedule()),
+    "sd3-mode": _flow_loss(FlowSchedule(mode_scale=1.29)),
     "sigmoid": Objective(CosineSchedule(), SigmoidWeighting(), EpsPrediction()),
     "soft-min-snr": Objective(NormalSchedule(), SoftMinSNRWeighting(), EDMPrediction()),
     "v-cosine": Objective(CosineSchedule(), ExponentialWeighting(), VPrediction()),

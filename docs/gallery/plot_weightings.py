@@ -59,3 +59,28 @@ for axis, (name, w) in zip(axes.flat, weight.items(), strict=False):
 figure.supxlabel("log signal-to-noise ratio λ", fontsize=10)
 figure.supylabel("weight w(λ) / w(0)", fontsize=10)
 plt.show()
+
+# %%
+# The density is part of the objective
+# ------------------------------------
+#
+# Most of the weightings that are not a formula of λ alone are a factor times the density from
+# which the paper samples. The same factor under another density is another objective: here P2's
+# on the chain of its paper, under the cosine and under the logistic density of flow matching.
+
+SKY = "#56B4E9"
+P2 = lit_diffusion.P2Weighting
+densities = {
+    "DDPM's chain": (P2(schedule=lit_diffusion.BetaSchedule(), num_timesteps=999), BLUE),
+    "cosine": (P2(schedule=lit_diffusion.CosineSchedule()), ORANGE),
+    "flow matching": (P2(schedule=lit_diffusion.FlowSchedule()), SKY),
+}
+logsnr = torch.linspace(-10.1, 9.2, 1001, dtype=torch.float64)
+figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+for style, (name, (weighting, color)) in zip(("-", "--", ":"), densities.items(), strict=True):
+    axis.plot(logsnr, weighting(logsnr), color=color, linestyle=style, linewidth=2, label=name)
+axis.set(xlabel="log signal-to-noise ratio λ", ylabel="weight w(λ)", yscale="log")
+axis.set_title("P2 under three densities", fontsize=10)
+axis.legend(frameon=False, fontsize=8)
+axis.spines[["top", "right"]].set_visible(False)
+plt.show()

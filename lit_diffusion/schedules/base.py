@@ -31,13 +31,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.exact import ExactModule
 from lit_diffusion.registry import plain_arguments
 from lit_diffusion.times import stratified_times
 
 __all__ = ["NoiseSchedule"]
 
 
-class NoiseSchedule(nn.Module, ABC):
+class NoiseSchedule(ExactModule, ABC):
     """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
 
     A subclass defines `_logsnr`, the untruncated textbook formula, and its inverse `_time` if
@@ -307,25 +308,32 @@ class NoiseSchedule(nn.Module, ABC):
         return torch.where(logsnr <= self.logsnr_min, torch.ones_like(t), t)
 
     def log_prob(self, logsnr: Tensor) -> Tensor:
-        """Log p(λ) = log|dt/dλ|, for analysis and tests; −∞ outside the range.
+        """Log p(λ) = log|dt/dλ|, for analysis, and for objectives that contain p; −∞ outside.
 
         Args:
             logsnr: λ.
 
         Shapes:
-            logsnr (B,); result (B,), float64, detached.
+            logsnr (B,); result (B,), float64, differentiable in λ if λ is.
         """
-        logsnr = logsnr.detach().to(torch.float64)
+        follows = torch.is_grad_enabled() and logsnr.requires_grad
+        wide = logsnr.to(torch.float64)
         above, below = self._window
-        inner = logsnr.clamp(*self.ends)
+        inner = wide.detach().clamp(*self.ends)
         with torch.inference_mode(False), torch.enable_grad():
             inner = inner.clone()
             t, s = self._time(inner).detach(), self._tail_time(inner).detach()
-            # One variable for both tails: moving t by dt moves s by −dt.
-            move = torch.zeros_like(t).requires_grad_()
-            (slope,) = torch.autograd.grad(self._quantile(t + move, s - move).sum(), move)
-        log_prob = -torch.log(-slope) - math.log1p(-above - below)
-        return torch.where(self._outside(logsnr), -math.inf, log_prob.detach())
+
+            def slope(move: Tensor, create_graph: bool = False) -> Tensor:
+                # One variable for both tails: moving t by dt moves s by −dt.
+                level = self._quantile(t + move, s - move).sum()
+                return torch.autograd.grad(level, move, create_graph=create_graph)[0]
+
+            rate = slope(torch.zeros_like(t).requires_grad_())
+            if follows:  # t moves with λ, by dλ/f'
+                rate = slope((wide - wide.detach()) / rate, create_graph=True)
+        log_prob = -torch.log(-rate) - math.log1p(-above - below)
+        return torch.where(self._outside(wide.detach()), -math.inf, log_prob)
 
     def _outside(self, logsnr: Tensor) -> Tensor:
         """Whether λ is outside the range by more than rounding to float32."""

@@ -5,7 +5,7 @@ As densities over λ they are::
 
     uniform              LinearSchedule     VDM's fixed schedule
     hyperbolic secant    CosineSchedule     improved DDPM, and most image models since
-    logistic             FlowSchedule       flow matching, rectified flow (uniform t)
+    logistic             FlowSchedule       flow matching; Stable Diffusion 3's mode sampling
     normal               NormalSchedule     EDM's training; Stable Diffusion 3's logit-normal
     Laplace              LaplaceSchedule    improved noise schedule
     from linear betas    BetaSchedule       DDPM
@@ -119,34 +119,76 @@ class FlowSchedule(NoiseSchedule):
     """Flow matching with uniform t, p(λ) = sech²(λ/4)/8: λ = 2 log((1 − t)/t).
 
     The path (1 − t)x + tε of rectified flow and conditional optimal transport, in λ: a logistic
-    density of scale 2.
+    density of scale 2. With a mode_scale it is Stable Diffusion 3's mode sampling, at the times
+    t + mode_scale (t − sin²(πt/2)) of that path: its middle is sampled more often, but its ends
+    keep a density of at least 1/(1 + mode_scale), while that of a logit-normal, `NormalSchedule`,
+    falls to zero.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
         logsnr_max: Largest λ; None means 20.
+        mode_scale: From above −1 (the ends more often) to below 2/(π − 2) = 1.75 (the middle);
+            0 is uniform t, and 1.29 a published choice.
+
+    Raises:
+        ValueError: If mode_scale is outside its domain, where the times would not increase.
 
     References:
         Lipman et al. (2022), Flow Matching for Generative Modeling, arXiv:2210.02747, Eq. 20;
-        Kingma & Gao (2023), arXiv:2303.00848, table 1.
+        Kingma & Gao (2023), arXiv:2303.00848, table 1; Esser et al. (2024), Scaling Rectified
+        Flow Transformers, arXiv:2403.03206, Eq. 20 (there in 1 − t).
 
     Example:
         >>> FlowSchedule().log_prob(torch.tensor([0.0, 5.0])).exp()
         tensor([0.1250, 0.0351], dtype=torch.float64)
+        >>> FlowSchedule(mode_scale=1.29).log_prob(torch.tensor([0.0, 5.0])).exp()
+        tensor([0.4741, 0.0169], dtype=torch.float64)
     """
 
     centre = 0.0
 
-    def __init__(self, logsnr_min: float | None = None, logsnr_max: float | None = None) -> None:
+    def __init__(
+        self,
+        logsnr_min: float | None = None,
+        logsnr_max: float | None = None,
+        mode_scale: float = 0.0,
+    ) -> None:
         super().__init__(logsnr_min, logsnr_max)
+        if not -1 < mode_scale < 2 / (math.pi - 2):
+            raise ValueError(
+                "FlowSchedule: mode_scale must be above −1 and below 2/(π − 2) = 1.75, "
+                f"got {mode_scale}."
+            )
+        self.mode_scale = mode_scale
+
+    def _path_time(self, t: Tensor) -> Tensor:
+        """The time on the flow path."""
+        if self.mode_scale == 0:
+            return t
+        return t + self.mode_scale * (t - torch.sin(math.pi / 2 * t) ** 2)
+
+    def _path_rate(self, t: Tensor) -> Tensor:
+        """Its derivative."""
+        return 1 + self.mode_scale * (1 - math.pi / 2 * torch.sin(math.pi * t))
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return -2 * torch.logit(t)
+        return -2 * torch.logit(self._path_time(t))
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return torch.sigmoid(-logsnr / 2)
+        path = torch.sigmoid(-logsnr / 2)
+        if self.mode_scale == 0:
+            return path
+        # Newton's method for Kepler's equation, on the half where t ≤ ½: there the time on the
+        # path is concave (or convex, below 0), so the iteration is monotone from this start.
+        near = torch.minimum(path, torch.sigmoid(logsnr / 2))
+        t = (near / (1 + self.mode_scale)).clamp(max=0.5)
+        for _ in range(25):
+            t = t - (self._path_time(t) - near) / self._path_rate(t)
+        return torch.where(path <= 0.5, t, 1 - t)
 
     def _slope(self, t: Tensor, s: Tensor) -> Tensor:
-        return -2 / (t * s)
+        near = torch.minimum(t, s)
+        return -2 * self._path_rate(near) / (self._path_time(t) * self._path_time(s))
 
 
 class NormalSchedule(NoiseSchedule):
@@ -154,7 +196,8 @@ class NormalSchedule(NoiseSchedule):
 
     The defaults are EDM's training density (ln σ ~ N(−1.2, 1.2²) in its coordinates z/α). The
     logit-normal density of Stable Diffusion 3 belongs to the same family: t = sigmoid(N(m, s²)) on
-    the flow path is mean = −2m, std = 2s.
+    the flow path is mean = −2m, std = 2s. (Its objective is the flow loss under that density,
+    `DensityWeighting(NormalSchedule(−2m, 2s), prediction=FlowPrediction())`.)
 
     Args:
         mean: Mean of λ.

@@ -14,7 +14,12 @@ from lit_diffusion.description import allowed_modules
 if TYPE_CHECKING:  # the command line imports this file before it knows whether it needs Lightning
     import lightning as L
 
-__all__ = ["logged_step", "prefer_importable_classes", "wandb_process"]
+__all__ = [
+    "logged_step",
+    "prefer_importable_classes",
+    "validate_before_training",
+    "wandb_process",
+]
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -29,6 +34,38 @@ def logged_step(trainer: L.Trainer) -> int:
         trainer: In training or in a validation during it.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def validate_before_training(trainer: L.Trainer) -> None:
+    """Let a resumed run begin with the validation that was due when its checkpoint was saved.
+
+    A checkpoint that is saved at the end of a training batch, as `ModelCheckpoint` does it, comes
+    before the validation of its step, and Lightning (2.6) goes on with the next batch. It can
+    resume in the middle of a validation, so the loops are put at the first batch of it.
+
+    Args:
+        trainer: At the start of training, when its loops are restored and have not run.
+    """
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if not (epoch.restarted_on_train_batch_end and fit.restarted_mid_epoch):
+        return
+    batch, seen, interval = (
+        epoch.batch_progress,
+        epoch.val_loop.batch_progress.total,
+        trainer.val_check_batch,
+    )
+    of_epoch = trainer.check_val_every_n_epoch is not None
+    batches = (epoch.batch_idx if of_epoch else epoch.total_batch_idx) + 1
+    due = batch.is_last_batch if interval == float("inf") else interval and not batches % interval
+    if not due or not epoch._should_check_val_epoch():
+        return
+    if batch.is_last_batch:  # Lightning has counted the epoch as done
+        for counts in (fit.epoch_progress.total, fit.epoch_progress.current):
+            counts.processed -= 1
+            counts.completed -= 1
+    batch.increment_completed()
+    seen.ready = seen.started = seen.processed + 1
+    epoch.update_restart_stage()
 
 
 def wandb_process() -> Any:

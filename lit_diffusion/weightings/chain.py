@@ -47,7 +47,10 @@ def chain_step(schedule: NoiseSchedule, num_timesteps: int, logsnr: Tensor) -> T
         >>> chain_step(LinearSchedule(-10.0, 10.0), 100, torch.tensor([0.0, 10.0]))
         tensor([0.2000, 0.2000], dtype=torch.float64)
     """
-    t = schedule.time(logsnr.detach()).clamp(min=1 / num_timesteps)
+    t = schedule.time(logsnr.detach())
+    if logsnr.requires_grad:  # dt/dλ = −p
+        t = t - (logsnr - logsnr.detach()) * schedule.log_prob(logsnr.detach()).exp()
+    t = t.clamp(min=1 / num_timesteps)
     return schedule.logsnr(t - 1 / num_timesteps) - schedule.logsnr(t)
 
 

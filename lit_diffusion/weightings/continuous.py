@@ -1,11 +1,9 @@
-"""The weightings in continuous time: the w(λ) of each published objective.
+"""The weightings that are a formula in λ.
 
-Letters: logsnr = λ, w the weight; see `weightings.base` for the convention. To convert a published
-loss to a weighting, divide its weight on its own target by `Prediction.eps_error_scale` and
-multiply by the density p(λ) from which it samples; constant factors are dropped here, since they
-only scale the loss. In particular an unweighted ε-loss under the density p has w = p
-(`DensityWeighting`). The weightings that exist for a discrete chain only are in
-`weightings.chain`.
+Letters: logsnr = λ, w the weight; see `weightings.base` for the convention. Where the formula
+contains the density of a schedule, constant factors are dropped, since they only scale the loss.
+Losses under the density of any schedule are in `weightings.density` and `weightings.snr`, and the
+weightings that exist for a discrete chain only in `weightings.chain`.
 """
 
 from __future__ import annotations
@@ -22,11 +20,8 @@ __all__ = [
     "ELBOWeighting",
     "ExponentialWeighting",
     "InDIWeighting",
-    "MinSNRWeighting",
-    "P2Weighting",
     "SechWeighting",
     "SigmoidWeighting",
-    "SoftMinSNRWeighting",
 ]
 
 
@@ -154,106 +149,6 @@ class EDMWeighting(Weighting):
     def forward(self, logsnr: Tensor) -> Tensor:
         """N(λ; mean, std²) (e^(−λ) + data_std²)."""
         return _normal(logsnr, self.mean, self.std) * (torch.exp(-logsnr) + self.data_std**2)
-
-
-class P2Weighting(Weighting):
-    """Perception-prioritised, cosine schedule: w(λ) = sech(λ/2) / (1 + e^λ)^gamma.
-
-    Reduces the weight at the clean end, where errors are invisible.
-
-    Args:
-        gamma: Strength, 0 or more; the paper uses 0.5 and 1.
-
-    Raises:
-        ValueError: If gamma is negative.
-
-    References:
-        Choi et al. (2022), Perception Prioritized Training of Diffusion Models,
-        arXiv:2204.00227, Eq. 8 (k = 1).
-
-    Example:
-        >>> P2Weighting(gamma=1.0)(torch.tensor([-2.0, 0.0, 2.0]))
-        tensor([0.5708, 0.5000, 0.0772])
-    """
-
-    def __init__(self, gamma: float = 1.0) -> None:
-        super().__init__()
-        if gamma < 0:
-            raise ValueError(f"P2Weighting: gamma must be 0 or more, got {gamma}.")
-        self.gamma = gamma
-
-    def forward(self, logsnr: Tensor) -> Tensor:
-        """sech(λ/2) sigmoid(−λ)^gamma."""
-        return _sech(logsnr / 2) * torch.sigmoid(-logsnr) ** self.gamma
-
-
-class MinSNRWeighting(Weighting):
-    """Min-SNR, cosine schedule: w(λ) = sech(λ/2) min(1, gamma e^(−λ)).
-
-    The ε-loss with its weight on x clamped at gamma, so that clean levels do not dominate. As w is
-    always the weight on ε, it is the same for every prediction.
-
-    Args:
-        gamma: Largest weight on the error of x, above 0.
-
-    Raises:
-        ValueError: If gamma is not positive.
-
-    References:
-        Hang et al. (2023), Efficient Diffusion Training via Min-SNR Weighting Strategy,
-        arXiv:2303.09556, section 3.4.
-
-    Example:
-        >>> MinSNRWeighting(gamma=5.0)(torch.tensor([-2.0, 0.0, 2.0]))
-        tensor([0.6481, 1.0000, 0.4385])
-    """
-
-    def __init__(self, gamma: float = 5.0) -> None:
-        super().__init__()
-        if not gamma > 0:
-            raise ValueError(f"MinSNRWeighting: gamma must be above 0, got {gamma}.")
-        self.gamma = gamma
-
-    def forward(self, logsnr: Tensor) -> Tensor:
-        """sech(λ/2) min(1, gamma e^(−λ))."""
-        return _sech(logsnr / 2) * torch.clamp(self.gamma * torch.exp(-logsnr), max=1)
-
-
-class SoftMinSNRWeighting(Weighting):
-    """Soft Min-SNR, EDM's density: w(λ) = N(λ; mean, std²) sigmoid(ln gamma − λ).
-
-    A smooth version of Min-SNR: the weight on x is SNR·gamma/(SNR + gamma).
-
-    Args:
-        gamma: Value at which the weight on x saturates, above 0; 1/data_std², 4 for images.
-        mean: Mean of λ in the training density.
-        std: Standard deviation of λ in the training density, above 0.
-
-    Raises:
-        ValueError: If gamma or std is not positive.
-
-    References:
-        Crowson et al. (2024), Scalable High-Resolution Pixel-Space Image Synthesis with
-        Hourglass Diffusion Transformers, arXiv:2401.11605, section 4.5.
-
-    Example:
-        >>> SoftMinSNRWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
-        tensor([0.0299, 0.0807, 0.0576])
-    """
-
-    def __init__(self, gamma: float = 4.0, mean: float = 2.4, std: float = 2.4) -> None:
-        super().__init__()
-        if not (gamma > 0 and std > 0):
-            raise ValueError(
-                f"SoftMinSNRWeighting: gamma and std must be above 0, got {gamma} and {std}."
-            )
-        self.gamma = gamma
-        self.mean = mean
-        self.std = std
-
-    def forward(self, logsnr: Tensor) -> Tensor:
-        """N(λ; mean, std²) sigmoid(ln gamma − λ)."""
-        return _normal(logsnr, self.mean, self.std) * torch.sigmoid(math.log(self.gamma) - logsnr)
 
 
 class SigmoidWeighting(Weighting):

@@ -1,6 +1,6 @@
-"""Weightings made from another weighting or from a schedule.
+"""Weightings made from another weighting.
 
-Letters: logsnr = λ, w the weight, p the density of a schedule.
+Letters: logsnr = λ, w the weight.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.weightings.base import Weighting
-from lit_diffusion.weightings.chain import chain_step
 from lit_diffusion.weightings.continuous import EDMWeighting, SigmoidWeighting
 
-__all__ = ["DensityWeighting", "MonotoneWeighting", "ShiftedWeighting"]
+__all__ = ["MonotoneWeighting", "ShiftedWeighting"]
 
 
 class MonotoneWeighting(Weighting):
@@ -54,50 +52,6 @@ class MonotoneWeighting(Weighting):
         beyond = torch.cat([beyond, beyond.new_zeros(1)])
         after = torch.searchsorted(grid, logsnr.detach().to(torch.float64).contiguous())
         return torch.maximum(self.base(logsnr), beyond[after].to(logsnr.dtype))
-
-
-class DensityWeighting(Weighting):
-    """The density of a schedule as weight: w(λ) = p(λ), the unweighted ε-loss under p.
-
-    DDPM's L_simple is `DensityWeighting(BetaSchedule())`. If λ is sampled from the same schedule,
-    w/p = 1 and the loss is literally half the mean squared error; under any other schedule the
-    objective remains the same. With num_timesteps=T the weight is the density of the discrete
-    chain, 1/(T expm1(λ_s − λ)), and the loss of a `DiffusionLoss` with the same num_timesteps is
-    again half the mean squared error.
-
-    Args:
-        schedule: Schedule whose density is the weight; None means `CosineSchedule()`.
-        num_timesteps: Number T of steps of the chain; None means continuous time.
-
-    Raises:
-        ValueError: If num_timesteps is below 1.
-
-    References:
-        Ho et al. (2020), Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Eq. 14;
-        Kingma & Gao (2023), arXiv:2303.00848, section 2.
-
-    Example:
-        >>> DensityWeighting()(torch.tensor([-2.0, 0.0, 2.0]))
-        tensor([0.1031, 0.1592, 0.1031])
-    """
-
-    def __init__(
-        self, schedule: NoiseSchedule | None = None, num_timesteps: int | None = None
-    ) -> None:
-        super().__init__()
-        if num_timesteps is not None and num_timesteps < 1:
-            raise ValueError(
-                f"DensityWeighting: num_timesteps must be at least 1, got {num_timesteps}."
-            )
-        self.schedule = CosineSchedule() if schedule is None else schedule
-        self.num_timesteps = num_timesteps
-
-    def forward(self, logsnr: Tensor) -> Tensor:
-        """p(λ)."""
-        if self.num_timesteps is None:
-            return self.schedule.log_prob(logsnr).exp().to(logsnr.dtype)
-        step = chain_step(self.schedule, self.num_timesteps, logsnr)
-        return (1 / (self.num_timesteps * torch.expm1(step))).to(logsnr.dtype)
 
 
 class ShiftedWeighting(Weighting):

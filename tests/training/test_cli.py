@@ -67,11 +67,11 @@ def test_base_config_runs(cli, base, rgb, rgb64, grey):
 def test_every_overlay_is_a_published_objective():
     assert {path.stem for path in OBJECTIVES} == {
         "ddpm", "iddpm", "vdm", "edm", "v-cosine", "flow-matching", "indi", "p2", "min-snr",
-        "sigmoid", "edm-monotonic",
+        "sigmoid", "edm-monotonic", "sd3", "jit",
     }  # fmt: skip
 
 
-RANGES = {"ddpm": (-10.1177, 9.21024), "vdm": (-5.0, 13.3)}
+RANGES = {"ddpm": (-10.1177, 9.21024), "p2": (-10.1177, 9.21024), "vdm": (-5.0, 13.3)}
 
 
 @pytest.mark.parametrize("overlay", OBJECTIVES, ids=lambda path: path.stem)
@@ -112,6 +112,38 @@ def test_every_composition_has_its_range(cli, base, overlay):
     expected = RANGES.get(overlay.stem, (-20.0, 20.0))
     assert made.ends == pytest.approx(expected, abs=1e-3)
     assert len(config["trainer"]["callbacks"]) == 3
+
+
+WEIGHTINGS_ALONE = sorted((CONFIGS / "weighting").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", WEIGHTINGS_ALONE, ids=lambda path: path.stem)
+def test_a_weighting_alone_replaces_another_whole(cli, overlay):
+    """After P2, whose arguments others have as well, and on top of any schedule and prediction."""
+    words = [CONFIGS / "digits.yaml", CONFIGS / "objective" / "p2.yaml", overlay]
+    words = [word for config in words for word in ("--config", config)]
+    code, out, err = cli("fit", *words, "--print_config")
+    assert code == 0, err
+    model = yaml.safe_load(out)["model"]
+    alone = yaml.safe_load(overlay.read_text())["model"]["weighting"]
+    before = yaml.safe_load((CONFIGS / "objective" / "p2.yaml").read_text())["model"]
+    assert model["schedule"]["class_path"].endswith(before["schedule"]["class_path"])
+    assert model["prediction"]["class_path"].endswith(before["prediction"])
+
+    def of(value):
+        """A config without defaults and with short names."""
+        if isinstance(value, dict):
+            inner = value.get("init_args") or {}
+            name = value["class_path"].rpartition(".")[2]
+            return name, {key: of(each) for key, each in inner.items()}
+        known = isinstance(value, str) and value[:1].isupper()
+        return (value, {}) if known else value
+
+    name, arguments = of(model["weighting"])
+    expected, given = of(alone)
+    assert name == expected
+    assert {key: arguments[key] for key in given} == given
+    assert set(arguments) == set(given)
 
 
 def test_bf16_overlay_runs_with_fused_optimizer_and_clipping(cli):

@@ -216,7 +216,10 @@ def bad_images():
             r"height × width 5 × 7, got 5 × 6; set data.image_shape",
         ),
         "grey": (stored(picture("L")), r"3 × 5 × 7, got 1 × 5 × 7 \(mode L\)"),
-        "transparent": (stored(see_through), r"got 4 × 5 × 7 \(mode RGBA\)"),
+        "transparent": (
+            stored(see_through),
+            r"got 4 × 5 × 7 \(mode RGBA with transparent pixels\)",
+        ),
         "sixteen-bit": (stored(deep), r"bytes .*got mode I;16, 16 bit"),
         "animated": (film, "got an animation of 2"),
         "garbage": (b"not an image", "can be decoded, got 12 bytes"),

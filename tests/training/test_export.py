@@ -1,6 +1,7 @@
 """`lit-diffusion export`: the folder stands alone, draws the same images, and the Hub takes it."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -150,6 +151,8 @@ def test_the_weights_are_the_average_in_float32(cli, run):
     config = json.loads(Path("exported/config.json").read_text())
     assert config["weights"] == checkpoint.get("average", "average")
     assert config["step"] == 5
+    whole = Path("exported/model.safetensors").read_bytes()
+    assert config["sha256"] == hashlib.sha256(whole).hexdigest()
     assert "optimizer" not in config["model"]["init_args"]
     modes = {path.stat().st_mode for path in Path("exported").iterdir()}
     assert len(modes) == 1  # none is for the owner alone
@@ -250,7 +253,7 @@ def test_a_run_is_named_in_three_ways(cli, run, tmp_path):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "1").symlink_to(run)
     last = run / "checkpoints" / "last.ckpt"
-    for i, words in enumerate((["last"], [last], [run, "--ckpt", "last.ckpt"])):
+    for i, words in enumerate((["last"], [last], [run])):
         code, _, err = cli("export", *words, "--out", f"out{i}")
         assert code == 0, err
         assert (tmp_path / f"out{i}" / "model.safetensors").is_file()
@@ -260,9 +263,9 @@ def test_a_run_is_named_in_three_ways(cli, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["nothing", "--out", "new"], "No checkpoint at nothing/checkpoints/last.ckpt"),
-        (["last", "--out", "new"], "there is no checkpoint below runs/*"),
-        (["a.ckpt", "--ckpt", "b.ckpt", "--out", "new"], "expected one checkpoint"),
+        (["nothing", "--out", "new"], "No checkpoint at nothing:"),
+        (["last", "--out", "new"], "there is no checkpoint below runs;"),
+        (["a.ckpt", "--name", "b", "--out", "new"], "--name and --root say"),
         (["last"], "required: out"),
         (["--out", "new"], "required: run"),
     ],

@@ -139,9 +139,18 @@ def test_network_calls_are_those_that_are_made(sampler, guidance):
     assert len(calls) == generation.protocol(subject)["network calls"]
 
 
-def test_network_calls_of_a_model_without_classes_are_not_doubled():
-    subject = model(num_classes=None)
-    assert Generation(3, DDIMSampler(steps=4), 3.0).protocol(subject)["network calls"] == 4
+def test_network_calls_are_doubled_by_guidance_only():
+    for guidance, calls in ((1.0, 4), (3.0, 8)):
+        protocol = Generation(3, DDIMSampler(steps=4), guidance).protocol(model())
+        assert protocol["network calls"] == calls
+
+
+def test_guidance_that_the_model_cannot_have_is_refused():
+    for arguments, reason in (({"num_classes": None}, "classes"), ({}, "label_dropout=0")):
+        subject = model(**arguments)
+        subject.label_dropout = 0.0
+        with pytest.raises(ValueError, match=reason):
+            next(Generation(3, DDIMSampler(steps=2), 3.0).sample(subject))
 
 
 # Scores -----------------------------------------------------------------------------------------
@@ -307,7 +316,9 @@ def test_a_kept_file_that_is_another_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is the reference of something else \(features\)"):
         open_digits(Flat())
     kept.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a reference"):
+    with pytest.raises(
+        ValueError, match=r"is damaged, or another kind of file: .* to compute the reference again"
+    ):
         open_digits(Flat())
 
 

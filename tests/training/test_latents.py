@@ -117,7 +117,10 @@ def nan(array):
         (nan, "expected finite numbers"),
         (lambda a: a.astype(np.float32), "float16 as the first one's, got float32"),
         (lambda a: np.zeros(SHAPE, np.uint8), "float16 as the first one's, got uint8"),
-        (lambda a: np.array([{"a": 1}]), "can be decoded"),  # a pickle, which is not opened
+        (
+            lambda a: np.array([{"a": 1}]),
+            "array of numbers, got object",
+        ),  # a pickle, which is not opened
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False])
@@ -293,6 +296,18 @@ def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkey
 
 @needs_diffusers
 @pytest.mark.filterwarnings("ignore")
+def test_a_flipped_bit_of_a_latent_is_noticed(cli, vae, rgb, alone):
+    assert encode(cli, vae, rgb)[0] == 0
+    arguments = {"label_key": "label", "val_split": "test", "image_shape": (4, 16, 16)}
+    before = [one["image"] for one in module("latents", **arguments).examples("train", 24)]
+    path = Path("latents/train-00000.parquet")
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(before[0][0].numpy().tobytes())] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"[Cc]hecksum|CRC"):
+        list(module("latents", **arguments).examples("train", 24))
+
+
 def test_mistakes_are_one_line(cli, vae, rgb, tmp_path):
     def refused(code, out, err):
         assert code == 2

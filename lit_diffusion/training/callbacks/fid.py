@@ -58,7 +58,8 @@ class FID(L.Callback):
         reference_hash: A prefix of the expected hash of the reference; None accepts any.
 
     Raises:
-        ValueError: If a number is too small, or the hash of the reference differs.
+        ValueError: If a number is too small, the hash of the reference differs, or the model
+            cannot be guided.
 
     References:
         Heusel et al. (2017), GANs Trained by a Two Time-Scale Update Rule Converge to a Local
@@ -120,6 +121,7 @@ class FID(L.Callback):
 
     def _open(self, trainer: L.Trainer, model: LitDiffusion) -> Comparison:
         refuse_conditions(model)
+        model.check_guidance(self.generation.guidance)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "examples"):
             raise ValueError(

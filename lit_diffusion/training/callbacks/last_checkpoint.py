@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["LastCheckpoint"]
 
 #: Signals that end a job early: kill and torchrun send the first, SLURM's --signal either.
 SIGNALS = ("SIGTERM", "SIGUSR1")
+TWICE = 1.0  # seconds within which a second signal is the first one again
 PENDING = "last.ckpt.pending"  # not found by a search for *.ckpt
 
 
@@ -33,8 +35,8 @@ class LastCheckpoint(Checkpoint):
     Args:
         every_n_steps: Optimizer steps between two checkpoints, at least 1.
         save_on_signal: On SIGTERM or SIGUSR1 to any rank, save a checkpoint after the step (during
-            validation: after it) and exit with code 128 + signal. A second signal ends the
-            process at once.
+            validation: after it) and exit with code 128 + signal. A second signal, a second
+            later or more, ends the process at once.
 
     Raises:
         ValueError: If every_n_steps is below 1.
@@ -66,6 +68,7 @@ class LastCheckpoint(Checkpoint):
         self._between_steps = True  # whether the last batch completed an optimizer step
         self._leaving = 0  # the signal to end by
         self._signal = 0
+        self._noted = 0.0  # when
         self._process = 0
         self._handlers: dict[int, Any] = {}
 
@@ -196,10 +199,13 @@ class LastCheckpoint(Checkpoint):
     # Signals ----------------------------------------------------------------------------------
 
     def _note(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process or self._signal:  # a worker, or the second time
+        other = os.getpid() != self._process  # a process that was forked from this one
+        # `timeout` sends its signal to the process and to its group, one right after the other.
+        if other or (self._signal and time.monotonic() - self._noted > TWICE):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signal = number
+        if not self._signal:
+            self._signal, self._noted = number, time.monotonic()
 
     def _received(self, trainer: L.Trainer) -> int:
         """The signal that some rank has received, 0 for none; a collective."""

@@ -119,12 +119,12 @@ class Likelihood(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         decoder, _, schedule = self.settings(pl_module)
         for batch in [] if data is None else data.val_dataloader():
-            x = data.on_after_batch_transfer(dict(batch), 0)["image"]
+            x = pl_module.standard(data.on_after_batch_transfer(batch, 0))["image"]
             decoder.check(x)
             decoder.warn_if_costly(schedule.ends[1])
             break
 
-    def bound(self, model: LitDiffusion, batch: dict[str, Any]) -> BoundTerms:
+    def bound(self, model: LitDiffusion, batch: Any) -> BoundTerms:
         """The terms of each example, averaged over its noise levels.
 
         Args:
@@ -134,7 +134,8 @@ class Likelihood(L.Callback):
         Shapes:
             terms (B,), float64.
         """
-        x, index, total = batch["image"], batch["index"], int(batch["total"])
+        batch = model.numbered(batch)
+        x, index, total = batch["image"], batch["index"], batch["total"]
         decoder, num_timesteps, schedule = self.settings(model)
         cond: dict[str, Any] = model.condition(batch)
         found = []
@@ -154,7 +155,7 @@ class Likelihood(L.Callback):
             found.append(torch.stack(terms))
         return BoundTerms(*torch.stack(found).mean(0))
 
-    def sums(self, model: LitDiffusion, batch: dict[str, Any]) -> Tensor:
+    def sums(self, model: LitDiffusion, batch: Any) -> Tensor:
         """Sums over a batch: the three terms in bits, the square of their sum, and the examples.
 
         Args:

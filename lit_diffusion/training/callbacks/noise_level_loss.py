@@ -144,7 +144,7 @@ class NoiseLevelLoss(L.Callback):
             self._sums[10, : self.bins] += norms.where(finite, torch.zeros_like(norms))
             self._sums[10, self.bins :] += finite
 
-    def gradient_norms(self, model: LitDiffusion, batch: dict[str, Tensor]) -> Tensor:
+    def gradient_norms(self, model: LitDiffusion, batch: Any) -> Tensor:
         """‖∇θ mean (ε̂ − ε)²‖ at the centre of each bin, averaged over the first examples.
 
         The noise is a function of the place in the batch, the same for each bin and at each step.
@@ -157,6 +157,7 @@ class NoiseLevelLoss(L.Callback):
         Shapes:
             result (bins,), float64.
         """
+        batch = model.standard(batch)
         x, denoiser = batch["image"][: self.probe_examples], model.denoiser
         cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
         generators = randomness.generators(model.seed, "probe", list(range(len(x))))

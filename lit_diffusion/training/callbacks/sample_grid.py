@@ -111,7 +111,7 @@ class SampleGrid(L.Callback):
         every_n_validations: Sample at every n-th validation only.
 
     Raises:
-        ValueError: If a number is below 1, or low is not below high.
+        ValueError: If a number is below 1, low is not below high, or the model cannot be guided.
     """
 
     def __init__(
@@ -166,11 +166,15 @@ class SampleGrid(L.Callback):
             n,
             randomness.generators(model.seed, "sample", list(range(n))),
             label,
-            guidance=self.guidance if cond or classes is not None else 1.0,
+            guidance=self.guidance,
             guidance_interval=self.guidance_interval,
             progress=progress,
             cond=cond,
         )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse now what the model cannot do, not at the first validation."""
+        pl_module.check_guidance(self.guidance)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard the conditions of the previous validation."""
@@ -190,7 +194,7 @@ class SampleGrid(L.Callback):
             return
         room = self.rows * self.columns - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
         if room > 0:
-            cond = pl_module.condition(batch)
+            cond = pl_module.condition(pl_module.standard(batch))
             self._seen.append({name: value[:room] for name, value in cond.items()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -126,7 +126,13 @@ def _write_split(
         if labels[0] is not None:
             columns["label"] = pa.array(labels, pa.int64())
         path = folder / f"{split}-{number:05d}.parquet"
-        parquet.write_table(pa.table(columns), path, row_group_size=GROUP, compression="none")
+        parquet.write_table(  # with checksums, since a flipped bit of a latent is a latent, too
+            pa.table(columns),
+            path,
+            row_group_size=GROUP,
+            compression="none",
+            write_page_checksum=True,
+        )
         values = torch.stack(latents).double().transpose(0, 1).flatten(1)
         sums += torch.stack([values.sum(1), values.square().sum(1)])
         examples, numbers = examples + len(some), numbers + values.shape[1]

@@ -84,6 +84,7 @@ class Witness(L.Callback):
         """From the step on, check the data and watch every module."""
         if trainer.global_step < self.step:
             return
+        batch = pl_module.standard(batch)  # type: ignore[operator]
         bad = ~batch["image"].flatten(1).isfinite().all(1)
         index = batch.get("index", torch.arange(len(bad), device=bad.device))
         self._images += index[bad].tolist()

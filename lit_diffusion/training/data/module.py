@@ -20,6 +20,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import BATCH, Columns
 from lit_diffusion.training.data.images import ImageDecoder
@@ -27,7 +28,7 @@ from lit_diffusion.training.data.lane import LaneBatches
 from lit_diffusion.training.data.loader import TrainLoader
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.order import ORDER_VERSION
-from lit_diffusion.training.data.sources import find_splits, open_source
+from lit_diffusion.training.data.sources import Splits, find_splits, open_source
 from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
 from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
@@ -231,8 +232,8 @@ class ImageDataModule(L.LightningDataModule):
         x = batch["image"]
         if x.dtype == torch.uint8:
             x = x.float().div_(127.5).sub_(1.0)
-        elif x.dtype == torch.float16:
-            x = x.float()
+        elif x.is_floating_point():
+            x = at_least_float32(x)
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
@@ -299,9 +300,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world = self._place()
         return BadExamples(split, self.max_bad_share, self._folder, rank if world > 1 else None)
 
-    def _open_split(
-        self, splits: dict[str, Any], name: str, like: ImageDecoder | None = None
-    ) -> Split:
+    def _open_split(self, splits: Splits, name: str, like: ImageDecoder | None = None) -> Split:
         """Open a split; its examples must look as another decoder expects, or like its first."""
         columns = Columns(self.image_key, self.label_key, self.condition_keys)
         source = open_source(splits, name, columns, self.open_shards, self._skip)
@@ -310,6 +309,7 @@ class ImageDataModule(L.LightningDataModule):
             labels=self.label_key is not None,
             conditions=self.condition_keys,
             like=None if like is None else like.like,
+            paths=splits.paths,
         )
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
         if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":

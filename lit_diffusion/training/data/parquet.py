@@ -112,7 +112,12 @@ class ParquetSource(ShardSource):
 
         file, group, _ = self.groups[shard]
         with fsspec.open(file, "rb") as opened:
-            table = parquet.ParquetFile(opened, metadata=self.footers[file], buffer_size=BUFFER)
+            table = parquet.ParquetFile(
+                opened,
+                metadata=self.footers[file],
+                buffer_size=BUFFER,
+                page_checksum_verification=True,  # of the files that have checksums
+            )
             here = 0
             for part in table.iter_batches(
                 READ_SIZE,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from lit_diffusion.training.data.columns import Columns
+from lit_diffusion.training.data.image_paths import ImagePaths, folders_of
 from lit_diffusion.training.data.parquet import ParquetSource, open_parquet
 from lit_diffusion.training.data.shards import SequentialSource
 from lit_diffusion.training.data.source import Source
@@ -35,6 +36,22 @@ class Place(NamedTuple):
     target: str
     files: Files | None
     name: str
+
+
+class Splits(dict[str, Any]):
+    """The splits of a data set by name.
+
+    A split is a list of parquet files or a ``datasets.IterableDataset`` if it is streamed, and a
+    ``datasets.Dataset`` if not.
+
+    Args:
+        splits: By name.
+        paths: Reads the images that rows of the data set name by paths.
+    """
+
+    def __init__(self, splits: Mapping[Any, Any], paths: ImagePaths) -> None:
+        super().__init__({str(name): split for name, split in splits.items()})
+        self.paths = paths
 
 
 def locate(path: str, data_files: Files | None) -> Place:
@@ -86,11 +103,8 @@ def locate(path: str, data_files: Files | None) -> Place:
 
 def find_splits(
     path: str, data_files: Files | None, config_name: str | None, streaming: bool
-) -> dict[str, Any]:
+) -> Splits:
     """Return the splits of a data set by name, found but not read.
-
-    A split is a list of parquet files or a ``datasets.IterableDataset`` if it is streamed, and a
-    ``datasets.Dataset`` if not.
 
     Args:
         path: See `locate`.
@@ -109,20 +123,39 @@ def find_splits(
     place = locate(path, data_files)
     options: dict[str, Any] = {"name": config_name, "data_files": place.files}
     try:
-        if not streaming:
-            return dict(datasets.load_dataset(place.target, **options))
         builder = datasets.load_dataset_builder(place.target, **options)
+        paths = _image_paths(place, builder)
+        if not streaming:
+            builder.download_and_prepare()
+            return Splits(builder.as_dataset(), paths)
         if isinstance(builder, Parquet):
             files = builder.config.data_files or {}
-            return {str(split): list(names) for split, names in files.items()}
-        return dict(builder.as_streaming_dataset())
+            return Splits({split: list(names) for split, names in files.items()}, paths)
+        return Splits(builder.as_streaming_dataset(), paths)
     except Exception as error:  # libraries raise anything here
-        reason = " ".join(str(error).split())[:300]
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+        reason = " ".join(str(cause or error).split())[:300]
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
             f"{place.name} cannot be opened: {reason}; check data.path, data.data_files, "
             "data.config_name and, for hub names, the network"
         ) from error
+
+
+def _image_paths(place: Place, builder: Any) -> ImagePaths:
+    """Return what reads the images of a data set that are files of their own."""
+    import datasets
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import (  # type: ignore[import-untyped]
+        FolderBasedBuilder,
+    )
+    from huggingface_hub import constants
+
+    files = [name for names in (builder.config.data_files or {}).values() for name in names]
+    folders = [place.target] if Path(place.target).is_absolute() else []
+    folders += folders_of(files)
+    if isinstance(builder, FolderBasedBuilder):  # whose files and archives may be downloaded
+        folders += [str(datasets.config.DOWNLOADED_DATASETS_PATH), constants.HF_HUB_CACHE]
+    return ImagePaths(tuple(folders))
 
 
 def open_source(
@@ -159,9 +192,13 @@ def open_source(
         if not source.total:
             raise ValueError(f"{empty}; check the files")
         return source
-    features = dataset.features
-    if features is not None and isinstance(features.get(columns.image), datasets.Image):
-        dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+    if dataset.features is not None:
+        # First of all, so that no other column is read, and nothing is decoded on the way.
+        columns.check(split, list(dataset.features))
+        dataset = dataset.select_columns(columns.names)
+        for name, feature in dataset.features.items():
+            if getattr(feature, "decode", False):
+                dataset = dataset.cast_column(name, type(feature)(decode=False))
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{empty}; check the files")

@@ -23,11 +23,11 @@ from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
 from lit_diffusion.training.run.messages import warn
-from lit_diffusion.training.run.whole_file import replacing
+from lit_diffusion.training.run.tensor_file import open_tensors, write_tensors
 
 __all__ = ["Reference", "class_shares", "open_reference"]
 
-FORMAT = 1  # raised whenever the file format or the measured statistics change
+FORMAT = 2  # raised whenever the file format or the measured statistics change
 CHUNK = 256  # images per batch; the hash is computed from those of the chunks
 
 
@@ -218,41 +218,31 @@ def _class_counts(classes: Counter[int]) -> Tensor:
 
 def _write(path: Path, identity: dict[str, Any], reference: Reference) -> None:
     """Cache a reference atomically; a cache that cannot be written costs only time."""
-    from safetensors.torch import save_file
-
     tensors = {"total": reference.total, "outer": reference.outer}
     tensors |= {} if reference.shares is None else {"shares": reference.shares}
     tensors |= {} if reference.features is None else {"features": reference.features}
-    about = {"identity": json.dumps(identity), "protocol": json.dumps(reference.protocol)}
     try:
-        with replacing(path) as unfinished:
-            save_file(tensors, unfinished, metadata=about)
+        write_tensors(path, tensors, {"identity": identity, "protocol": reference.protocol})
     except OSError as error:
         warn(f"the reference could not be cached in {path}: {error}")
 
 
 def _read(path: Path, identity: dict[str, Any], rows: bool) -> Reference | None:
     """Read a cached reference; None if missing or without features, an error if invalid."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-        kept, protocol = json.loads(about["identity"]), json.loads(about["protocol"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a reference ({error}): remove it to compute it again"
-        ) from error
+        with open_tensors(path) as file:
+            tensors = {name: file.read(name) for name in file.names}
+        kept, protocol = file.about["identity"], file.about["protocol"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{error}: remove {path} to compute the reference again") from error
     if kept != identity:
         other = ", ".join(key for key in identity if kept.get(key) != identity[key])
         raise ValueError(
             f"{path} is the reference of something else ({other}): remove it to compute it again"
         )
-    if rows and "features" not in names:
+    if rows and "features" not in tensors:
         return None
     return Reference(
         protocol["examples"],

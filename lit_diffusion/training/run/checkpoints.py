@@ -1,18 +1,35 @@
-"""Checkpoints: written whole or not at all, and read as data without executing anything."""
+"""Checkpoints: written whole or not at all, checked, and read without executing anything."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
+from lit_diffusion.training.run.archive import check_archive
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
+__all__ = [
+    "MODEL_CLASS",
+    "SAVED_AT",
+    "WholeCheckpointIO",
+    "load_checkpoint",
+    "model_class",
+    "with_whole_checkpoints",
+]
+
+MODEL_CLASS = "model_class"  # key of the path of the class that was trained
+SAVED_AT = "saved_at"  # key of the time at which a checkpoint was written, Unix time in seconds
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -47,7 +64,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             remove_orphans(path)
             with replacing(path, durable=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)  # given a path it would hide why a write fails
+                # The file's own time would change when it is copied.
+                dated = checkpoint | {SAVED_AT: time.time()}
+                torch.save(dated, file)  # given a path it would hide why a write fails
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             before = f"the previous one is intact ({path})" if path.is_file() else "none exists"
             cause: BaseException = error
@@ -61,14 +80,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint as data: nothing in it is executed.
+        """Read a checkpoint as data, checked first: nothing in it is executed.
 
         Args:
-            path: The file.
+            path: The file, or a remote path, which is copied to a temporary file.
             map_location: Device for its tensors.
             weights_only: Ignored; it is always True.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged.
         """
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        return _read(path, map_location)
 
 
 def with_whole_checkpoints(plugins: Any) -> list[Any]:
@@ -99,20 +122,56 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of this library.
+        ValueError: If it is damaged, or not a checkpoint of this library.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}.")
+    checkpoint = _read(path, map_location)
     try:
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location=map_location or "cpu", weights_only=True
-        )
         described = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
         if not {"schedule", "weighting", "prediction"} <= set(described):
             raise KeyError("schedule")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of lit_diffusion, or not one that can be read safely."
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of lit_diffusion.") from error
     return checkpoint
+
+
+def model_class(checkpoint: Mapping[str, Any]) -> str:
+    """The path of the class that a checkpoint's model has.
+
+    Args:
+        checkpoint: As `load_checkpoint` returns it.
+
+    Example:
+        >>> model_class({})
+        'lit_diffusion.training.LitDiffusion'
+    """
+    return str(checkpoint.get(MODEL_CLASS, "lit_diffusion.training.LitDiffusion"))
+
+
+def _read(path: Any, map_location: Any = None) -> dict[str, Any]:
+    """Check a local or remote checkpoint, then read it without executing anything in it."""
+    with contextlib.ExitStack() as stack:
+        if "://" in str(path):
+            remote = stack.enter_context(fsspec.open(str(path), "rb"))
+            opened: Any = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(remote, opened, 1 << 20)
+        else:
+            opened = stack.enter_context(Path(path).open("rb"))
+        try:
+            check_archive(opened)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged, or not a checkpoint: {error}. Use another checkpoint of the "
+                "run, or copy the file again."
+            ) from error
+        try:
+            read: dict[str, Any] = torch.load(
+                opened, map_location=map_location or "cpu", weights_only=True
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of lit_diffusion, or not one that can be read safely."
+            ) from error
+    return read

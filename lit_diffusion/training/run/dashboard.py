@@ -22,8 +22,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
 from lit_diffusion.training.lightning_internals import logged_step, wandb_process
 from lit_diffusion.training.run.messages import inform, warn
@@ -49,6 +51,10 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [str(path)], step=step, caption=[caption])
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
 
 
 def _attempted(method: Callable[..., Any]) -> Callable[..., None]:

@@ -9,18 +9,15 @@ ten times longer has 24 snapshots more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, RunningAverage, Snapshot, overlaps
-from lit_diffusion.training.run.whole_file import replacing
+from lit_diffusion.training.run.tensor_file import open_tensors, write_tensors
 
 __all__ = [
     "Magnitudes",
@@ -108,13 +105,10 @@ def write_snapshot(
                 if not half.isfinite().all():
                     return None
             tensors[f"{sigma_rel}/{name}"] = half
-    # One entry, since the order of several is not the same in every file.
-    header = {"snapshot": json.dumps({"step": step, "averages": described})}
     path = folder_of(run) / f"step-{step:07d}.safetensors"
     try:
-        with replacing(path, durable=True) as unfinished:
-            save_file(tensors, unfinished, header)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, tensors, {"step": step, "averages": described}, durable=True)
+    except OSError as error:
         raise OSError(f"The snapshot {path} cannot be written: {error}.") from error
     return path
 
@@ -131,15 +125,13 @@ def read_snapshots(run: Path) -> list[Stored]:
     found = []
     for path in folder_of(run).glob("step-*.safetensors"):
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()["snapshot"])
+            with open_tensors(path) as file:
+                header = file.about
             for one in header["averages"]:
                 snapshot = Snapshot(PowerProfile(one["sigma_rel"]), one["updates"])
                 found.append(Stored(path, header["step"], snapshot))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no snapshot, or damaged: {error}. Remove it to do without it."
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{error}. Remove {path} to do without it.") from error
     return sorted(found, key=lambda one: (one.step, one.snapshot.profile.sigma_rel))
 
 
@@ -149,14 +141,17 @@ def mix(stored: Sequence[Stored], weights: Sequence[float]) -> dict[str, Tensor]
     Args:
         stored: The averages.
         weights: c_i.
+
+    Raises:
+        ValueError: If a file is damaged.
     """
     total: dict[str, Tensor] = {}
     for one, weight in zip(stored, weights, strict=True):
         prefix = f"{one.snapshot.profile.sigma_rel}/"
-        with safe_open(one.path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 — not a dict
+        with open_tensors(one.path) as file:
+            for key in sorted(file.names):
                 if key.startswith(prefix):
-                    value = file.get_tensor(key).double()
+                    value = file.read(key).double()
                     name = key.removeprefix(prefix)
                     if name in total:
                         total[name].add_(value, alpha=weight)
