@@ -310,6 +310,8 @@ def _quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of a resumed run it is not, and a new run has a folder of its own.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The model gets its config after it is made, so nothing is lost.
     warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
     # Compiling for a CPU where the tools for CUDA are installed, too.
