@@ -242,20 +242,7 @@ class DiT(ConditionalNetwork):
         self.fourier = tuple(fourier)
         self.conditions = dict(conditions or {})
         self.activation_checkpointing = activation_checkpointing
-        if min(patch, self.depth, self.heads) < 1:
-            raise ValueError(
-                "patch, depth and heads must be at least 1, "
-                f"got {patch}, {self.depth} and {self.heads}."
-            )
-        if self.width < 1 or self.width % (4 * self.heads):
-            raise ValueError(
-                f"width must be a multiple of 4·heads = {4 * self.heads}, got {self.width}."
-            )
-        if positions not in ("index", "resampled", "none") or (rope and positions == "none"):
-            raise ValueError(
-                "positions must be index, resampled or none, and without positions there is no "
-                f"rope, got positions={positions!r} and rope={rope}."
-            )
+        self._check_arguments()
         self._check(self.image_shape)
 
         features, channels = self.width, image_shape[0]
@@ -271,6 +258,25 @@ class DiT(ConditionalNetwork):
         self.modulation_out = Modulation(features, vectors=2)
         self.layer_out = nn.Linear(features, channels * patch**dims)
         self._initialise()
+
+    def _check_arguments(self) -> None:
+        """Raise if the arguments do not fit each other."""
+        if min(self.patch, self.depth, self.heads) < 1:
+            raise ValueError(
+                "patch, depth and heads must be at least 1, "
+                f"got {self.patch}, {self.depth} and {self.heads}."
+            )
+        if self.width < 1 or self.width % (4 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of 4·heads = {4 * self.heads}, got {self.width}."
+            )
+        if self.positions not in ("index", "resampled", "none") or (
+            self.rope and self.positions == "none"
+        ):
+            raise ValueError(
+                "positions must be index, resampled or none, and without positions there is no "
+                f"rope, got positions={self.positions!r} and rope={self.rope}."
+            )
 
     def _initialise(self) -> None:
         """Xavier initialisation; zero for the modulation and output layers."""
