@@ -17,11 +17,12 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
-from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
+from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.initial_weights import initialize, weights_of
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.reporting.objective import headline
@@ -109,6 +110,13 @@ class DiffusionCLI(LightningCLI):
             default=[],
             help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="fit: start with the network's weights of this checkpoint, run folder or "
+            "exported folder, as far as names and shapes agree; a resumed run has its own.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -126,6 +134,9 @@ class DiffusionCLI(LightningCLI):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
+            fresh = self.config.subcommand == "fit" and self.resume_step is None
+            if config.init_from is not None and fresh:
+                config.init_from = str(resolve_weights(config.init_from).absolute())
             self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def _resolve_checkpoint(self) -> None:
@@ -189,8 +200,19 @@ class DiffusionCLI(LightningCLI):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 inform(f"Note: the checkpoint was trained with another {name}: {before}")
+        self._initialize()
         if not trainer.fast_dev_run:
             self._open_run(loggers)
+
+    def _initialize(self) -> None:
+        """Start with the weights of another run, unless a run is resumed."""
+        path = self.config[self.subcommand].init_from
+        if path is None or self.subcommand != "fit" or self.resume_step is not None:
+            return
+        state, named = weights_of(path)
+        inform(f"Initial weights: {named}, from {path}.")
+        for line in initialize(self.model, state).lines():
+            inform(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the trainer, with the usual callbacks."""
