@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lit_diffusion.models.pretrained import CONFIG, load_pretrained
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.weights import weights_name
 
-__all__ = ["Initialization", "initialize", "weights_of"]
+__all__ = ["Initialization", "initialize", "start_from", "weights_of"]
 
 NETWORK = "denoiser."
 
@@ -40,6 +41,23 @@ class Initialization(NamedTuple):
         for kind, names in zip(("Taken", "Left out", "New"), self, strict=True):
             if names:
                 yield f"{kind}: {', '.join(names)}"
+
+
+def start_from(model: nn.Module, path: str | Path) -> None:
+    """Initialize a model with the weights in a file, and report what was taken.
+
+    Args:
+        model: A `LitDiffusion`.
+        path: A checkpoint, or a folder that `lit-diffusion export` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is neither, or damaged, or its weights do not fit.
+    """
+    state, named = weights_of(path)
+    inform(f"Initial weights: {named}, from {path}.")
+    for line in initialize(model, state).lines():
+        inform(line)
 
 
 def weights_of(path: str | Path) -> tuple[dict[str, Tensor], str]:

@@ -36,6 +36,7 @@ from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import (
     check_numbers,
@@ -60,7 +61,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(BatchReader, OptimizedModule):
+class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -91,7 +92,8 @@ class LitDiffusion(BatchReader, OptimizedModule):
         conditions: Names of further inputs of the network, which are keys of a batch and arguments
             of the network; None means the network's attribute `conditions`.
         clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
-        seed: Seed of all noise in training, validation and sampling.
+        seed: Seed of all noise in training, validation and sampling; None means 0, and
+            on the command line that of seed_everything.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
@@ -128,7 +130,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_numbers(label_dropout, schedule_lr)
@@ -150,7 +152,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         self.label_dropout = label_dropout
         self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
@@ -170,7 +172,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
             label_dropout=label_dropout,
             conditions=conditions,
             clip_denoised=clip_denoised,
-            seed=seed,
+            seed=self.seed,
         )
 
     def remember(self, **arguments: Any) -> None:
@@ -205,7 +207,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-        self.weights = RAW
+        self.weights, self.validated_step = RAW, -1
         turn_on_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -273,6 +275,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
 
     def _finish(self, name: str) -> None:
         self._numbered.start()  # and let the last batch go
+        self.validated_step = self.trainer.global_step
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)

@@ -475,7 +475,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     assert code == 0, err
     run = next(Path("runs/run").iterdir())
     ours = {one.name: one for one in read_measurements(run)}
-    assert "val/fid:" in out
+    assert "val/fid at step " in out
     code, out, err = cli("evaluate", "--ckpt_path", "last", "--bound=false", "--device=cpu")
     assert code == 0, err
     told = json.loads((run / "evaluation" / "evaluation.json").read_text())
