@@ -21,14 +21,14 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.predictions import Prediction
-from lit_diffusion.registry import arguments, load_plugins
+from lit_diffusion.registry import arguments, load_plugins, subclasses
 from lit_diffusion.samplers import Sampler
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "build_arguments",
     "check_arguments",
     "describe",
+    "find_class",
     "missing_package",
     "public_path",
 ]
@@ -52,6 +53,8 @@ _KINDS = (
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
 )
+
+T = TypeVar("T")
 
 _PLAIN = {bool, int, float, str, Path, type(None), ...}  # no part of a model is one of these
 
@@ -174,7 +177,8 @@ def describe(value: Any) -> Any:
 
 def _find(path: Any) -> type:
     """Find a class by its path, if its module is allowed."""
-    module, _, name = str(path).rpartition(".")
+    path = str(path)
+    module, _, name = path.rpartition(".")
     if module not in sys.modules:
         if missing := missing_package(path):
             raise ValueError(f"The checkpoint's {missing}")
@@ -188,6 +192,39 @@ def _find(path: Any) -> type:
         raise ValueError(f"{path} is not a class that a checkpoint may name, or does not exist.")
     _refuse_unless_allowed(found.__module__, path)  # wherever else it can be imported from
     return found
+
+
+def find_class(path: str, base: type[T]) -> type[T]:
+    """Find a class that a file names, if its module is allowed and it is of the right kind.
+
+    Args:
+        path: Its path. A class of `__main__` is one of the program that wrote the file; in another
+            program it is the only allowed class of the same name.
+        base: The class itself, or a base of it.
+
+    Raises:
+        ValueError: If it is not allowed, does not exist, or is of another kind.
+
+    Example:
+        >>> from lit_diffusion import DDIMSampler
+        >>> find_class("lit_diffusion.DDIMSampler", Sampler) is DDIMSampler
+        True
+    """
+    module, _, name = path.rpartition(".")
+    if module == "__main__" and not hasattr(sys.modules["__main__"], name):
+        found = [cls for cls in subclasses(base) if cls.__name__ == name]
+        found = [cls for cls in found if _is_allowed(cls.__module__)]
+        if len(found) != 1:
+            raise ValueError(
+                f"the checkpoint needs the class {name} of the program that wrote it: name that "
+                f"file, with --plugins on the command line, and with `import` and "
+                "lit_diffusion.description.allow in Python."
+            )
+        return found[0]
+    cls = _find(path)
+    if not issubclass(cls, base):
+        raise ValueError(f"expected a {base.__name__}, got the class {path}.")
+    return cls
 
 
 def _refuse_unless_allowed(module: str, path: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.decoders import Decoder
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, broadcast_to_data, diffuse, noise_like, prior_kl
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
@@ -228,7 +229,7 @@ class DiffusionLoss(nn.Module):
             **cond: Passed on to the denoiser (label=…).
 
         Shapes:
-            x and eps (B, *); t (B,); terms (B,).
+            x and eps (B, *); t (B,); terms (B,), float32 or better.
 
         Raises:
             ValueError: If x has no dimension besides the batch, is not floating point, or does not
@@ -239,6 +240,7 @@ class DiffusionLoss(nn.Module):
                 "Expected floating-point data of shape (B, *) with at least one dimension besides "
                 f"the batch, got {x.dtype} of shape {tuple(x.shape)}; scale images to [−1, 1]."
             )
+        x = at_least_float32(x)
         if t is None:
             t = sample_times(x, generator)
         if eps is None:

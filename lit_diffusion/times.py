@@ -76,16 +76,19 @@ def sample_times(x: Tensor, generator: Generators = None) -> Tensor:
     return stratified_times(len(x), offset)
 
 
-def fixed_times(index: Tensor, total: int, sample: int = 0, samples: int = 1) -> Tensor:
+def fixed_times(index: Tensor, total: int | None, sample: int = 0, samples: int = 1) -> Tensor:
     """Fixed stratified times for evaluation: one example in each of `total` strata.
 
     Neighbours get distant strata (index · k mod total with k near total/φ), so that in a data set
     sorted by class the noise level does not depend on the class. With several samples per example,
     each sample shifts all times by another fraction of a stratum.
 
+    Without a total the times are those of the golden-ratio sequence, (n + ½) / φ mod 1, which
+    covers [0, 1) evenly for any number of examples.
+
     Args:
         index: Index of each example in the data set, from 0.
-        total: Size of the data set.
+        total: Size of the data set; None means unknown.
         sample: Index of this sample, from 0.
         samples: Number of samples of the time per example.
 
@@ -97,9 +100,14 @@ def fixed_times(index: Tensor, total: int, sample: int = 0, samples: int = 1) ->
         tensor([0.1250, 0.3750, 0.6250, 0.8750], dtype=torch.float64)
         >>> fixed_times(torch.arange(4), 4, sample=1, samples=2).sort().values
         tensor([0.0000, 0.2500, 0.5000, 0.7500], dtype=torch.float64)
+        >>> fixed_times(torch.arange(4), None).sort().values
+        tensor([0.1631, 0.3090, 0.5451, 0.9271], dtype=torch.float64)
     """
+    if total is None:
+        number = index.to(torch.float64) * samples + sample
+        return (number + 0.5) * ((math.sqrt(5) - 1) / 2) % 1
     stride = max(1, round(total * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, total) != 1:
         stride += 1
-    t = ((index * stride) % total + 0.5).to(torch.float64) / total
+    t = (((index * stride) % total).to(torch.float64) + 0.5) / total
     return (t + sample / (samples * total)) % 1

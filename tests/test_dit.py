@@ -558,7 +558,7 @@ def test_a_checkpoint_remembers_it(tmp_path):
     data = ImageDataModule("digits8x8", batch_size=4, steps_per_epoch=2, val_examples=4)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"num_sanity_val_steps": 0, "enable_checkpointing": False}
-    run = L.Trainer(max_steps=2, accelerator="cpu", use_distributed_sampler=False, **quiet)
+    run = L.Trainer(max_steps=2, accelerator="cpu", **quiet)
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = LitDiffusion.load_from_checkpoint(tmp_path / "last.ckpt").denoiser.network

@@ -53,6 +53,7 @@ def test_its_arguments_are_those_it_was_made_with():
         "decoder": None,
         "image_shape": (1, 4, 6),
         "conditions": None,
+        "label_dropout": 0.2,
         "clip_denoised": False,
     }
     found = arguments(ld.Pretrained(**parts))
@@ -110,7 +111,8 @@ class Angle(nn.Module):
 
 
 def test_further_conditions_reach_the_network():
-    model = ld.Pretrained(network=Angle(), sampler=ld.DDIMSampler(steps=2))
+    sampler = ld.DDIMSampler(steps=2)
+    model = ld.Pretrained(network=Angle(), sampler=sampler, image_shape=(1, 8, 8))
     assert model.conditions == ("angle",)
 
     def draw(angle, **arguments):
@@ -216,8 +218,9 @@ def change(folder, **parts):
         ({"network": {"class_path": "lit_diffusion.nn.UNet", "init_args": {"w": 1}}}, "'w'"),
         ({"network": {"class_path": "not_installed.Network"}}, "not_installed"),
         ({"unknown": 1}, "unknown"),
-        ({"image_shape": [1, 8]}, "values to unpack"),
-        ({"image_shape": None}, "unpack"),
+        ({"image_shape": [1, 8]}, "image_shape"),
+        ({"image_shape": [0, 8, 8]}, "all positive"),
+        ({"image_shape": [1, 28, 28]}, "is built"),
         ({"sampler": 7}, "schedule"),
         ({"network": {"class_path": 7}}, "7"),
     ],

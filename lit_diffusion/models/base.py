@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss
+from lit_diffusion.models.image_shape import Shape
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -29,17 +31,33 @@ class SamplingModel(nn.Module):
     Attributes:
         denoiser: (z, λ) → (x̂, ε̂).
         loss: The training loss; its schedule has the range of λ.
-        image_shape: Channels, height and width.
         conditions: Further inputs of the network, by the names of its arguments.
+        label_dropout: Probability with which training dropped labels and conditions.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
     """
 
     denoiser: Denoiser
     loss: DiffusionLoss
-    image_shape: tuple[int, int, int]
     conditions: tuple[str, ...]
+    label_dropout: float
     clip_denoised: bool
+    _image_shape: Shape | None
     _sampler: Sampler
+
+    @property
+    def image_shape(self) -> Shape:
+        """Channels, height and width of the images.
+
+        Raises:
+            ValueError: If neither the network nor an argument nor a batch has said so far.
+        """
+        if self._image_shape is None:
+            raise ValueError(
+                "Expected a model that knows the shape of its images, got one whose network has "
+                "no attribute image_shape and that has seen no batch: give the model "
+                "image_shape=(channels, height, width)."
+            )
+        return self._image_shape
 
     @property
     def num_classes(self) -> int | None:
@@ -74,6 +92,30 @@ class SamplingModel(nn.Module):
             )
         return sampler
 
+    def check_guidance(self, guidance: float) -> None:
+        """Refuse guidance of a model that has learned nothing to guide away from.
+
+        Args:
+            guidance: Strength of classifier-free guidance; 1 for none.
+
+        Raises:
+            ValueError: If the model has neither classes nor conditions, or training never dropped
+                them.
+        """
+        if guidance == 1:
+            return
+        if self.num_classes is None and not self.conditions:
+            raise ValueError(
+                f"Guidance needs classes or other conditions, and this model has none, got "
+                f"guidance={guidance:g}: set it to 1."
+            )
+        if self.label_dropout == 0:
+            raise ValueError(
+                f"Guidance needs a model that was trained without its conditions as well, got "
+                f"guidance={guidance:g} and label_dropout=0: set guidance to 1, or train with "
+                "label_dropout=0.1."
+            )
+
     @torch.inference_mode()
     def sample(
         self,
@@ -93,7 +135,8 @@ class SamplingModel(nn.Module):
             generator: Source of all noise: None, one, or one for each image.
             label: Class of each image, or one for all; −1 for none; None samples them uniformly.
             sampler: The sampler; None means the model's own.
-            guidance: Strength of classifier-free guidance; 1 for none.
+            guidance: Strength of classifier-free guidance; 1 for none. It needs a model that was
+                trained with dropped conditions.
             guidance_interval: Apply guidance only for λ in this interval; None means everywhere.
             progress: Wraps the list of steps, such as tqdm.
             cond: The further conditions, by name; `drop_condition` makes dropped ones.
@@ -102,11 +145,12 @@ class SamplingModel(nn.Module):
             label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
 
         Raises:
-            ValueError: If labels are given to a model without classes, or a condition is missing
-                or unknown, or there are not n of each.
+            ValueError: If labels are given to a model without classes, a condition is missing or
+                unknown, there are not n of each, or the model cannot be guided.
         """
-        device = next(self.parameters(), torch.empty(0)).device  # a network may have none
-        z = torch.zeros(n, *self.image_shape, device=device)
+        first = at_least_float32(next(self.parameters(), torch.empty(0)))  # there may be none
+        z = first.new_zeros(n, *self.image_shape)
+        device = z.device
         given = self._conditions(z, cond)
         if self.num_classes is not None:
             given["label"] = self._labels(n, label, generator).to(device)
@@ -114,10 +158,7 @@ class SamplingModel(nn.Module):
             raise ValueError("This model was trained without classes: leave label out.")
         denoiser: nn.Module = self.denoiser
         if guidance != 1:
-            if not given:
-                raise ValueError(
-                    "Guidance needs classes or other conditions, and this model has none."
-                )
+            self.check_guidance(guidance)
             denoiser = GuidedDenoiser(denoiser, guidance, guidance_interval)
         if self.clip_denoised:
             denoiser = ClippedDenoiser(denoiser)

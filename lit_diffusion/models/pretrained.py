@@ -25,6 +25,7 @@ from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.description import build
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.base import SamplingModel
+from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
@@ -44,14 +45,15 @@ class Pretrained(SamplingModel):
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
-            image_shape.
+            image_shape, by default (1, 8, 8).
         schedule: Density p(λ) of training, which also defines the range of λ; None means cosine.
         weighting: Weighting w(λ) of training; None means `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
         sampler: The sampler of images; None means `DDIMSampler()`.
         num_timesteps: Number of steps of a discrete chain; None means continuous time.
         decoder: The decoder of the bound, if the whole bound was trained; None if not.
-        image_shape: Channels, height and width.
+        image_shape: Channels, height and width; None means those of the network.
+        label_dropout: Probability with which training dropped labels and conditions.
         conditions: Further inputs of the network, by the names of its arguments; None means those
             in its attribute `conditions`, if it has one.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
@@ -71,19 +73,21 @@ class Pretrained(SamplingModel):
         sampler: Sampler | None = None,
         num_timesteps: int | None = None,
         decoder: Decoder | None = None,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, int, int] | None = None,
+        label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
     ) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        self.image_shape = (channels, height, width)
-        network = UNet(image_shape=self.image_shape) if network is None else network
+        if network is None:
+            network = UNet(image_shape=find_image_shape(None, image_shape) or (1, 8, 8))
+        self._image_shape = find_image_shape(network, image_shape)
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = DDIMSampler() if sampler is None else sampler
         asked = getattr(network, "conditions", None) if conditions is None else conditions
         self.conditions = tuple(asked or ())
+        self.label_dropout = label_dropout
         self.clip_denoised = clip_denoised
         self.sampler_in_range()  # refuses a sampler that leaves the range
 

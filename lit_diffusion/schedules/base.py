@@ -31,6 +31,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.exact import ExactModule
 from lit_diffusion.registry import plain_arguments
 from lit_diffusion.times import stratified_times
 
@@ -39,7 +40,7 @@ __all__ = ["NoiseSchedule"]
 _NEAREST = -20.0  # of learned ends: they remain 1e-9 apart, which float64 resolves
 
 
-class NoiseSchedule(nn.Module, ABC):
+class NoiseSchedule(ExactModule, ABC):
     """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
 
     A subclass defines `_logsnr`, the untruncated textbook formula, and its inverse `_time` if

@@ -76,13 +76,14 @@ class LearnedSchedule(NoiseSchedule):
         self.learn = learn
         # Sigmoids of all widths, from 1/4 to 1/256 of the range, at all places; distributed by the
         # golden ratio and not at random, so that every run starts from the same schedule.
-        place = (torch.arange(_UNITS) + 0.5) / _UNITS
-        rate = 4 * 64 ** ((torch.arange(_UNITS) * 0.6180339887) % 1)
+        place = (torch.arange(_UNITS, dtype=torch.float32) + 0.5) / _UNITS
+        golden = torch.arange(_UNITS, dtype=torch.float32) * 0.6180339887
+        rate = 4 * 64 ** (golden % 1)
         learns = learn != "endpoints"
-        self.slope = nn.Parameter(_raw(torch.ones(())), learns)
+        self.slope = nn.Parameter(_raw(torch.ones((), dtype=torch.float32)), learns)
         self.rate = nn.Parameter(_raw(rate), learns)
         self.bias = nn.Parameter(-rate * place, learns)
-        self.height = nn.Parameter(_raw(torch.ones(_UNITS)), learns)
+        self.height = nn.Parameter(_raw(torch.ones(_UNITS, dtype=torch.float32)), learns)
 
     def _shape(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The fraction u(t), and its derivative du/dt."""

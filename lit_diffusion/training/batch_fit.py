@@ -18,9 +18,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lit_diffusion.training.batches import standard
 from lit_diffusion.training.precision import has_bfloat16
 from lit_diffusion.training.run.environment import device_name
 from lit_diffusion.training.run.trainer import all_callbacks
@@ -233,9 +235,10 @@ class BatchFit(L.Callback):
             memory = torch.cuda.get_device_properties(device).total_memory
             room = f"{memory / 2**30:.1f} GiB of {device_name(device)}"
         got = f"to fit into {room}, got out of memory"
+        with contextlib.suppress(ValueError):  # of a step that reads batches of its own form
+            batch = None if batch is None else standard(move_data_to_device(batch, "cpu"))
         if callback is None and trainer.training and isinstance(batch, dict) and "image" in batch:
             n = len(batch["image"])
-            batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
             try:
                 found = self._search(trainer, pl_module, batch)
             except Exception:  # a failing search must not replace the error

@@ -114,7 +114,7 @@ def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tens
 
 
 def check_labels(label: Tensor, num_classes: int) -> None:
-    """Refuse labels that are not classes, on the CPU only.
+    """Refuse labels that are not classes, their range on the CPU only.
 
     On a GPU reading the labels would wait for the device, which refuses them by itself.
 
@@ -126,8 +126,13 @@ def check_labels(label: Tensor, num_classes: int) -> None:
         label (B,), integer.
 
     Raises:
-        ValueError: If a label is out of range.
+        ValueError: If a label is out of range, or labels are no integers.
     """
+    if label.is_floating_point():
+        raise ValueError(
+            f"Expected integer labels, got {label.dtype}: convert them, or pass them as a further "
+            "condition."
+        )
     if label.device.type == "cpu" and (int(label.max()) >= num_classes or label.min() < -1):
         raise ValueError(
             f"Expected labels from 0 to {num_classes - 1} (−1 for none), got "

@@ -63,7 +63,3 @@ class WarmupDecayLR(LRScheduler):
         """The learning rate of each parameter group."""
         factor = self.factor(self.last_epoch)
         return [base * factor for base in self.base_lrs]
-
-    def state_dict(self) -> dict[str, object]:
-        """Only the position; the shape of the curve comes from the config."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}

@@ -6,7 +6,9 @@ each with what a user sees of the library, and so fails by name when a release c
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_diffusion.description import allowed_modules
@@ -14,7 +16,14 @@ from lit_diffusion.description import allowed_modules
 if TYPE_CHECKING:  # the command line imports this file before it knows whether it needs Lightning
     import lightning as L
 
-__all__ = ["logged_step", "prefer_importable_classes", "wandb_process"]
+__all__ = [
+    "count_steps",
+    "logged_as_last_step",
+    "logged_step",
+    "prefer_importable_classes",
+    "validate_before_training",
+    "wandb_process",
+]
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -29,6 +38,70 @@ def logged_step(trainer: L.Trainer) -> int:
         trainer: In training or in a validation during it.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+@contextlib.contextmanager
+def logged_as_last_step(trainer: L.Trainer) -> Iterator[None]:
+    """Log at the end of training at the step of the last row, as validations during it do.
+
+    Lightning counts on when a step is complete, and so would log at the step of the next row,
+    which a run that continues from there removes. At the end of an epoch it does the same.
+
+    Args:
+        trainer: In `on_train_end`, after at least one step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+
+
+def validate_before_training(trainer: L.Trainer) -> None:
+    """Let a resumed run begin with the validation that was due when its checkpoint was saved.
+
+    A checkpoint that is saved at the end of a training batch, as `ModelCheckpoint` does it, comes
+    before the validation of its step, and Lightning (2.6) goes on with the next batch. It can
+    resume in the middle of a validation, so the loops are put at the first batch of it.
+
+    Args:
+        trainer: At the start of training, when its loops are restored and have not run.
+    """
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if not (epoch.restarted_on_train_batch_end and fit.restarted_mid_epoch):
+        return
+    batch, seen, interval = (
+        epoch.batch_progress,
+        epoch.val_loop.batch_progress.total,
+        trainer.val_check_batch,
+    )
+    of_epoch = trainer.check_val_every_n_epoch is not None
+    batches = (epoch.batch_idx if of_epoch else epoch.total_batch_idx) + 1
+    due = batch.is_last_batch if interval == float("inf") else interval and not batches % interval
+    if not due or not epoch._should_check_val_epoch():
+        return
+    if batch.is_last_batch:  # Lightning has counted the epoch as done
+        for counts in (fit.epoch_progress.total, fit.epoch_progress.current):
+            counts.processed -= 1
+            counts.completed -= 1
+    batch.increment_completed()
+    seen.ready = seen.started = seen.processed + 1
+    epoch.update_restart_stage()
+
+
+def count_steps(trainer: L.Trainer, steps: int) -> None:
+    """Set the number of optimizer steps of a trainer that evaluates the weights after so many.
+
+    Lightning (2.6) restores its counters only to train on, and so logs an evaluation at step 0.
+
+    Args:
+        trainer: Validates, tests or predicts.
+        steps: For `trainer.global_step`; rows of metrics have the number of the last step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = max(0, steps - 1)
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    loop.manual_optimization.optim_step_progress.total.completed = steps
 
 
 def wandb_process() -> Any:

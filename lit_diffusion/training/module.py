@@ -11,7 +11,6 @@ Each step is a pure function of (seed, step, micro-batch, rank); see `randomness
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from tqdm import tqdm
 
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
-from lit_diffusion.description import build_arguments, describe
+from lit_diffusion.description import find_class, public_path
 from lit_diffusion.loss import DiffusionLoss, LossTerms
-from lit_diffusion.models import SamplingModel
+from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
@@ -35,12 +34,21 @@ from lit_diffusion.times import fixed_times, stratified_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
-from lit_diffusion.training.conditions import check_labels, from_batch, named_conditions
+from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
+from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
-from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
+from lit_diffusion.training.parts import (
+    check_numbers,
+    check_parts,
+    keep_schedule,
+    turn_on_training,
+)
 from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.run.checkpoints import load_checkpoint
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
+from lit_diffusion.training.resume import Resume
+from lit_diffusion.training.run.checkpoints import MODEL_CLASS, load_checkpoint, model_class
+from lit_diffusion.training.run.trainer import all_callbacks, check_trainer
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -53,7 +61,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(SamplingModel, OptimizedModule):
+class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -62,7 +70,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
-            image_shape.
+            image_shape, by default (1, 8, 8).
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
         num_timesteps: Number T of steps of a discrete chain, which then has the only noise levels;
@@ -77,19 +85,21 @@ class LitDiffusion(SamplingModel, OptimizedModule):
             that of the optimizer.
         lr_scheduler: Creates the learning-rate schedule from the optimizer, updated at each
             optimizer step; None means a constant rate.
-        image_shape: Channels, height and width of the data; set by the command line.
+        image_shape: Channels, height and width of the images; None means those of the network's
+            attribute of that name, else those of the first batch.
         label_dropout: Probability, in [0, 1], of dropping an example's label in training, together
             with its further conditions. Guidance needs a model that was trained without them, too.
         conditions: Names of further inputs of the network, which are keys of a batch and arguments
             of the network; None means the network's attribute `conditions`.
         clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
-        seed: Seed of all noise in training, validation and sampling.
+        seed: Seed of all noise in training, validation and sampling; None means 0, and
+            on the command line that of seed_everything.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
             label_dropout is not a probability, or schedule_lr not above 0, or the network does
-            not take a condition.
+            not take a condition, or is built for another image_shape.
         TypeError: If a part has the wrong type, such as a class instead of an instance.
 
     References:
@@ -101,6 +111,8 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         >>> model.sample(2, torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    trained_steps = 0  # optimizer steps behind the weights, known after a fit or a load
 
     def __init__(
         self,
@@ -114,17 +126,16 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         schedule_lr: float | None = None,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, int, int] | None = None,
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_numbers(label_dropout, schedule_lr)
-        channels, height, width = image_shape
-        image_shape = channels, height, width  # a config gives a list
-        network = UNet(image_shape=image_shape) if network is None else network
+        if network is None:
+            network = UNet(image_shape=find_image_shape(None, image_shape) or (1, 8, 8))
         schedule = CosineSchedule() if schedule is None else schedule
         weighting = ELBOWeighting() if weighting is None else weighting
         prediction = VPrediction() if prediction is None else prediction
@@ -137,12 +148,13 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule_lr = schedule_lr
-        self.image_shape = image_shape
+        self._image_shape = find_image_shape(network, image_shape)
         self.label_dropout = label_dropout
         self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
+        self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
         self._resumed: dict[str, Any] = {}  # the checkpoint, until its average is taken
         self.remember(
@@ -156,11 +168,11 @@ class LitDiffusion(SamplingModel, OptimizedModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             schedule_lr=schedule_lr,
-            image_shape=image_shape,
+            image_shape=self._image_shape,
             label_dropout=label_dropout,
             conditions=conditions,
             clip_denoised=clip_denoised,
-            seed=seed,
+            seed=self.seed,
         )
 
     def remember(self, **arguments: Any) -> None:
@@ -171,43 +183,38 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         Args:
             **arguments: The arguments of `__init__`, as objects or as configs.
         """
-        described = {}
-        for name, value in arguments.items():
-            try:
-                described[name] = describe(value)
-            except TypeError as error:
-                warnings.warn(
-                    f"{name} cannot be kept in checkpoints, load_from_checkpoint will need "
-                    f"{name}=…: {error}",
-                    stacklevel=3,
-                )
-        self.save_hyperparameters(described)
+        remember(self, arguments)
 
     # Training and validation ---------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The callback that every model adds: `BatchFit`, unless the trainer has one."""
-        given = all_callbacks(self.trainer)
-        return [] if any(isinstance(one, BatchFit) for one in given) else [BatchFit()]
+        """The callbacks that every model adds, unless the trainer has them: BatchFit, Resume."""
+        given = {type(one) for one in all_callbacks(self.trainer)}
+        return [kind() for kind in (BatchFit, Resume) if kind not in given]
 
     def setup(self, stage: str) -> None:
-        """Settle a precision that the device does not have."""
+        """Check the trainer, settle its precision, and keep a subclass's arguments."""
+        if stage == "fit":
+            check_trainer(self.trainer)
         settle_precision(self.trainer)
+        self.remember(**own_arguments(self, LitDiffusion))
 
     def on_fit_start(self) -> None:
-        """Refuse to lose the average of a run that is resumed."""
+        """Refuse to lose the average of a run that is resumed; turn on the training mode."""
         left, self._resumed = take_average(self._resumed), {}
         if left is not None:
             raise ValueError(
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-        self.weights = RAW
+        self.weights, self.validated_step = RAW, -1
+        turn_on_training(self)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
+        batch = self.standard(batch)
         x = batch["image"]
-        trainer, n = self.trainer, len(batch["image"])
+        trainer, n = self.trainer, len(x)
         place = micro_batch(trainer, batch_idx)
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
@@ -217,8 +224,11 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         t = stratified_times(n, offset.to(x.device, non_blocking=True), part, parts)
         randomness.reseed(x.device, self.seed, "step", step, place.index, rank)
         cond = self.condition(batch)
+        self._first_batch(self, batch, cond)
         if cond and self.label_dropout > 0:
-            cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
+            cond = drop_condition(
+                cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
+            )
         terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
         loss = self.accumulate(terms, place)
         return {
@@ -231,15 +241,17 @@ class LitDiffusion(SamplingModel, OptimizedModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._numbered.start()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Add the loss of each example at its own fixed λ and ε."""
+        batch = self._numbered.next(batch, self.standard(batch))
         x, index = batch["image"], batch["index"]
         noise = randomness.generators(self.seed, "valid", index.tolist())
         terms: LossTerms = self.loss(
             self.denoiser,
             x,
-            t=fixed_times(index, int(batch["total"])),
+            t=fixed_times(index, batch["total"]),
             generator=noise,
             **self.condition(batch),
         )
@@ -253,7 +265,7 @@ class LitDiffusion(SamplingModel, OptimizedModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 
@@ -262,37 +274,24 @@ class LitDiffusion(SamplingModel, OptimizedModule):
         self._finish("test")
 
     def _finish(self, name: str) -> None:
+        self._numbered.start()  # and let the last batch go
+        self.validated_step = self.trainer.global_step
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)
         self.log(f"{name}/eps_mse", (total[1] / total[2]).float(), sync_dist=True)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def on_predict_epoch_start(self) -> None:
+        """Count the examples from 0."""
+        self._numbered.start()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sample one image for each example, given its class and its other conditions."""
+        batch = self._numbered.next(batch, self.standard(batch))
         noise = randomness.generators(self.seed, "sample", batch["index"].tolist())
         cond = dict(self.condition(batch))
         label = cond.pop("label", None)
         return self.sample(len(noise), noise, label, progress=self.watch(), cond=cond)
-
-    def condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The conditions of a batch, by the names of the network's arguments.
-
-        These are the label, if the network knows classes, and `conditions`. A model that computes
-        them from something else, such as an encoded text, overrides this.
-
-        Args:
-            batch: A batch of the data.
-
-        Raises:
-            ValueError: If a condition is not in the batch, or a label is no class of the network
-                (checked on the CPU only).
-        """
-        cond = from_batch(self.conditions, batch)
-        if self.num_classes is None or "label" not in batch:
-            return cond
-        label = batch["label"]
-        check_labels(label, self.num_classes)
-        return {"label": label, **cond}
 
     # Sampling ------------------------------------------------------------------------------
 
@@ -308,11 +307,13 @@ class LitDiffusion(SamplingModel, OptimizedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Mark the checkpoint as ours, with how the model was made."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+        checkpoint[MODEL_CLASS] = public_path(type(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
+            self.trained_steps = checkpoint["global_step"]
             return
         refuse_weights_alone(checkpoint)
         keep_schedule(self, checkpoint["state_dict"])
@@ -330,7 +331,11 @@ class LitDiffusion(SamplingModel, OptimizedModule):
     ) -> LitDiffusion:
         """Rebuild the model of a checkpoint, with its average weights if it has them.
 
-        Nothing in the file is executed, and only allowed modules are imported.
+        The model is in evaluation mode. Training turns on the training mode of every part that
+        has something to learn.
+
+        Nothing in the file is executed, and only allowed modules are imported. Called on
+        LitDiffusion, it returns an instance of the class that was trained.
 
         Args:
             checkpoint_path: The file.
@@ -340,24 +345,12 @@ class LitDiffusion(SamplingModel, OptimizedModule):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a checkpoint of this library, or lacks an argument.
+            ValueError: If it is not a checkpoint of this library, lacks an argument, or names a
+                class that is not allowed.
         """
         checkpoint = load_checkpoint(checkpoint_path, map_location)
-        described = checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]
-        if missing := {"network", "optimizer"} - described.keys() - arguments.keys():
-            if "network" in missing:
-                raise ValueError(
-                    f"{checkpoint_path} does not say how its network was made: pass network=…."
-                )
-            arguments["optimizer"] = _unknown_optimizer
-        kept = {name: value for name, value in described.items() if name not in arguments}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
-            model = cls(**build_arguments(cls, kept), **arguments)
-        model.load_state_dict(checkpoint["state_dict"], strict=strict)
-        model.weights = weights_name(checkpoint)
-        return model.eval()
-
-
-def _unknown_optimizer(parameters: Any) -> Any:
-    raise ValueError("The checkpoint does not say how its optimizer was made: pass optimizer=….")
+        if cls is LitDiffusion:
+            cls = find_class(model_class(checkpoint), LitDiffusion)
+        model = rebuild(cls, checkpoint, checkpoint_path, strict, arguments)
+        model.trained_steps = checkpoint["global_step"]
+        return model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["add_up", "collect", "collect_rows", "place"]
+__all__ = ["add_up", "collect", "collect_rows", "largest", "place"]
 
 
 def place() -> tuple[int, int]:
@@ -30,6 +30,17 @@ def add_up(values: Tensor) -> Tensor:
     """
     if place()[1] > 1:
         dist.all_reduce(values)
+    return values
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest of each value over all ranks, in place.
+
+    Args:
+        values: Of one shape on every rank.
+    """
+    if place()[1] > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 

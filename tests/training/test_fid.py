@@ -139,9 +139,18 @@ def test_network_calls_are_those_that_are_made(sampler, guidance):
     assert len(calls) == generation.protocol(subject)["network calls"]
 
 
-def test_network_calls_of_a_model_without_classes_are_not_doubled():
-    subject = model(num_classes=None)
-    assert Generation(3, DDIMSampler(steps=4), 3.0).protocol(subject)["network calls"] == 4
+def test_network_calls_are_doubled_by_guidance_only():
+    for guidance, calls in ((1.0, 4), (3.0, 8)):
+        protocol = Generation(3, DDIMSampler(steps=4), guidance).protocol(model())
+        assert protocol["network calls"] == calls
+
+
+def test_guidance_that_the_model_cannot_have_is_refused():
+    for arguments, reason in (({"num_classes": None}, "classes"), ({}, "label_dropout=0")):
+        subject = model(**arguments)
+        subject.label_dropout = 0.0
+        with pytest.raises(ValueError, match=reason):
+            next(Generation(3, DDIMSampler(steps=2), 3.0).sample(subject))
 
 
 # Scores -----------------------------------------------------------------------------------------
@@ -474,7 +483,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     assert code == 0, err
     run = next(Path("runs/run").iterdir())
     ours = {one.name: one for one in read_measurements(run)}
-    assert "val/fid:" in out
+    assert "val/fid at step " in out
     code, out, err = cli("evaluate", "--ckpt_path", "last", "--bound=false", "--device=cpu")
     assert code == 0, err
     told = json.loads((run / "evaluation" / "evaluation.json").read_text())

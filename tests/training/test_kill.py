@@ -140,7 +140,13 @@ def lives(pid):
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("SIGTERM", 1), ("SIGUSR1", 1), pytest.param("SIGTERM", 2, marks=pytest.mark.slow)],
+    [
+        ("SIGINT", 1),
+        ("SIGTERM", 1),
+        ("SIGUSR1", 1),
+        pytest.param("SIGINT", 2, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     # Without a signal there are checkpoints at validations only, which would hide nothing.
@@ -150,16 +156,67 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     )
     wait_for(lambda: step_of(tmp_path) > 0, process)
     members = group(process)
-    os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
+    if name == "SIGINT":
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            pytest.skip(
+                "this process ignores Ctrl-C, as a job in the background, and so do others"
+            )
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal: to all ranks and workers
+    else:
+        os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
     code = process.wait(timeout=60)
     log = (tmp_path / "log.txt").read_text()
     assert code == 128 + getattr(signal, name), log[-3000:]
+    assert ("Ctrl-C: saving after this step" in log) == (name == "SIGINT")
     told = re.search(rf"{name}: step (\d+) is saved; continue with --ckpt_path last", log)
     assert told, log[-3000:]
     assert step_of(tmp_path) == int(told[1])
     assert "Traceback" not in log
-    deadline = time.monotonic() + 30
-    while left := [pid for pid in members if lives(pid)]:  # ranks and workers
+    gone(members)  # ranks and workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_whole_group_saves_and_leaves(tmp_path, name):
+    """As `timeout`, systemd and SLURM send it: the workers leave it to their parent."""
+    words = ["--data.num_workers=2", "--trainer.callbacks.every_n_steps=100000"]
+    process = start(tmp_path, *words)
+    wait_for(lambda: step_of(tmp_path) > 0, process)
+    members = group(process)
+    assert len(members) >= 3
+    os.kill(process.pid, getattr(signal, name))
+    os.killpg(process.pid, getattr(signal, name))
+    code = process.wait(timeout=60)
+    log = (tmp_path / "log.txt").read_text()
+    assert code == 128 + getattr(signal, name), log[-3000:]
+    assert step_of(tmp_path) == int(re.search(r"step (\d+) is saved; continue", log)[1])
+    assert "Traceback" not in log
+    assert "Exception" not in log
+    gone(members)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path):
+    """However it ended, and whatever they are doing; a stopped one ends when it is let go on."""
+    process = start(tmp_path, "--data.num_workers=3")
+    wait_for(lambda: step_of(tmp_path) > 0, process)
+    members = group(process)
+    workers = [pid for pid in members if pid != process.pid]
+    assert len(workers) >= 3
+    for pid in workers:
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+            os.kill(pid, getattr(signal, name))
+    before = step_of(tmp_path)
+    wait_for(lambda: step_of(tmp_path) > before, process)
+    assert all(lives(pid) for pid in workers)
+    process.kill()
+    process.wait(timeout=60)
+    gone(members)
+
+
+def gone(members, seconds=30):
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in members if lives(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
@@ -168,11 +225,11 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process = start(tmp_path)
     wait_for(lambda: step_of(tmp_path) > 0, process)
     script = (
-        "import os, signal, sys; [os.kill(int(sys.argv[1]), signal.SIGTERM) for _ in range(2)]"
+        "import os, signal, sys, time; pid = int(sys.argv[1]); os.kill(pid, signal.SIGTERM); "
+        "os.kill(pid, signal.SIGSTOP); time.sleep(1.2); os.kill(pid, signal.SIGTERM); "
+        "os.kill(pid, signal.SIGCONT)"
     )
-    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it looks
     subprocess.run([sys.executable, "-c", script, str(process.pid)], check=True)
-    os.kill(process.pid, signal.SIGCONT)
     assert process.wait(timeout=60) in (143, -signal.SIGTERM)
     assert load_checkpoint(resume.checkpoint(tmp_path))
 

@@ -14,7 +14,8 @@ from test_cli import FAST
 from torch import nn
 
 import lit_diffusion as ld
-from lit_diffusion.training import LitDiffusion
+from lit_diffusion.description import allowed_modules
+from lit_diffusion.training import LitDiffusion, evaluate
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -115,6 +116,29 @@ def test_nor_does_loading_an_export(trained, imported):
     with pytest.raises(ValueError, match=r"may not name a_library\.Unpickles"):
         ld.load_pretrained("export")
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("features", [EVIL, "a_library.Unpickles", "Unpickles"], ids=str)
+def test_evaluate_constructs_no_features_that_the_config_of_a_run_names(cli, run, features):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    fid = {"class_path": "lit_diffusion.training.FID", "init_args": {"features": features}}
+    config["trainer"]["callbacks"] = [fid]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["--num_samples=16", "--bound=false"]
+    code, _, err = cli("evaluate", "--ckpt_path", run / "checkpoints" / "last.ckpt", *words)
+    assert not Path("executed").exists()
+    assert code == 2
+    assert "Unpickles" in err
+    with pytest.raises(ValueError, match="Unpickles"):
+        evaluate(run / "checkpoints" / "last.ckpt", num_samples=16, bound=False)
+    assert not Path("executed").exists()
+
+
+def test_a_plugin_that_cannot_be_imported_is_not_allowed(cli):
+    Path("broken_plugin.py").write_text("raise ImportError('for want of a package')")
+    with pytest.raises(ImportError, match="for want of a package"):
+        cli("plugins", "--plugins", "broken_plugin")
+    assert "broken_plugin" not in allowed_modules()
 
 
 def test_a_replay_imports_what_the_user_names_only(cli, run):

@@ -469,7 +469,7 @@ def test_the_command_writes_where_it_is_told(cli, run, tmp_path):
         (["RUN", "RUN"], "one argument too many"),
         (["."], "is not a run folder"),
         (["nowhere"], "is not a run folder"),
-        (["last"], "there is no run below runs"),
+        (["last"], "there is no checkpoint below runs"),
         (["RUN", "--out", "page.png"], "--out must be an .html file, got page.png"),
         (["RUN", "--out", "folder.html"], "--out must be an .html file"),
     ],

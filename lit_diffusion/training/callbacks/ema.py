@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
-from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.messages import inform, warn
+from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
-__all__ = ["EMA", "name_of", "trained_weights"]
+__all__ = ["EMA", "averaged", "name_of", "trained_weights"]
 
 
 class EMA(L.Callback):
@@ -59,6 +62,7 @@ class EMA(L.Callback):
         self._weights: dict[str, Tensor] = {}  # found once, which takes 0.3 ms
         self._average: RunningAverage | None = None
         self._raw: list[Tensor] | None = None  # the raw weights while they are swapped out
+        self._after: tuple[L.LightningModule, dict[str, Tensor]] | None = None  # … and after a fit
         self._loaded: dict[str, Tensor] | None = None
         self._loaded_name = ""  # of the average in the checkpoint; early ones do not name it
         self._in_place = ""  # name of the module's weights while no average is updated
@@ -79,7 +83,7 @@ class EMA(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Create the average on the parameters' device, or take it from the checkpoint."""
         self._weights = trained_weights(pl_module)
-        start, self._loaded = self._loaded or {}, None
+        start, self._loaded, self._after = self._loaded or {}, None, None
         other = self._loaded_name != str(self._profile)
         if start and other and isinstance(self._profile, PowerProfile):
             # A constant decay forgets where it started; a power function does not.
@@ -89,6 +93,11 @@ class EMA(L.Callback):
                 "present weights."
             )
             start, self.updates = {}, 0
+        elif start and other and self._loaded_name:
+            inform(
+                f"Note: the average was {self._loaded_name} in the checkpoint and is now "
+                f"{self._profile}"
+            )
         elif not start and trainer.global_step == 0:
             self.updates = 0
         self._average = RunningAverage(self._profile, list(self._weights.values()), self.updates)
@@ -136,9 +145,11 @@ class EMA(L.Callback):
         self._swap_out(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the module, to sample from it afterwards."""
+        """Leave the average in the module, to sample from it; keep the raw weights to be saved."""
         self._swap_in(trainer, pl_module)
         self._in_place = self.profile
+        if self._raw is not None:
+            self._after = pl_module, dict(zip(self._weights, self._raw, strict=True))
         self._average, self._raw, self._weights = None, None, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,6 +168,8 @@ class EMA(L.Callback):
             names = self._weights
             raw = {} if self._raw is None else dict(zip(names, self._raw, strict=True))
             add_average(checkpoint, dict(zip(names, self._average.values, strict=True)), raw)
+        elif self._after is not None and self._after[0] is pl_module:
+            add_average(checkpoint, {}, self._after[1])
         if self._average is not None or self._in_place:
             checkpoint["average"] = self.profile
 
@@ -165,7 +178,30 @@ class EMA(L.Callback):
     ) -> None:
         """Keep the average until the parameters are on their device."""
         self._loaded = take_average(checkpoint)
-        self._in_place = weights_name(checkpoint)
+        self._in_place, self._after = weights_name(checkpoint), None
+
+
+@contextlib.contextmanager
+def averaged(trainer: L.Trainer, model: L.LightningModule) -> Iterator[None]:
+    """The model as in a validation: with the average of an `EMA`, in eval mode, without gradients.
+
+    Args:
+        trainer: Has the callbacks.
+        model: The model.
+    """
+    found = [one for one in all_callbacks(trainer) if isinstance(one, EMA) and not one.swapped]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for one in found:
+        one.on_validation_start(trainer, model)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for one in found:
+            one.on_validation_end(trainer, model)
+        for module, mode in modes:
+            module.training = mode
 
 
 def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import randomness
+from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import all_callbacks, output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
@@ -119,12 +121,21 @@ class Likelihood(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         decoder, _, schedule = self.settings(pl_module)
         for batch in [] if data is None else data.val_dataloader():
-            x = data.on_after_batch_transfer(dict(batch), 0)["image"]
+            x = pl_module.standard(data.on_after_batch_transfer(batch, 0))["image"]
             decoder.check(x)
             decoder.warn_if_costly(schedule.ends[1])
             break
 
-    def bound(self, model: LitDiffusion, batch: dict[str, Any]) -> BoundTerms:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report before the first step that there is nothing to compute the bound of."""
+        if not has_validation(trainer):
+            warn(
+                "Likelihood: this fit has no validation data (data.val_split or "
+                "trainer.limit_val_batches), so there will be no bound: set them, or use "
+                "`lit-diffusion evaluate` afterwards."
+            )
+
+    def bound(self, model: LitDiffusion, batch: Any) -> BoundTerms:
         """The terms of each example, averaged over its noise levels.
 
         Args:
@@ -134,7 +145,8 @@ class Likelihood(L.Callback):
         Shapes:
             terms (B,), float64.
         """
-        x, index, total = batch["image"], batch["index"], int(batch["total"])
+        batch = model.numbered(batch)
+        x, index, total = batch["image"], batch["index"], batch["total"]
         decoder, num_timesteps, schedule = self.settings(model)
         cond: dict[str, Any] = model.condition(batch)
         found = []
@@ -154,7 +166,7 @@ class Likelihood(L.Callback):
             found.append(torch.stack(terms))
         return BoundTerms(*torch.stack(found).mean(0))
 
-    def sums(self, model: LitDiffusion, batch: dict[str, Any]) -> Tensor:
+    def sums(self, model: LitDiffusion, batch: Any) -> Tensor:
         """Sums over a batch: the three terms in bits, the square of their sum, and the examples.
 
         Args:
@@ -250,7 +262,8 @@ class Likelihood(L.Callback):
         density = not hasattr(decoder, "levels")
         what = ", of a density in units of x, not of grey levels" if density else ""
         return (
-            f"{stage}/bpd: at most {bits.value:.4f} ± {bits.error:.4f} bits per dimension{what} "
+            f"{stage}/bpd at step {bits.step}: at most {bits.value:.4f} ± {bits.error:.4f} bits "
+            f"per dimension{what} "
             f"({parts}), over {bits.protocol['examples']} examples, "
             f"{self.samples_per_example} noise level(s) each, {chain}, "
             f"λ in [{low:.4g}, {high:.4g}], {decoder}"

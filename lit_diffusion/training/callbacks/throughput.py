@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_diffusion.training.module import LitDiffusion
@@ -251,7 +250,7 @@ def peak_memory(device: torch.device) -> float | None:
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
-def count_flops(model: LitDiffusion, batch: dict[str, Tensor]) -> float:
+def count_flops(model: LitDiffusion, batch: Any) -> float:
     """Count the floating-point operations of a training step per image, forward and backward.
 
     Args:
@@ -261,6 +260,7 @@ def count_flops(model: LitDiffusion, batch: dict[str, Tensor]) -> float:
     Raises:
         RuntimeError: If no operation was counted, as in kernels that torch does not know.
     """
+    batch = model.standard(batch)
     x = batch["image"][:EXAMPLES]
     modes = [(module, module.training) for module in model.modules()]
     parameters = [p for p in model.parameters() if p.requires_grad]

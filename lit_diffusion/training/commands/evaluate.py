@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import (
     callback_arguments,
     evaluation_defaults,
     read_experiment,
-    run_folder,
 )
 from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.sample import NO_GUIDANCE
@@ -89,7 +88,8 @@ class _Settings(NamedTuple):
 
 def evaluate(
     ckpt_path: str | Path,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     config: str | Path | None = None,
     num_samples: int | None = None,
     features: nn.Module | None = None,
@@ -112,8 +112,9 @@ def evaluate(
     """Evaluate a checkpoint: FID and other scores of its samples, and bits per dimension.
 
     Args:
-        ckpt_path: The checkpoint; `last`: the newest in runs/.
+        ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         config: The config that describes the data; the run's own by default.
         num_samples: Number of samples per seed; by default that of the run's FID, or 50,000.
         features: Feature network; by default that of the run's FID, or Inception.
@@ -141,8 +142,8 @@ def evaluate(
     Raises:
         ValueError: If the checkpoint or its data cannot be found, or an argument is invalid.
     """
-    path = find_checkpoint(ckpt_path, name)
-    run = run_folder(path)
+    path = find_checkpoint(ckpt_path, name, root)
+    run = run_of(path)
     experiment = read_experiment(config, run)
     settings = _settings(
         experiment,
@@ -162,6 +163,7 @@ def evaluate(
     data = data or _own_data(experiment, path)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
+    subject.model.check_guidance(settings.guidance)
     if compile:
         compile_in_place(subject.model, subject.model.device)
     comparison, rows = _compare(subject, data, settings)

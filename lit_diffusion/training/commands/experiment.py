@@ -1,4 +1,4 @@
-"""The experiment of a checkpoint: its run folder, its config, its callbacks."""
+"""The experiment of a run: its config and its callbacks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ import yaml
 
 from lit_diffusion.training.commands.errors import UsageError
 
-__all__ = ["callback_arguments", "evaluation_defaults", "read_experiment", "run_folder"]
-
-
-def run_folder(checkpoint: Path) -> Path | None:
-    """The run folder that contains a checkpoint; None if there is none.
-
-    Args:
-        checkpoint: The path of the checkpoint.
-    """
-    folder = checkpoint.parent.parent
-    return folder if checkpoint.parent.name == "checkpoints" and folder.is_dir() else None
+__all__ = ["callback_arguments", "evaluation_defaults", "read_experiment"]
 
 
 def read_experiment(config: str | Path | None, run: Path | None) -> dict[str, Any]:

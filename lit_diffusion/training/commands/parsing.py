@@ -73,7 +73,6 @@ def import_plugins(modules: Iterable[str]) -> None:
         sys.path.append(os.getcwd())  # last, so that no file there replaces an installed package
     for name in modules:
         module = name.removesuffix(".py")
-        allow(module)
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -82,6 +81,7 @@ def import_plugins(modules: Iterable[str]) -> None:
             raise UsageError(
                 f"no plug-in module {module!r}: expected {module}.py here, or a package."
             ) from error
+        allow(module)  # only now: what cannot be imported has no classes to name
     jsonargparse.set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=allowed_modules()
     )

@@ -19,6 +19,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.evaluation.generation import to_bytes
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import replacing
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
@@ -41,7 +42,8 @@ class Samples(NamedTuple):
 
 def sample(
     ckpt_path: str | Path,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     num_samples: int | None = None,
     out: str | Path = "samples.png",
     sampler: Sampler | None = None,
@@ -57,8 +59,9 @@ def sample(
     """Sample images from a checkpoint.
 
     Args:
-        ckpt_path: The checkpoint; `last` is the newest in runs/.
+        ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
         out: A .png file for one grid, a folder for one file per image, or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
@@ -79,13 +82,14 @@ def sample(
     """
     out = Path(out)
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
-    path = find_checkpoint(ckpt_path, name)
+    path = find_checkpoint(ckpt_path, name, root)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
     if not out.suffix and model.image_shape[0] not in (1, 3):
         raise UsageError(
             f"examples of {model.image_shape[0]} channels cannot be written as images: give a "
             ".npy file as --out, and decode latents with `lit-diffusion decode`."
         )
+    model.check_guidance(guidance)
     if compile:
         compile_in_place(model, model.device)
     classes = _classes(model, label, per_class)
@@ -160,6 +164,11 @@ def _classes(
     if label is None:
         return [] if per_class is None else list(range(known))
     classes = [-1] if label == "none" else label if isinstance(label, list) else [label]
+    if -1 in classes and model.label_dropout == 0:
+        warn(
+            "this model was trained with label_dropout=0, so it knows images without a class only "
+            "if there were some in the data."
+        )
     if not classes or min(classes) < -1 or max(classes) >= known:
         raise UsageError(f"--label must name classes from 0 to {known - 1}, or none, got {label}.")
     return classes

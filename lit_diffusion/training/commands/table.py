@@ -48,7 +48,7 @@ COMMANDS = {
         "compare losses over λ", "RUN1 RUN2 --out compare.png", "compare", "runs", several=True
     ),
     "objective": Command("analyse an objective", "--config C --out objective.png", "objective"),
-    "ema": Command("post-hoc EMA", "--run RUN --sigma_rel 0.08", "ema"),
+    "ema": Command("post-hoc EMA", "RUN --sigma_rel 0.08", "ema", "run"),
     "replay": Command("locate a NaN", "RUN/non_finite/step-N.json", "replay", "file"),
     "export": Command("export a model folder", "RUN --out FOLDER", "export", "run"),
     "import": Command(

@@ -14,6 +14,7 @@ from lit_diffusion.training.data.bad_examples import BadExamples
 from lit_diffusion.training.data.lane import Delivery, Failure, LaneBatches
 from lit_diffusion.training.data.order import Position
 from lit_diffusion.training.data.retry import close_connections
+from lit_diffusion.training.data.workers import Workers
 
 
 class TrainLoader:
@@ -57,6 +58,7 @@ class TrainLoader:
         self.turn = 0
         self.wait_seconds = 0.0
         self._stream: Iterator[Delivery | Failure] | None = None
+        self._workers: Workers | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -117,21 +119,27 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the workers; the next batch starts new ones at the same position."""
-        self._stream = None
+        if self._workers is not None:
+            self._workers.ask_to_end()
+        self._stream = None  # torch tells the workers to end, and waits for them
+        if self._workers is not None:
+            self._workers.end()
+            self._workers = None
 
     def _open(self) -> Iterator[Delivery | Failure]:
         self.batches.begin_at(self.positions, self.turn)
-        if self.num_workers:
-            close_connections()
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,  # they are batches already
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # its own, to leave the global one untouched
-        )
-        return iter(loader)
+        arguments: dict[str, Any] = {
+            "dataset": self.batches,
+            "batch_size": None,  # they are batches already
+            "collate_fn": _unchanged,
+            "pin_memory": self.pin_memory,
+            "generator": torch.Generator(),  # its own, to leave the global one untouched
+        }
+        if not self.num_workers:
+            return iter(DataLoader(**arguments))
+        close_connections()
+        self._workers = Workers(self.num_workers)
+        return self._workers.start(**arguments)
 
 
 def _unchanged(item: Any) -> Any:  # torch's type is that of a function of a list

@@ -103,7 +103,7 @@ class Generation:
                 randomness.generators(self.seed, "sample", index.tolist()),
                 None if classes is None else labels(index, classes, shares, self.seed),
                 sampler=self.sampler,
-                guidance=1.0 if classes is None else self.guidance,
+                guidance=self.guidance,
                 guidance_interval=self.guidance_interval,
             )
             yield SampleBatch(index, to_bytes(x))
@@ -115,7 +115,7 @@ class Generation:
             model: The model.
         """
         sampler = model.sampler_in_range(self.sampler)
-        guided = model.num_classes is not None and self.guidance != 1
+        guided = self.guidance != 1
         precision = next(model.parameters()).dtype
         return {
             "samples": self.num_samples,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,17 @@ from lightning.pytorch import LightningModule
 from lit_diffusion.training.run.archive import check_archive
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
-__all__ = ["WholeCheckpointIO", "load_checkpoint", "with_whole_checkpoints"]
+__all__ = [
+    "MODEL_CLASS",
+    "SAVED_AT",
+    "WholeCheckpointIO",
+    "load_checkpoint",
+    "model_class",
+    "with_whole_checkpoints",
+]
+
+MODEL_CLASS = "model_class"  # key of the path of the class that was trained
+SAVED_AT = "saved_at"  # key of the time at which a checkpoint was written, Unix time in seconds
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -52,7 +64,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             remove_orphans(path)
             with replacing(path, durable=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)  # given a path it would hide why a write fails
+                # The file's own time would change when it is copied.
+                dated = checkpoint | {SAVED_AT: time.time()}
+                torch.save(dated, file)  # given a path it would hide why a write fails
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             before = f"the previous one is intact ({path})" if path.is_file() else "none exists"
             cause: BaseException = error
@@ -121,6 +135,19 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of lit_diffusion.") from error
     return checkpoint
+
+
+def model_class(checkpoint: Mapping[str, Any]) -> str:
+    """The path of the class that a checkpoint's model has.
+
+    Args:
+        checkpoint: As `load_checkpoint` returns it.
+
+    Example:
+        >>> model_class({})
+        'lit_diffusion.training.LitDiffusion'
+    """
+    return str(checkpoint.get(MODEL_CLASS, "lit_diffusion.training.LitDiffusion"))
 
 
 def _read(path: Any, map_location: Any = None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import lightning
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lit_diffusion.training.run.checkpoints import MODEL_CLASS
+
 __all__ = [
     "AS_PUBLISHED",
     "RAW",
@@ -111,6 +113,7 @@ def weights_alone(
     step: int,
     hyper_parameters: Mapping[str, Any],
     epoch: int = 0,
+    trained_class: str | None = None,
 ) -> Checkpoint:
     """A checkpoint to sample from and to evaluate, but not to continue training from.
 
@@ -120,8 +123,11 @@ def weights_alone(
         step: Optimizer steps of the run that they belong to.
         hyper_parameters: How the model is built, as `LitDiffusion.hparams` holds it.
         epoch: Of that run.
+        trained_class: The path of the model's class; None means LitDiffusion.
     """
+    named = {} if trained_class is None else {MODEL_CLASS: trained_class}
     return {
+        **named,
         "state_dict": dict(state),
         "epoch": epoch,
         "global_step": step,
