@@ -37,10 +37,10 @@ class AdaptiveSchedule(NoiseSchedule):
     decays by `decay` with each example that falls into it, and is corrected for its empty start:
     v/(1 − decayⁿ) after n examples. A bin without examples counts as the mean of the others.
 
-    A single huge loss must not attract all samples. The loss is smooth in λ and over many examples,
-    so an average counts as at most 3 e^width times the median of its bin and the two seen bins on
-    either side, `width` being that of a bin in λ. The averages themselves are kept as they are, and
-    the loss remains unbiased, since it is divided by the density that results.
+    A single huge loss must not attract all samples. The mean loss is smooth in λ, so an average
+    counts as at most 3 e^width times the median of those of its bin and of the two bins on either
+    side, `width` being that of a bin in λ. The averages themselves are kept as they are, and the
+    loss remains unbiased, since it is divided by the density that results.
 
     Args:
         logsnr_min: Smallest λ; None means −20.

@@ -20,10 +20,11 @@ __all__ = ["check_schedule"]
 def check_schedule(schedule: NoiseSchedule) -> None:
     """Check that a noise schedule is a density and that its methods are consistent.
 
-    λ(0) and λ(1) are exactly the ends, λ(t) decreases strictly, and neither needs a batch; `time` is its inverse; the density
-    is |dt/dλ| and integrates to 1; samples follow it; E_p[f/p] = ∫f; float32 times give the
-    float64 result; it works in inference mode, and a state_dict or a copy preserves it. If it is
-    learned, its ends follow the gradient of the loss, and its shape that of E[L²].
+    λ(0) and λ(1) are exactly the ends; λ(t) decreases strictly; `time` is its inverse; a tensor
+    without dimensions is allowed; the density is |dt/dλ| and integrates to 1; samples follow it;
+    E_p[f/p] = ∫f; float32 times give the float64 result; it works in inference mode, and a
+    state_dict or a copy preserves it. If it is learned, its ends follow the gradient of the loss,
+    and its shape that of E[L²].
 
     Args:
         schedule: The schedule, of any arguments.

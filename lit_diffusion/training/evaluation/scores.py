@@ -169,8 +169,8 @@ def kernel_distance(samples: Features, reference: Reference) -> dict[str, Score]
 
     Unlike the Fréchet distance its expectation does not depend on the number of samples, so small
     sets can be compared; but its error does. For the digits and their classifier its standard
-    deviation is 0.4 with 100 samples and 2 with 10, which is the distance to pure noise. With fewer
-    than 10 samples or real images it is left out, with a warning.
+    deviation is 0.4 with 100 samples and 2 with 10, as much as the distance of pure noise. With
+    fewer than 10 samples or real images it is left out, with a warning.
 
     Args:
         samples: The features of the samples.
