@@ -37,8 +37,6 @@ from lit_diffusion.times import stratified_times
 
 __all__ = ["NoiseSchedule"]
 
-_NEAREST = -20.0  # of learned ends: they remain 1e-9 apart, which float64 resolves
-
 
 class NoiseSchedule(ExactModule, ABC):
     """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
@@ -164,10 +162,8 @@ class NoiseSchedule(ExactModule, ABC):
     @property
     def ends(self) -> tuple[float, float]:
         """(logsnr_min, logsnr_max) as numbers; the current values if they are learned."""
-        low, high = self._range
-        if isinstance(low, Tensor) and isinstance(high, Tensor):
-            return float(low.detach()), float(high.detach())
-        return low, high  # type: ignore[return-value]
+        low, high = (end.detach() if isinstance(end, Tensor) else end for end in self._range)
+        return float(low), float(high)
 
     @property
     def _range(self) -> tuple[float | Tensor, float | Tensor]:
@@ -180,7 +176,7 @@ class NoiseSchedule(ExactModule, ABC):
         if not (isinstance(low, Tensor) and isinstance(high, Tensor)):
             return low, high
         low, high = low.double(), high.double()
-        near = low + torch.exp((high - low).clamp(_NEAREST, 1) - 1)
+        near = low + torch.exp((high - low).clamp(-20, 1) - 1)  # at least 1e-9, for float64
         return low, torch.where(high - low >= 1, high, near)
 
     @cached_property
