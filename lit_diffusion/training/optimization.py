@@ -64,6 +64,7 @@ class OptimizedModule(L.LightningModule):
                 loss_mean, eps_mse = self._step.means
                 self.log("train/loss", loss_mean, prog_bar=True, sync_dist=True)
                 self.log("train/eps_mse", eps_mse, sync_dist=True)
+                self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss if weight == 1 else loss * weight
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -81,8 +82,13 @@ class OptimizedModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one."""
         groups = parameter_groups(self.parameters(), self.loss.schedule, self.schedule_lr)
-        max_steps = -1 if self._trainer is None else self.trainer.max_steps
-        return with_learning_rates(self.optimizer(groups), self.lr_scheduler, max_steps)
+        trainer = self._trainer
+        return with_learning_rates(
+            self.optimizer(groups),
+            self.lr_scheduler,
+            max_steps=-1 if trainer is None else trainer.max_steps,
+            epochs=1 if trainer is None else trainer.check_val_every_n_epoch or 1,
+        )
 
     def configure_gradient_clipping(
         self,

@@ -348,7 +348,6 @@ def run(folder, **arguments):
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
-        "use_distributed_sampler": False,
         "max_epochs": -1,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
