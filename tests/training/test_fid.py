@@ -209,6 +209,14 @@ def test_density_and_coverage_are_their_definitions():
     assert found["coverage"].value == pytest.approx(covered / 40)
 
 
+def test_the_kernel_distance_of_a_handful_of_images_is_left_out():
+    real = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    known = Reference(40, real.sum(0), real.T @ real, None, real, {})
+    with pytest.warns(UserWarning, match="at least 10 images on either side, got 9"):
+        assert scores.kernel_distance(Features(real[:9]), known) == {}
+    assert set(scores.kernel_distance(Features(real[:10]), known)) == {"kid"}
+
+
 def test_features_are_looked_at_in_float32_under_any_autocast():
     images = whole(ImageDataModule(), "test")[:33]
     net = ClassifierFeatures()

@@ -18,12 +18,13 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
-from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
+from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.initial_weights import start_from
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
@@ -117,6 +118,13 @@ class DiffusionCLI(LightningCLI):
             default=[],
             help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="fit: start with the network's weights of this checkpoint, run folder or "
+            "exported folder, as far as names and shapes agree; a resumed run has its own.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -134,6 +142,9 @@ class DiffusionCLI(LightningCLI):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
+            fresh = self.config.subcommand == "fit" and self.resume_step is None
+            if config.init_from is not None and fresh:
+                config.init_from = str(resolve_weights(config.init_from).absolute())
             self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def _resolve_checkpoint(self) -> None:
@@ -199,6 +210,9 @@ class DiffusionCLI(LightningCLI):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 inform(f"Note: the checkpoint was trained with another {name}: {before}")
+        config = self.config[self.subcommand]
+        if config.init_from and self.subcommand == "fit" and self.resume_step is None:
+            start_from(self.model, config.init_from)
         if not trainer.fast_dev_run:
             self._open_run(loggers)
 
