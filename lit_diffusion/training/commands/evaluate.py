@@ -165,9 +165,6 @@ def evaluate(
     data = data or own_data(experiment, path)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
-    subject.model.check_guidance(settings.guidance)
-    if subject.model.conditions:
-        check_enough(data, data.train_split, settings.num_samples)
     if compile:
         compile_in_place(subject.model, subject.model.device)
     comparison, rows = _compare(subject, data, settings)
@@ -250,6 +247,9 @@ def _compare(
     subject: _Model, data: ImageDataModule, settings: _Settings
 ) -> tuple[Comparison, list[SamplerScores]]:
     """Compute all scores that the feature network allows, for every way of sampling."""
+    subject.model.check_guidance(settings.guidance)
+    if subject.model.conditions:
+        check_enough(data, data.train_split, settings.num_samples)
     network = settings.features or InceptionFeatures()
     some = next(iter(data.examples(settings.split, batch_size=1)))["image"]
     comparison = Comparison.open(

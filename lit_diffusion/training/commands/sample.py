@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,31 +114,14 @@ def sample(
     about = _about(path, model, sampler, seed, classes, guidance, guidance_interval)
     about |= {} if rows is None else {"config": str(config), "split": split}
     files = _open(out, about, model, n, classes, per_class is not None)
-    kept: list[Tensor] = []
-    there = 0
-    for number, part in enumerate(torch.arange(n).split(batch_size)):
-        indices = part.tolist()
-        if files is not None and files.has(indices):
-            there += len(indices)
-            continue
-        cond = {} if rows is None else rows(number, len(indices))
-        label_of_row = cond.pop("label", None)
-        batch = model.sample(
-            len(indices),
-            randomness.generators(seed, "sample", indices),
-            label=[classes[i % len(classes)] for i in indices] if classes else label_of_row,
-            sampler=sampler,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            progress=partial(tqdm, desc=f"images {indices[0]}-{indices[-1]}", disable=None),
-            cond=cond,
-        ).cpu()
-        if files is None:
-            kept.append(batch)
-        else:
-            files.write(indices, batch)
-    if there:
-        inform(f"{there} of the {n} images were there already.")
+    sampling = {
+        "sampler": sampler,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+    }
+    kept = _sample_all(
+        model, files, rows, classes, torch.arange(n).split(batch_size), seed, sampling
+    )
     if files is None:
         columns = max(1, round(n**0.5))
         if per_class is not None or len(classes) > 1:
@@ -147,6 +131,44 @@ def sample(
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
     return Samples(found, out)
+
+
+def _sample_all(
+    model: LitDiffusion,
+    files: ImageFolder | ArrayFile | None,
+    rows: RowConditions | None,
+    classes: list[int],
+    batches: Sequence[Tensor],
+    seed: int,
+    sampling: dict[str, Any],
+) -> list[Tensor]:
+    """Sample what is not in the files yet and write it; return it if there are no files."""
+    kept: list[Tensor] = []
+    there = 0
+    for number, index in enumerate(batches):
+        indices = index.tolist()
+        if files is not None and files.has(indices):
+            there += len(indices)
+            continue
+        cond = {} if rows is None else rows(number, len(indices))
+        label: Any = cond.pop("label", None)
+        if classes:
+            label = [classes[i % len(classes)] for i in indices]
+        images = model.sample(
+            len(indices),
+            randomness.generators(seed, "sample", indices),
+            label,
+            progress=partial(tqdm, desc=f"images {indices[0]}-{indices[-1]}", disable=None),
+            cond=cond,
+            **sampling,
+        ).cpu()
+        if files is None:
+            kept.append(images)
+        else:
+            files.write(indices, images)
+    if there:
+        inform(f"{there} of the images were there already.")
+    return kept
 
 
 def _rows(
