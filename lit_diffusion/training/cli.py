@@ -219,6 +219,7 @@ def _of_objective(
     _add_data(parser, data_class)
     parser.link_arguments("data.image_shape", "model.image_shape")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
+    parser.add_argument("--init_from", type=str | None, default=None, help="Not used.")
     config = parser.parse_args(argv)
     asked = [word.partition("=")[0] for word in argv]
     if "--ckpt_path" in asked:
@@ -311,6 +312,8 @@ def _quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of a resumed run it is not, and a new run has a folder of its own.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The model gets its config after it is made, so nothing is lost.
     warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
     # Compiling for a CPU where the tools for CUDA are installed, too.

@@ -76,7 +76,7 @@ class ImageDataModule(L.LightningDataModule):
             number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
-        seed: Seed of the order and of the flips.
+        seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label, a shard that cannot be read): `skip` it,
             report it in a warning and in bad_examples.csv in the run folder, and take the next;
@@ -108,7 +108,7 @@ class ImageDataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
     ) -> None:
@@ -131,7 +131,7 @@ class ImageDataModule(L.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.val_examples = val_examples
         self.horizontal_flip = horizontal_flip
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
         self._check_arguments()

@@ -1,7 +1,8 @@
 """Which run is the newest: what `last` means.
 
-The one whose last.ckpt was written last, by the time in the checkpoint itself: the time of a file
+The one whose checkpoint was written last, by the time in the checkpoint itself: the time of a file
 changes when a run is copied. Only for a checkpoint without that time, its folder's name decides.
+It is last.ckpt, or one of Lightning's `ModelCheckpoint` with more steps than that.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ SLACK = 60.0  # seconds by which the clocks of a machine and its file server may
 
 
 def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
-    """The newest readable last.ckpt among the runs of a name; None if there is none.
+    """The newest readable checkpoint among the runs of a name; None if there is none.
 
-    Of a run and its copy, the checkpoint is that of the folder it was written to.
+    Of a run and its copy, the checkpoint is that of the folder it was written to. One with weights
+    alone, which `lit-diffusion ema` writes, is left out, since no run can continue from it.
 
     Args:
         root: The folder of all runs.
@@ -39,37 +41,51 @@ def last_checkpoint(root: Path, name: str | None = None) -> Path | None:
         check_name(name)
     found = [(path.stat().st_mtime, path) for path in _checkpoints(root, name)]
     newest: tuple[tuple[float, bool], Path] | None = None
+    steps: dict[Path, int] = {}
     for changed, path in sorted(found, reverse=True):
         if newest is not None and changed + SLACK < newest[0][0]:
             break  # a file is not older than the time in it
+        if path.name != LAST.name and any(path.parent == one.parent for one in steps):
+            continue  # an earlier one of the same run
         try:
             checkpoint = load_checkpoint(path)
         except ValueError as error:
             warn(f"Skipped a checkpoint: {error}")
             continue
+        if path.name != LAST.name and "optimizer_states" not in checkpoint:
+            continue
+        steps[path] = checkpoint.get("global_step", 0)
         rank = _saved_at(checkpoint, path, changed), _is_original(checkpoint, path)
         if newest is None or rank > newest[0]:
             newest = rank, path
-    return None if newest is None else newest[1]
+    if newest is None:
+        return None
+    # Of two of the same step, last.ckpt is the one after its validation.
+    last = newest[1].parent / LAST.name
+    return last if steps.get(last) == steps[newest[1]] else newest[1]
 
 
 def _checkpoints(root: Path, name: str | None) -> Iterator[Path]:
-    """The regular files last.ckpt of the runs, at any depth if no name is given."""
+    """The checkpoints of the runs, regular files, at any depth if no name is given."""
     if name is not None:
         folder = root / name
         runs = list(folder.iterdir()) if folder.is_dir() else []
-        yield from (run / LAST for run in runs if (run / LAST).is_file())
+        for run in runs:
+            yield from _of_run(run)
         return
     seen = set()
     for folder_name, inside, _ in os.walk(root, followlinks=True):
         real = os.path.realpath(folder_name)
-        path = Path(folder_name) / LAST
         if real in seen:  # a link to a folder above it, or to one that was searched
             inside.clear()
-        elif path.is_file() and path.parents[1] != root:
+        elif Path(folder_name) != root and (found := _of_run(Path(folder_name))):
             inside.clear()
-            yield path
+            yield from found
         seen.add(real)
+
+
+def _of_run(run: Path) -> list[Path]:
+    return [path for path in (run / LAST.parent).glob("*.ckpt") if path.is_file()]
 
 
 def _saved_at(checkpoint: dict[str, Any], path: Path, changed: float) -> float:
@@ -83,5 +99,8 @@ def _saved_at(checkpoint: dict[str, Any], path: Path, changed: float) -> float:
 
 def _is_original(checkpoint: dict[str, Any], path: Path) -> bool:
     """Whether the checkpoint lies in the run folder that it was written to."""
-    run = checkpoint.get("callbacks", {}).get("LastCheckpoint", {}).get("run", "")
-    return Path(run).parts[-2:] == path.parents[1].resolve().parts[-2:]
+    states = checkpoint.get("callbacks", {}).values()
+    folders = [Path(one["run"], LAST.parent) for one in states if one.get("run")]
+    folders += [Path(one["dirpath"]) for one in states if one.get("dirpath")]
+    here = path.parent.resolve().parts[-3:]
+    return any(folder.parts[-3:] == here for folder in folders)
