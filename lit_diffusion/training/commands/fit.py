@@ -22,6 +22,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
@@ -85,6 +86,7 @@ class DiffusionCLI(LightningCLI):
             model_class,
             data_class,
             parser_class=DiffusionParser,
+            trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
