@@ -6,7 +6,9 @@ each with what a user sees of the library, and so fails by name when a release c
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_diffusion.description import allowed_modules
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # the command line imports this file before it knows whether 
 
 __all__ = [
     "count_steps",
+    "logged_as_last_step",
     "logged_step",
     "prefer_importable_classes",
     "validate_before_training",
@@ -35,6 +38,23 @@ def logged_step(trainer: L.Trainer) -> int:
         trainer: In training or in a validation during it.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+@contextlib.contextmanager
+def logged_as_last_step(trainer: L.Trainer) -> Iterator[None]:
+    """Log at the end of training at the step of the last row, as validations during it do.
+
+    Lightning counts on when a step is complete, and so would log at the step of the next row,
+    which a run that continues from there removes. At the end of an epoch it does the same.
+
+    Args:
+        trainer: In `on_train_end`, after at least one step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        trainer.fit_loop.epoch_loop._batches_that_stepped += 1
 
 
 def validate_before_training(trainer: L.Trainer) -> None:

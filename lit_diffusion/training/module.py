@@ -36,6 +36,7 @@ from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import (
     check_numbers,
@@ -60,7 +61,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(BatchReader, OptimizedModule):
+class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -206,7 +207,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-        self.weights = RAW
+        self.weights, self.validated_step = RAW, -1
         turn_on_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -228,14 +229,34 @@ class LitDiffusion(BatchReader, OptimizedModule):
             cond = drop_condition(
                 cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
             )
-        terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
-        loss = self.accumulate(terms, place)
+        has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
+        eps = torch.randn_like(x)
+        terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)
+        extra = self.extra_loss(batch, terms) if has_extra else None
+        if has_extra and extra is None:  # of this batch: every step logs the same
+            extra = terms.loss.new_zeros(())
+        loss = self.accumulate(terms, place, extra)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
             "logsnr": terms.logsnr.detach(),
             "eps_mse": terms.eps_mse.detach(),
         }
+
+    def extra_loss(self, batch: dict[str, Any], terms: LossTerms) -> Tensor | None:
+        """A further loss of a training step, for a subclass to define; None for none.
+
+        Its mean is added to that of the diffusion loss, and logged as `train/extra_loss`.
+
+        Args:
+            batch: The batch, as `standard` returns it.
+            terms: The diffusion loss of each example, with `terms.logsnr`, `terms.z` and the
+                estimate `terms.denoised.x`, `terms.denoised.eps`.
+
+        Shapes:
+            z, x̂ and ε̂ (B, C, H, W); logsnr (B,); result (B,) or ().
+        """
+        return None
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""
@@ -274,6 +295,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
 
     def _finish(self, name: str) -> None:
         self._numbered.start()  # and let the last batch go
+        self.validated_step = self.trainer.global_step
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)

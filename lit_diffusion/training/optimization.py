@@ -22,6 +22,8 @@ from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["OptimizedModule"]
 
+_LOGGED = ("train/loss", "train/eps_mse", "train/extra_loss")
+
 
 class OptimizedModule(L.LightningModule):
     """The part of `LitDiffusion` that turns the loss of micro-batches into optimizer steps.
@@ -45,27 +47,32 @@ class OptimizedModule(L.LightningModule):
         self._step = StepMean(0)
         self._gradient_scale = 1.0  # of the optimizer step that the next backward pass completes
 
-    def accumulate(self, terms: LossTerms, place: MicroBatch) -> Tensor:
+    def accumulate(
+        self, terms: LossTerms, place: MicroBatch, extra: Tensor | None = None
+    ) -> Tensor:
         """The loss of a micro-batch, weighted by its size; logs the means of a complete step.
 
         Args:
             terms: Of the micro-batch.
             place: Its place in the optimizer step.
+            extra: A further loss, which is added.
 
         Shapes:
-            result ().
+            extra (B,) or (); result ().
         """
         n, loss = len(terms.loss), terms.loss.mean()
         if place.index == 0 or self._step.step != self.global_step:
             self._step = StepMean(self.global_step)
-        self._step.add(n, torch.stack([loss.detach(), terms.eps_mse.detach().mean()]))
+        further = [] if extra is None else [extra.mean()]
+        means = [loss, terms.eps_mse.mean(), *further]
+        self._step.add(n, torch.stack([mean.detach() for mean in means]))
+        loss = sum(further, loss)
         weight = self._step.weight(n)
         if place.last:
             self._gradient_scale = self._step.scale(self.trainer.accumulate_grad_batches)
             if (self.global_step + 1) % log_interval(self.trainer) == 0:  # or they are dropped
-                loss_mean, eps_mse = self._step.means
-                self.log("train/loss", loss_mean, prog_bar=True, sync_dist=True)
-                self.log("train/eps_mse", eps_mse, sync_dist=True)
+                for name, mean in zip(_LOGGED, self._step.means, strict=False):
+                    self.log(name, mean, prog_bar=name == "train/loss", sync_dist=True)
                 self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss if weight == 1 else loss * weight
 

@@ -524,6 +524,7 @@ def test_what_there_is_is_listed(trained, cli):
     assert re.fullmatch(r"Possible at step 150: sigma_rel 0\.0\d+ to 0\.2886", reach)
 
 
+@pytest.mark.filterwarnings("ignore:Likelihood. this fit has no validation data")
 def test_the_overlay(cli, configs):
     words = ["--trainer.max_steps=4", "--data.steps_per_epoch=4", "--data.val_examples=10",
              "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",

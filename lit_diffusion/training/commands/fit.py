@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +18,25 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
-from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
+from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.initial_weights import start_from
+from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
+from lit_diffusion.training.run.checkpoints import (
+    load_checkpoint,
+    model_class,
+    with_whole_checkpoints,
+)
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -42,7 +50,7 @@ from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.newest import last_checkpoint
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser"]
@@ -112,6 +120,13 @@ class DiffusionCLI(LightningCLI):
             default=[],
             help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="fit: start with the network's weights of this checkpoint, run folder or "
+            "exported folder, as far as names and shapes agree; a resumed run has its own.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -129,6 +144,9 @@ class DiffusionCLI(LightningCLI):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
+            fresh = self.config.subcommand == "fit" and self.resume_step is None
+            if config.init_from is not None and fresh:
+                config.init_from = str(resolve_weights(config.init_from).absolute())
             self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def _resolve_checkpoint(self) -> None:
@@ -152,6 +170,7 @@ class DiffusionCLI(LightningCLI):
         path = resolve_checkpoint(path)
         config.ckpt_path = str(path)
         checkpoint = load_checkpoint(path)
+        refuse_other_class(self.trained_class, model_class(checkpoint))
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             refuse_weights_alone(checkpoint)
@@ -193,6 +212,9 @@ class DiffusionCLI(LightningCLI):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 inform(f"Note: the checkpoint was trained with another {name}: {before}")
+        config = self.config[self.subcommand]
+        if config.init_from and self.subcommand == "fit" and self.resume_step is None:
+            start_from(self.model, config.init_from)
         if not trainer.fast_dev_run:
             self._open_run(loggers)
 
@@ -251,7 +273,7 @@ class DiffusionCLI(LightningCLI):
 
         Only a folder that this process has created: one that was there before is another run's.
         """
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
+        kept = ("checkpoints/*", "samples/*", "predicted/*", "metrics.csv", "non_finite/*")
         if self.created is not None:
             folder = self.created.path
             if not any(any(folder.glob(pattern)) for pattern in kept):
@@ -266,6 +288,9 @@ class DiffusionCLI(LightningCLI):
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
             self._end_report(outcome(error))
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                # Ctrl-C outside of training; Lightning makes it 1, shells expect this.
+                raise SystemExit(128 + signal.SIGINT) from error
             raise
         self._finish_dashboard(exit_code=0)
         self._summarise()
@@ -274,7 +299,13 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self.trainer.fit, arguments)
+        self._run(self._fit, arguments)
+
+    def _fit(self, **arguments: Any) -> None:
+        """Train, and measure the last weights even if there was nothing left to train."""
+        self.trainer.fit(**arguments)
+        if self.resume_step is not None and self.trainer.global_step == self.resume_step:
+            measure_again(self.trainer, self.model)
 
     def validate(self, **arguments: Any) -> None:
         """Measure the loss on the validation data."""
@@ -285,8 +316,8 @@ class DiffusionCLI(LightningCLI):
         self._run(self.trainer.test, arguments)
 
     def predict(self, **arguments: Any) -> None:
-        """Sample one image for each validation example."""
-        self._run(self.trainer.predict, arguments)
+        """Sample one image for each validation example; they are written, and not kept."""
+        self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""
@@ -324,7 +355,11 @@ class DiffusionCLI(LightningCLI):
             none = f" before and none now: trainer.max_steps is {limit}"
             _say(f"Steps: {steps}{none if steps == (self.resume_step or 0) else ''}")
         for name, value in losses.items():
-            _say(f"{name}: {value:.4f} nats per dimension")
+            step = self.model.validated_step
+            if name.startswith("train/"):
+                step = self.trainer.global_step // log_interval(self.trainer)
+                step *= log_interval(self.trainer)
+            _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
