@@ -90,7 +90,7 @@ class OptimizedModule(L.LightningModule):
 
     @property
     def lr(self) -> float:
-        """The learning rate of the optimizer; set it before training, as Lightning's tuner does."""
+        """The optimizer's learning rate; to be set before training, as Lightning's tuner does."""
         one = self.optimizer([nn.Parameter(torch.zeros(1))])
         return float(one.param_groups[0]["lr"])
 
