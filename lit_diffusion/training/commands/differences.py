@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["another_model", "differences"]
+from lit_diffusion.training.commands.errors import UsageError
+
+__all__ = ["another_model", "differences", "naming_differences"]
+
+
+@contextlib.contextmanager
+def naming_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[None]:
+    """Explain the failure to load a checkpoint's weights by what differs of the models.
+
+    Args:
+        before: The description of the checkpoint's model; empty if nothing is resumed.
+        now: That of the present one.
+
+    Raises:
+        UsageError: If the weights do not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error) or not before:
+            raise
+        raise UsageError(another_model(before, now)) from error
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
