@@ -130,8 +130,9 @@ class RunLogger(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Remove the rows that a resumed run logs again; Lightning calls this at the start."""
-        with may_fail(self._path):
-            self._begin()
+        if self._columns is None:
+            with may_fail(self._path):
+                self._begin()
 
     @property
     def _path(self) -> Path:
