@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.training.accumulation import MicroBatch, StepMean, scale_gradients
@@ -16,6 +17,7 @@ from lit_diffusion.training.optimizers import (
     parameter_groups,
     with_learning_rates,
 )
+from lit_diffusion.training.rebuild import remember
 from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["OptimizedModule"]
@@ -85,6 +87,17 @@ class OptimizedModule(L.LightningModule):
         super().backward(loss, *args, **kwargs)
         scale, self._gradient_scale = self._gradient_scale, 1.0
         scale_gradients(self.parameters(), scale)
+
+    @property
+    def lr(self) -> float:
+        """The optimizer's learning rate; to be set before training, as Lightning's tuner does."""
+        one = self.optimizer([nn.Parameter(torch.zeros(1))])
+        return float(one.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer = functools.partial(self.optimizer, lr=value)
+        remember(self, {"optimizer": self.optimizer})
 
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one."""

@@ -23,6 +23,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.initial_weights import start_from
 from lit_diffusion.training.last_weights import measure_again
@@ -93,6 +94,7 @@ class DiffusionCLI(LightningCLI):
             model_class,
             data_class,
             parser_class=DiffusionParser,
+            trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
