@@ -108,7 +108,6 @@ def train(steps: int) -> Follow:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
             limit_val_batches=0,
             default_root_dir=folder,
         )

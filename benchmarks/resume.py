@@ -159,9 +159,10 @@ def checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-#: What may differ: the run folder's path, and how many validation batches there were since the
+#: What may differ: the path of the run folder, the time, and how many validation batches there
+#: were since the
 #: last start, which Lightning counts and nobody reads.
-FREE = ("run", "epoch_loop.val_loop.batch_progress")
+FREE = ("run", "saved_at", "epoch_loop.val_loop.batch_progress")
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:

@@ -28,7 +28,6 @@ def main(max_steps: int = 200) -> None:
         max_steps=max_steps,
         accelerator="cpu",
         callbacks=[EMA(0.98)],
-        use_distributed_sampler=False,  # the data module divides the examples among the ranks
         logger=False,
     )
     trainer.fit(model, data)

@@ -9,11 +9,13 @@ Letters: z noisy data (B, *), logsnr = λ (B,), label (B,) with −1 for "no lab
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data
 from lit_diffusion.predictions import Denoised, Prediction, VPrediction
 
@@ -30,7 +32,8 @@ class Denoiser(nn.Module):
     """A network together with what it predicts: (z, λ) → (x̂, ε̂).
 
     Args:
-        network: Called as network(z, logsnr, **cond), λ in float32; returns a tensor of z's shape.
+        network: Called as network(z, logsnr, **cond), z and λ in float32 or better; returns a
+            tensor of z's shape. With weights in bfloat16 or float16 it runs under autocast.
         prediction: What the network outputs; None means `VPrediction()`.
 
     Example:
@@ -58,12 +61,25 @@ class Denoiser(nn.Module):
         Shapes:
             z (B, *); logsnr (B,); x̂ and ε̂ (B, *), float32 or better even under autocast.
         """
-        scaled = z
+        z = scaled = at_least_float32(z)
         if type(self.prediction).input_scale is not Prediction.input_scale:  # it is 1 for most
             scaled = broadcast_to_data(self.prediction.input_scale(logsnr), z) * z
-        out = self.network(scaled, logsnr.to(scaled.dtype), **cond)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
-        return self.prediction.decode(out, z, logsnr)
+        with _entry(self.network, z.device):
+            out = self.network(scaled, logsnr.to(scaled.dtype), **cond)
+        return self.prediction.decode(at_least_float32(out), z, logsnr)
+
+
+def _entry(network: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """How z and λ in float32 enter a network: by autocast, if all of its weights are narrower.
+
+    Casting them outside would round λ, and the grey levels that `FourierFeatures` resolves.
+    """
+    dtype = None
+    for parameter in network.parameters():
+        if parameter.dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        dtype = parameter.dtype
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def drop_condition(cond: dict[str, Any], dropped: Tensor) -> dict[str, Any]:

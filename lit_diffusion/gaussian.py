@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_diffusion.exact import at_least_float32
+
 __all__ = [
     "Generators",
     "alpha_sigma",
@@ -89,7 +91,7 @@ def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
         >>> alpha**2 + sigma**2
         tensor([1.0000, 1.0000, 1.0000])
     """
-    logsnr = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
+    logsnr = at_least_float32(logsnr)
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
 

@@ -51,7 +51,8 @@ def level_values(levels: Levels) -> Tensor:
             raise ValueError(f"Expected at least 2 levels, got {levels}.")
         if levels > 256:
             return torch.linspace(-1, 1, levels, dtype=torch.float64)
-        return (torch.arange(levels) * 255 / (levels - 1)).round().double() / 127.5 - 1
+        bytes_ = (torch.arange(levels, dtype=torch.float64) * 255 / (levels - 1)).round()
+        return bytes_ / 127.5 - 1
     values = torch.tensor(levels, dtype=torch.float64)
     if len(values) < 2 or not bool((values.diff() > 0).all()) or values.abs().max() > 1:
         raise ValueError(

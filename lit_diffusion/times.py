@@ -109,5 +109,5 @@ def fixed_times(index: Tensor, total: int | None, sample: int = 0, samples: int 
     stride = max(1, round(total * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, total) != 1:
         stride += 1
-    t = ((index * stride) % total + 0.5).to(torch.float64) / total
+    t = (((index * stride) % total).to(torch.float64) + 0.5) / total
     return (t + sample / (samples * total)) % 1

@@ -221,7 +221,6 @@ def test_a_run_with_it_is_the_run_without(make, tmp_path):
             max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
             callbacks=[EMA(0.9), Guard()], log_every_n_steps=1, num_sanity_val_steps=0,
-            use_distributed_sampler=False,
         )  # fmt: skip
         run.fit(model, data)
         states.append({name: value.clone() for name, value in model.state_dict().items()})

@@ -139,6 +139,31 @@ def test_the_uniform_share_keeps_every_level():
     assert bool(bare.at(torch.tensor([0.999999]))[1].isfinite())  # even then a density
 
 
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("batches", [0, 1, 100])
+def test_one_huge_loss_does_not_attract_all_samples(batches, rms):
+    schedule = ld.AdaptiveSchedule(rms=rms)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(batches):
+        schedule.update(schedule.sample(128, generator), torch.ones(128))
+    logsnr, losses = schedule.sample(128, generator), torch.ones(128)
+    losses[50] = 1e6
+    schedule.update(logsnr, losses)
+    mass = float(schedule.log_prob(logsnr[50:51]).exp()) * schedule.width
+    assert 0.02 < mass < 0.06  # without a limit 0.9, a uniform share would be 0.01
+    assert float(schedule.first.max()) > 100  # the average itself is as it was observed
+
+
+def test_a_smooth_loss_is_not_limited():
+    schedule = ld.AdaptiveSchedule(uniform_share=0.0)
+    middle = torch.linspace(-20, 20, 101, dtype=F64)[:-1] + 0.2
+    for loss in (torch.exp(-middle.abs() / 0.5), torch.exp(-middle / 2), error(middle)):
+        schedule.load_state_dict(ld.AdaptiveSchedule().state_dict())
+        schedule.update(middle, loss)
+        expected = (loss / loss.sum()).clamp(min=1e-8)
+        assert torch.allclose(schedule.log_prob(middle).exp() * 0.4, expected, rtol=1e-5)
+
+
 def test_state_survives():
     schedule = adapted(ld.ELBOWeighting(), steps=20)
     again = ld.AdaptiveSchedule()

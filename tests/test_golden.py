@@ -246,6 +246,18 @@ def test_monotone_weighting_is_the_supremum(name):
     assert torch.allclose(weight, supremum, rtol=1e-5)
 
 
+def test_monotone_weighting_does_not_overshoot_a_jump():
+    class Jumps(ld.Weighting):
+        def forward(self, logsnr):
+            return torch.where((logsnr > -1.005) & (logsnr < 0.505), 1.0, 0.2).to(logsnr.dtype)
+
+    logsnr = torch.linspace(-5, 5, 20_001, dtype=F64)
+    weight = ld.MonotoneWeighting(Jumps())(logsnr)
+    assert float(weight.max()) == 1.0  # an eighth of the jump more, if a parabola had its way
+    assert bool((weight[logsnr < 0.5] == 1).all())
+    assert torch.allclose(weight[logsnr > 0.506], torch.full((), 0.2, dtype=F64))
+
+
 def test_edm_monotonic_is_flat_below_the_peak():
     logsnr = torch.tensor([-15.0, -3.308, 0.0, 8.0], dtype=F64)
     weight = ld.MonotoneWeighting(ld.EDMWeighting())(logsnr)

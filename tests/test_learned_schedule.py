@@ -309,6 +309,51 @@ def test_they_would_collapse_indeed():
     assert float(ends.logsnr_min.grad) < 0 < float(ends.logsnr_max.grad)
 
 
+@pytest.mark.parametrize("raw", [-1e4, -100.0, -34.0, 50.0])
+def test_any_slope_is_a_schedule(raw):
+    schedule = ld.LearnedSchedule(-5.0, 13.3)
+    with torch.no_grad():
+        schedule.slope.fill_(raw)
+    t = torch.linspace(0, 1, 101, dtype=F64)
+    logsnr, log_prob = schedule.at(t)
+    assert bool((logsnr.diff() < 0).all())
+    assert torch.allclose(schedule.time(logsnr.detach()), t, atol=1e-9)
+    mass = torch.trapezoid(schedule.log_prob(logsnr.detach()).exp(), -logsnr.detach())
+    assert float(mass) == pytest.approx(1, abs=1e-2)
+    log_prob.sum().backward()
+    assert all(p.grad.isfinite().all() for p in schedule.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ld.LinearSchedule(-1.0, 1.0, learn=True),
+        lambda: ld.LearnedSchedule(-1.0, 1.0, learn="both"),
+    ],
+)
+@pytest.mark.parametrize("high", [-0.5, -3.0, -100.0])
+def test_learned_ends_that_cross_stay_in_order(make, high):
+    schedule = make()
+    with torch.no_grad():
+        schedule.logsnr_max.fill_(high)
+    low, top = schedule.ends
+    assert -1 == low < top < 0
+    logsnr, log_prob = schedule.at(torch.linspace(0, 1, 5))
+    assert bool(logsnr.isfinite().all() and log_prob.isfinite().all())
+    log_prob.sum().backward()
+    assert schedule.logsnr_max.grad.isfinite()
+    assert float(schedule.logsnr_min.grad) >= 0
+    t = torch.linspace(0, 1, 5, dtype=F64)
+    assert torch.allclose(schedule.time(schedule.logsnr(t)), t, atol=1e-6)
+
+
+def test_ends_at_a_distance_of_one_or_more_are_the_parameters():
+    schedule = ld.LinearSchedule(-5.0, 13.3, learn=True)
+    with torch.no_grad():
+        schedule.logsnr_max.fill_(-4.0)
+    assert schedule.ends == (-5.0, -4.0)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="'shape', 'endpoints' or 'both', got 'ends'"):
         ld.LearnedSchedule(learn="ends")

@@ -479,7 +479,7 @@ def test_a_checkpoint_is_asked_as_it_is_now(run, tmp_path):
         (["--out", "objective.jpg"], "--out must be a .png, .pdf or .svg file, got objective.jpg"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["--ckpt_path", "nowhere.ckpt"], "No checkpoint at nowhere.ckpt"),
-        (["--ckpt_path", "last"], "there is no checkpoint below runs/*"),
+        (["--ckpt_path", "last"], "there is no checkpoint below runs;"),
         (["--model.num_timesteps", "0"], "at least 1 step"),
         (["--model.schedule", "LearnedSchedule", "--model.schedule.learn", "both"], "decoder"),
     ],

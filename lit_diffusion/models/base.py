@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.image_shape import Shape
@@ -147,8 +148,9 @@ class SamplingModel(nn.Module):
             ValueError: If labels are given to a model without classes, a condition is missing or
                 unknown, there are not n of each, or the model cannot be guided.
         """
-        device = next(self.parameters(), torch.empty(0)).device  # a network may have none
-        z = torch.zeros(n, *self.image_shape, device=device)
+        first = at_least_float32(next(self.parameters(), torch.empty(0)))  # there may be none
+        z = first.new_zeros(n, *self.image_shape)
+        device = z.device
         given = self._conditions(z, cond)
         if self.num_classes is not None:
             given["label"] = self._labels(n, label, generator).to(device)

@@ -14,6 +14,7 @@ replaces another one in the middle of a run.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from lit_diffusion.schedules.base import NoiseSchedule
 __all__ = ["AdaptiveSchedule"]
 
 _LEAST = 1e-6  # smallest mass of a bin, relative to a uniform one: bounds 1/p
+_NEIGHBOURS = 2  # on either side
+_OUTLIER = 3.0  # times e^width above the median of its neighbourhood, a bin is one
 
 
 class AdaptiveSchedule(NoiseSchedule):
@@ -33,6 +36,11 @@ class AdaptiveSchedule(NoiseSchedule):
     training the callback `AdaptiveScheduleUpdate` calls it. Each bin keeps a running average that
     decays by `decay` with each example that falls into it, and is corrected for its empty start:
     v/(1 − decayⁿ) after n examples. A bin without examples counts as the mean of the others.
+
+    A single huge loss must not attract all samples. The mean loss is smooth in λ, so an average
+    counts as at most 3 e^width times the median of those of its bin and of the two bins on either
+    side, `width` being that of a bin in λ. The averages themselves are kept as they are, and the
+    loss remains unbiased, since it is divided by the density that results.
 
     Args:
         logsnr_min: Smallest λ; None means −20.
@@ -190,6 +198,7 @@ class AdaptiveSchedule(NoiseSchedule):
         seen = self.weight > 0
         average = (self.second if self.rms else self.first) / self.weight.clamp(min=1e-300)
         height = torch.where(seen, average.sqrt() if self.rms else average, 0.0)
+        height = torch.minimum(height, self._limit(height, seen))
         mean = height.sum() / seen.sum().clamp(min=1)
         height = torch.where(seen, height, mean)
         flat = torch.full_like(height, 1 / self.bins)
@@ -201,6 +210,20 @@ class AdaptiveSchedule(NoiseSchedule):
         beyond = mass.flip(0).cumsum(0) / mass.sum()
         beyond[-1] = 1
         self.beyond.copy_(torch.cat([torch.zeros_like(beyond[:1]), beyond]))
+
+    def _limit(self, height: Tensor, seen: Tensor) -> Tensor:
+        """The largest height of each bin: a multiple of the median over its neighbourhood.
+
+        The median is over the seen bins within two of it, the bin itself included. Where it is 0
+        there is no limit, because the weight of all others is 0.
+        """
+        size, pad = 2 * _NEIGHBOURS + 1, (_NEIGHBOURS, _NEIGHBOURS)
+        values = torch.where(seen, height, torch.inf)  # the others come last
+        values = torch.nn.functional.pad(values, pad, value=torch.inf).unfold(0, size, 1)
+        count = torch.nn.functional.pad(seen.long(), pad).unfold(0, size, 1).sum(1, keepdim=True)
+        middle = (count - 1).clamp(min=0).div(2, rounding_mode="floor")
+        median = values.sort(dim=1).values.gather(1, middle).squeeze(1)
+        return torch.where(median > 0, _OUTLIER * math.exp(self.width) * median, torch.inf)
 
     def _initial_mass(self, flat: Tensor) -> Tensor:
         if self.initial is None:

@@ -31,13 +31,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.exact import ExactModule
 from lit_diffusion.registry import plain_arguments
 from lit_diffusion.times import stratified_times
 
 __all__ = ["NoiseSchedule"]
 
 
-class NoiseSchedule(nn.Module, ABC):
+class NoiseSchedule(ExactModule, ABC):
     """A density p(λ) on [logsnr_min, logsnr_max], given by its quantile function.
 
     A subclass defines `_logsnr`, the untruncated textbook formula, and its inverse `_time` if
@@ -161,9 +162,22 @@ class NoiseSchedule(nn.Module, ABC):
     @property
     def ends(self) -> tuple[float, float]:
         """(logsnr_min, logsnr_max) as numbers; the current values if they are learned."""
-        if isinstance(self.logsnr_min, Tensor) and isinstance(self.logsnr_max, Tensor):
-            return float(self.logsnr_min.detach()), float(self.logsnr_max.detach())
-        return self.logsnr_min, self.logsnr_max  # type: ignore[return-value]
+        low, high = (end.detach() if isinstance(end, Tensor) else end for end in self._range)
+        return float(low), float(high)
+
+    @property
+    def _range(self) -> tuple[float | Tensor, float | Tensor]:
+        """(logsnr_min, logsnr_max), always in this order.
+
+        A step of the optimizer could make learned ends cross: from a distance of 1 downwards,
+        their distance is exponential in the difference of the parameters and stays positive.
+        """
+        low, high = self.logsnr_min, self.logsnr_max
+        if not (isinstance(low, Tensor) and isinstance(high, Tensor)):
+            return low, high
+        low, high = low.double(), high.double()
+        near = low + torch.exp((high - low).clamp(-20, 1) - 1)  # at least 1e-9, for float64
+        return low, torch.where(high - low >= 1, high, near)
 
     @cached_property
     def _has_tail(self) -> bool:
@@ -205,9 +219,10 @@ class NoiseSchedule(nn.Module, ABC):
 
     def _pinned(self, logsnr: Tensor, t: Tensor) -> Tensor:
         """λ(0) = logsnr_max and λ(1) = logsnr_min exactly, whatever the rounding."""
-        logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)  # type: ignore[arg-type]
-        logsnr = torch.where(t <= 0, self.logsnr_max, logsnr)
-        return torch.where(t >= 1, self.logsnr_min, logsnr)
+        low, high = self._range
+        logsnr = logsnr.clamp(low, high)  # type: ignore[arg-type]
+        logsnr = torch.where(t <= 0, high, logsnr)
+        return torch.where(t >= 1, low, logsnr)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """λ and log p(λ) at time t, as used in training.
@@ -234,7 +249,7 @@ class NoiseSchedule(nn.Module, ABC):
             logsnr = self._truncated(t)
             (slope,) = torch.autograd.grad(logsnr.sum(), t, create_graph=learns)
             log_prob = -torch.log(-slope)
-            logsnr = logsnr.clamp(self.logsnr_min, self.logsnr_max)  # type: ignore[arg-type]
+            logsnr = logsnr.clamp(*self._range)  # type: ignore[arg-type]
         return (logsnr, log_prob) if learns else (logsnr.detach(), log_prob.detach())
 
     def at_with_shape(self, t: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -303,8 +318,9 @@ class NoiseSchedule(nn.Module, ABC):
             s = (self._tail_time(inner) - below) / inside
             t = torch.where(t <= 0.5, t, 1 - s)
         t = t.clamp(0, 1)
-        t = torch.where(logsnr >= self.logsnr_max, torch.zeros_like(t), t)
-        return torch.where(logsnr <= self.logsnr_min, torch.ones_like(t), t)
+        low, high = self._range
+        t = torch.where(logsnr >= high, torch.zeros_like(t), t)
+        return torch.where(logsnr <= low, torch.ones_like(t), t)
 
     def log_prob(self, logsnr: Tensor) -> Tensor:
         """Log p(λ) = log|dt/dλ|, for analysis, and for objectives that contain p; −∞ outside.

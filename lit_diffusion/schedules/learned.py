@@ -28,6 +28,7 @@ from lit_diffusion.schedules.base import NoiseSchedule
 __all__ = ["LearnedSchedule"]
 
 _UNITS = 1024
+_LEAST_SLOPE = 1e-30  # far below any that matters, and above 0, where u would be 0/0
 
 
 def _raw(value: Tensor) -> Tensor:
@@ -75,31 +76,37 @@ class LearnedSchedule(NoiseSchedule):
         self.learn = learn
         # Sigmoids of all widths, from 1/4 to 1/256 of the range, at all places; distributed by the
         # golden ratio and not at random, so that every run starts from the same schedule.
-        place = (torch.arange(_UNITS) + 0.5) / _UNITS
-        rate = 4 * 64 ** ((torch.arange(_UNITS) * 0.6180339887) % 1)
+        place = (torch.arange(_UNITS, dtype=torch.float32) + 0.5) / _UNITS
+        golden = torch.arange(_UNITS, dtype=torch.float32) * 0.6180339887
+        rate = 4 * 64 ** (golden % 1)
         learns = learn != "endpoints"
-        self.slope = nn.Parameter(_raw(torch.ones(())), learns)
+        self.slope = nn.Parameter(_raw(torch.ones((), dtype=torch.float32)), learns)
         self.rate = nn.Parameter(_raw(rate), learns)
         self.bias = nn.Parameter(-rate * place, learns)
-        self.height = nn.Parameter(_raw(torch.ones(_UNITS)), learns)
+        self.height = nn.Parameter(_raw(torch.ones(_UNITS, dtype=torch.float32)), learns)
 
     def _shape(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The fraction u(t), and its derivative du/dt."""
         slope, rate, height = (softplus(p.double()) for p in (self.slope, self.rate, self.height))
-        steepness = slope * rate
+        slope = slope.clamp(min=_LEAST_SLOPE)
+        steepness, bias = slope * rate, self.bias.double()
 
         def network(t: Tensor) -> tuple[Tensor, Tensor]:
-            unit = torch.sigmoid(t[:, None] * steepness + self.bias.double())
-            rise = slope + (height * unit * (1 - unit) * steepness).mean(1)
-            return slope * t + (height * unit).mean(1), rise
+            """Δg(t)/slope and its derivative."""
+            away = t.unsqueeze(-1) * steepness
+            unit = torch.sigmoid(away + bias)
+            # sigmoid(a + b) − sigmoid(b) without cancellation, which a small slope would cause.
+            climb = -torch.expm1(-away) * unit * torch.sigmoid(-bias)
+            rise = 1 + (height * unit * (1 - unit) * rate).mean(-1)
+            return t + (height * climb).mean(-1) / slope, rise
 
         value, rise = network(t)
-        (start, end), _ = network(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
-        return (value - start) / (end - start), rise / (end - start)
+        end, _ = network(torch.ones((), dtype=torch.float64, device=t.device))
+        return value / end, rise / end
 
     def _between(self, share: Tensor) -> Tensor:
-        # Learned ends are float32: multiply each by a float64 tensor before the sum.
-        return self.logsnr_max * (1 - share) + self.logsnr_min * share
+        low, high = self._range
+        return high * (1 - share) + low * share
 
     def _logsnr(self, t: Tensor) -> Tensor:
         return self._between(self._shape(t)[0])
@@ -109,7 +116,8 @@ class LearnedSchedule(NoiseSchedule):
         # A table brackets the solution, with one more cell on each side (also beyond 0 and 1,
         # where the formula continues); then Newton's method within these cells.
         low, high = self.ends
-        target = (high - logsnr) / (high - low)
+        shape = logsnr.shape
+        target = ((high - logsnr) / (high - low)).reshape(-1)
         table = torch.arange(-2, 2051, dtype=torch.float64, device=logsnr.device) / 2048
         values = self._shape(table)[0]
         after = torch.searchsorted(values, target.contiguous()).clamp(2, 2051)
@@ -126,7 +134,7 @@ class LearnedSchedule(NoiseSchedule):
             step = t - (value - target) / rise
             good = ((step > left) & (step < right)) | ((step - t).abs() < 1e-12)
             t = torch.where(good, step, (left + right) / 2)
-        return t
+        return t.reshape(shape)
 
     @torch.no_grad()
     def log_prob(self, logsnr: Tensor) -> Tensor:
@@ -140,8 +148,8 @@ class LearnedSchedule(NoiseSchedule):
         """
         low, high = self.ends
         logsnr = logsnr.to(torch.float64)
-        parts = [self._shape(part)[1] for part in self.time(logsnr).split(512)]
-        log_prob = -torch.log((high - low) * torch.cat(parts))
+        parts = [self._shape(part)[1] for part in self.time(logsnr).reshape(-1).split(512)]
+        log_prob = -torch.log((high - low) * torch.cat(parts)).reshape(logsnr.shape)
         return torch.where(self._outside(logsnr), -torch.inf, log_prob)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +175,8 @@ class LearnedSchedule(NoiseSchedule):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         share, rise = self._shape(t.detach().to(torch.float64))
         # From here on the ends enter, which follow the gradient of the loss itself.
-        slope = self.logsnr_max * rise - self.logsnr_min * rise
+        low, high = self._range
+        slope = (high - low) * rise
         logsnr, log_prob = self._between(share), -torch.log(slope)
         if not learns:
             return logsnr.detach(), log_prob.detach(), ()

@@ -69,8 +69,8 @@ class LinearSchedule(NoiseSchedule):
         self.learn = learn
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        # Learned ends are float32: multiply each by a float64 tensor before the sum.
-        return self.logsnr_max * (1 - t) + self.logsnr_min * t
+        low, high = self._range
+        return high * (1 - t) + low * t
 
     def _time(self, logsnr: Tensor) -> Tensor:
         low, high = self.ends

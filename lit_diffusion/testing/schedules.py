@@ -20,10 +20,11 @@ __all__ = ["check_schedule"]
 def check_schedule(schedule: NoiseSchedule) -> None:
     """Check that a noise schedule is a density and that its methods are consistent.
 
-    λ(0) and λ(1) are exactly the ends; λ(t) decreases strictly; `time` is its inverse; the density
-    is |dt/dλ| and integrates to 1; samples follow it; E_p[f/p] = ∫f; float32 times give the
-    float64 result; it works in inference mode, and a state_dict or a copy preserves it. If it is
-    learned, its ends follow the gradient of the loss, and its shape that of E[L²].
+    λ(0) and λ(1) are exactly the ends; λ(t) decreases strictly; `time` is its inverse; a tensor
+    without dimensions is allowed; the density is |dt/dλ| and integrates to 1; samples follow it;
+    E_p[f/p] = ∫f; float32 times give the float64 result; it works in inference mode, and a
+    state_dict or a copy preserves it. If it is learned, its ends follow the gradient of the loss,
+    and its shape that of E[L²].
 
     Args:
         schedule: The schedule, of any arguments.
@@ -61,6 +62,7 @@ def _check_quantiles(schedule: NoiseSchedule) -> None:
     law(beyond == [0.0, 1.0], schedule, f"time beyond the range is 0 and 1, got {beyond}.")
     outside = schedule.log_prob(torch.tensor([high + 1, low - 1]))
     law(bool((outside == -math.inf).all()), schedule, "log p is −∞ outside the range.")
+    _check_scalar(schedule)
 
     at_logsnr, at_log_prob = schedule.at(t)
     law(close(at_logsnr, logsnr, 1e-12), schedule, "at(t) and logsnr(t) agree.")
@@ -68,6 +70,20 @@ def _check_quantiles(schedule: NoiseSchedule) -> None:
     positive = (at_log_prob > -100) & (log_prob > -100)  # a density may vanish at an end
     error = float((at_log_prob - log_prob)[positive].abs().quantile(0.99).detach())
     law(error < 1e-4, schedule, f"at(t) and log_prob(λ) agree, off by {error:.3g}.")
+
+
+def _check_scalar(schedule: NoiseSchedule) -> None:
+    """A tensor without dimensions is a time, or a λ, like any other."""
+    t = torch.tensor(0.3, dtype=torch.float64)
+    logsnr = schedule.logsnr(t).detach()
+    for name, alone, together in [
+        ("logsnr(t)", logsnr, schedule.logsnr(t[None])),
+        ("at(t)", schedule.at(t)[1], schedule.at(t[None])[1]),
+        ("time(λ)", schedule.time(logsnr), schedule.time(logsnr[None])),
+        ("log_prob(λ)", schedule.log_prob(logsnr), schedule.log_prob(logsnr[None])),
+    ]:
+        same = alone.shape == () and close(alone[None], together, 1e-12)
+        law(same, schedule, f"{name} of a tensor without dimensions is that of a batch of one.")
 
 
 def _check_density(schedule: NoiseSchedule) -> None:

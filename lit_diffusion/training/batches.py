@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.training.conditions import check_labels, from_batch
@@ -67,7 +68,7 @@ def standard(batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             f"Expected images that are floats in [−1, 1] or bytes, got {x.dtype}: convert them."
         )
     else:
-        image = x.float() if x.dtype == torch.float16 else x
+        image = at_least_float32(x)
     if dtype == torch.float64:
         image = image.double()
     return found if image is x else {**found, "image": image}
@@ -193,7 +194,7 @@ class BatchReader(SamplingModel, L.LightningModule):
         Raises:
             ValueError: If it has another form, or its images another shape than the model's.
         """
-        found = standard(batch, self.dtype)
+        found = standard(batch, torch.float64 if self.dtype == torch.float64 else torch.float32)
         came = tuple(found["image"].shape[1:])
         if self._image_shape is None:  # nothing else has said
             self._image_shape = find_image_shape(None, came)

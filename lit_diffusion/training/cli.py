@@ -157,21 +157,22 @@ def _of_evaluate(
 ) -> dict[str, Any]:
     """The arguments of `evaluate`, whose defaults are the settings of the checkpoint's run."""
     from lit_diffusion.training.callbacks.likelihood import Likelihood
-    from lit_diffusion.training.commands.choices import find_checkpoint
+    from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
     from lit_diffusion.training.commands.experiment import (
         callback_arguments,
         evaluation_defaults,
         read_experiment,
-        run_folder,
     )
 
     # The run must be known before the rest can be parsed.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag, default in (("--ckpt_path", None), ("--name", "*"), ("--config", None)):
-        first.add_argument(flag, default=default)
+    for flag in ("--ckpt_path", "--name", "--root", "--config"):
+        first.add_argument(flag)
     known, _ = first.parse_known_args(argv)
-    path = None if known.ckpt_path is None else find_checkpoint(known.ckpt_path, known.name)
-    experiment = read_experiment(known.config, path and run_folder(path))
+    path = None
+    if known.ckpt_path is not None:
+        path = resolve_checkpoint(known.ckpt_path, known.name, known.root)
+    experiment = read_experiment(known.config, path and run_of(path))
     parser = _parser("evaluate", function, {"likelihood"})
     parser.add_class_arguments(Likelihood, "likelihood")
     _add_data(parser, data_class)
@@ -183,7 +184,7 @@ def _of_evaluate(
         raise UsageError("evaluate needs a checkpoint: give --ckpt_path, which may be `last`.")
     arguments = vars(parser.instantiate(parser.parse_args(argv)))
     arguments.pop("plugins")
-    arguments["ckpt_path"] = path
+    arguments |= {"ckpt_path": path, "name": None, "root": None}  # `last` is resolved once
     for name in ("baseline_split", "reference_hash", "guidance_interval"):
         if arguments[name] is None:  # the run's own would have been the default
             arguments[name] = "none"
@@ -217,6 +218,7 @@ def _of_objective(
     _add_data(parser, data_class)
     parser.link_arguments("data.image_shape", "model.image_shape")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
+    parser.add_argument("--init_from", type=str | None, default=None, help="Not used.")
     config = parser.parse_args(argv)
     asked = [word.partition("=")[0] for word in argv]
     if "--ckpt_path" in asked:
@@ -224,8 +226,9 @@ def _of_objective(
             raise UsageError(
                 f"a checkpoint has its own objective: give --ckpt_path or {other[0]}, not both."
             )
-        name = config.name if "--name" in asked else "*"  # a config may have a name as well
-        return {"ckpt_path": config.ckpt_path, "name": name, "out": config.out}
+        name = config.name if "--name" in asked else None  # a config may have a name as well
+        given = {"ckpt_path": config.ckpt_path, "root": config.root, "out": config.out}
+        return given | {"name": name}
     model = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
     parts = {part: build(model[part]) for part in of_config}
     return {**parts, "num_timesteps": model["num_timesteps"], "out": config.out}
@@ -308,6 +311,8 @@ def _quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of a resumed run it is not, and a new run has a folder of its own.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The model gets its config after it is made, so nothing is lost.
     warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
     # Compiling for a CPU where the tools for CUDA are installed, too.

@@ -6,7 +6,9 @@ each with what a user sees of the library, and so fails by name when a release c
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_diffusion.description import allowed_modules
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # the command line imports this file before it knows whether 
     import lightning as L
 
 __all__ = [
+    "count_steps",
+    "logged_as_last_step",
     "logged_step",
     "prefer_importable_classes",
     "validate_before_training",
@@ -34,6 +38,23 @@ def logged_step(trainer: L.Trainer) -> int:
         trainer: In training or in a validation during it.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+@contextlib.contextmanager
+def logged_as_last_step(trainer: L.Trainer) -> Iterator[None]:
+    """Log at the end of training at the step of the last row, as validations during it do.
+
+    Lightning counts on when a step is complete, and so would log at the step of the next row,
+    which a run that continues from there removes. At the end of an epoch it does the same.
+
+    Args:
+        trainer: In `on_train_end`, after at least one step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        trainer.fit_loop.epoch_loop._batches_that_stepped += 1
 
 
 def validate_before_training(trainer: L.Trainer) -> None:
@@ -66,6 +87,21 @@ def validate_before_training(trainer: L.Trainer) -> None:
     batch.increment_completed()
     seen.ready = seen.started = seen.processed + 1
     epoch.update_restart_stage()
+
+
+def count_steps(trainer: L.Trainer, steps: int) -> None:
+    """Set the number of optimizer steps of a trainer that evaluates the weights after so many.
+
+    Lightning (2.6) restores its counters only to train on, and so logs an evaluation at step 0.
+
+    Args:
+        trainer: Validates, tests or predicts.
+        steps: For `trainer.global_step`; rows of metrics have the number of the last step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = max(0, steps - 1)
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    loop.manual_optimization.optim_step_progress.total.completed = steps
 
 
 def wandb_process() -> Any:

@@ -36,13 +36,19 @@ from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
-from lit_diffusion.training.parts import check_numbers, check_parts, keep_schedule
+from lit_diffusion.training.parts import (
+    check_numbers,
+    check_parts,
+    keep_schedule,
+    turn_on_training,
+)
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.resume import Resume
 from lit_diffusion.training.run.checkpoints import MODEL_CLASS, load_checkpoint, model_class
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.run.trainer import all_callbacks, check_trainer
 from lit_diffusion.training.run.weights import (
     RAW,
     refuse_weights_alone,
@@ -55,7 +61,7 @@ from lit_diffusion.weightings import ELBOWeighting, Weighting
 __all__ = ["LitDiffusion"]
 
 
-class LitDiffusion(BatchReader, OptimizedModule):
+class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
     """A diffusion model and its training: network, schedule, weighting, prediction, sampler.
 
     The loss is ½ E_{λ~p}[w(λ)/p(λ) · mean (ε̂ − ε)²]: `weighting` defines the objective, `schedule`
@@ -86,7 +92,8 @@ class LitDiffusion(BatchReader, OptimizedModule):
         conditions: Names of further inputs of the network, which are keys of a batch and arguments
             of the network; None means the network's attribute `conditions`.
         clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
-        seed: Seed of all noise in training, validation and sampling.
+        seed: Seed of all noise in training, validation and sampling; None means 0, and
+            on the command line that of seed_everything.
 
     Raises:
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
@@ -105,6 +112,8 @@ class LitDiffusion(BatchReader, OptimizedModule):
         torch.Size([2, 1, 8, 8])
     """
 
+    trained_steps = 0  # optimizer steps behind the weights, known after a fit or a load
+
     def __init__(
         self,
         network: nn.Module | None = None,
@@ -121,7 +130,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_numbers(label_dropout, schedule_lr)
@@ -143,7 +152,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         self.label_dropout = label_dropout
         self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
@@ -163,7 +172,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
             label_dropout=label_dropout,
             conditions=conditions,
             clip_denoised=clip_denoised,
-            seed=seed,
+            seed=self.seed,
         )
 
     def remember(self, **arguments: Any) -> None:
@@ -184,25 +193,28 @@ class LitDiffusion(BatchReader, OptimizedModule):
         return [kind() for kind in (BatchFit, Resume) if kind not in given]
 
     def setup(self, stage: str) -> None:
-        """Settle a precision that the device does not have, and keep a subclass's arguments."""
+        """Check the trainer, settle its precision, and keep a subclass's arguments."""
+        if stage == "fit":
+            check_trainer(self.trainer)
         settle_precision(self.trainer)
         self.remember(**own_arguments(self, LitDiffusion))
 
     def on_fit_start(self) -> None:
-        """Refuse to lose the average of a run that is resumed."""
+        """Refuse to lose the average of a run that is resumed; turn on the training mode."""
         left, self._resumed = take_average(self._resumed), {}
         if left is not None:
             raise ValueError(
                 "The checkpoint has an average of the weights, which no callback continues: add "
                 "EMA to trainer.callbacks, so that it is not lost."
             )
-        self.weights = RAW
+        self.weights, self.validated_step = RAW, -1
+        turn_on_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch, and the terms behind it."""
         batch = self.standard(batch)
         x = batch["image"]
-        trainer, n = self.trainer, len(batch["image"])
+        trainer, n = self.trainer, len(x)
         place = micro_batch(trainer, batch_idx)
         step, rank, world = self.global_step, self.global_rank, trainer.world_size
         # The times of an optimizer step are one stratified set over its ranks and micro-batches:
@@ -214,15 +226,37 @@ class LitDiffusion(BatchReader, OptimizedModule):
         cond = self.condition(batch)
         self._first_batch(self, batch, cond)
         if cond and self.label_dropout > 0:
-            cond = drop_condition(cond, torch.rand(n, device=x.device) < self.label_dropout)
-        terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
-        loss = self.accumulate(terms, place)
+            cond = drop_condition(
+                cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
+            )
+        has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
+        eps = torch.randn_like(x)
+        terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)
+        extra = self.extra_loss(batch, terms) if has_extra else None
+        if has_extra and extra is None:  # of this batch: every step logs the same
+            extra = terms.loss.new_zeros(())
+        loss = self.accumulate(terms, place, extra)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
             "logsnr": terms.logsnr.detach(),
             "eps_mse": terms.eps_mse.detach(),
         }
+
+    def extra_loss(self, batch: dict[str, Any], terms: LossTerms) -> Tensor | None:
+        """A further loss of a training step, for a subclass to define; None for none.
+
+        Its mean is added to that of the diffusion loss, and logged as `train/extra_loss`.
+
+        Args:
+            batch: The batch, as `standard` returns it.
+            terms: The diffusion loss of each example, with `terms.logsnr`, `terms.z` and the
+                estimate `terms.denoised.x`, `terms.denoised.eps`.
+
+        Shapes:
+            z, x̂ and ε̂ (B, C, H, W); logsnr (B,); result (B,) or ().
+        """
+        return None
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""
@@ -261,6 +295,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
 
     def _finish(self, name: str) -> None:
         self._numbered.start()  # and let the last batch go
+        self.validated_step = self.trainer.global_step
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         # Every rank has the sum already; sync_dist only says that it may be monitored anywhere.
         self.log(f"{name}/loss", (total[0] / total[2]).float(), prog_bar=True, sync_dist=True)
@@ -298,6 +333,7 @@ class LitDiffusion(BatchReader, OptimizedModule):
         """Training continues from the raw weights; everything else uses the average."""
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
+            self.trained_steps = checkpoint["global_step"]
             return
         refuse_weights_alone(checkpoint)
         keep_schedule(self, checkpoint["state_dict"])
@@ -314,6 +350,9 @@ class LitDiffusion(BatchReader, OptimizedModule):
         **arguments: Any,
     ) -> LitDiffusion:
         """Rebuild the model of a checkpoint, with its average weights if it has them.
+
+        The model is in evaluation mode. Training turns on the training mode of every part that
+        has something to learn.
 
         Nothing in the file is executed, and only allowed modules are imported. Called on
         LitDiffusion, it returns an instance of the class that was trained.
@@ -332,4 +371,6 @@ class LitDiffusion(BatchReader, OptimizedModule):
         checkpoint = load_checkpoint(checkpoint_path, map_location)
         if cls is LitDiffusion:
             cls = find_class(model_class(checkpoint), LitDiffusion)
-        return rebuild(cls, checkpoint, checkpoint_path, strict, arguments)
+        model = rebuild(cls, checkpoint, checkpoint_path, strict, arguments)
+        model.trained_steps = checkpoint["global_step"]
+        return model

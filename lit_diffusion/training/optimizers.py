@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = ["clip_each_group", "match_memory_format", "parameter_groups", "with_learning_rates"]
 
@@ -32,7 +33,10 @@ def parameter_groups(
 
 
 def with_learning_rates(
-    optimizer: torch.optim.Optimizer, make: Callable[..., Any] | None, max_steps: int
+    optimizer: torch.optim.Optimizer,
+    make: Callable[..., Any] | None,
+    max_steps: int,
+    epochs: int = 1,
 ) -> Any:
     """The optimizer and its learning-rate schedule, as Lightning takes them.
 
@@ -40,6 +44,8 @@ def with_learning_rates(
         optimizer: The optimizer.
         make: Makes the schedule from the optimizer; None means a constant rate.
         max_steps: Optimizer steps of the run; −1 if it is not given.
+        epochs: Epochs from one validation to the next, after which a schedule that depends on
+            val/loss is updated; all others are updated at each optimizer step.
 
     Raises:
         ValueError: If the rate decays and the end of the run is not known.
@@ -55,7 +61,11 @@ def with_learning_rates(
                 "total_steps of the lr_scheduler."
             )
         scheduler.total_steps = max_steps
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    when: dict[str, Any] = {"interval": "step"}
+    if isinstance(scheduler, ReduceLROnPlateau):
+        monitor = getattr(scheduler, "monitor", "val/loss")  # that of Lightning's subclass
+        when = {"interval": "epoch", "frequency": epochs, "monitor": monitor}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **when}}
 
 
 def clip_each_group(optimizer: torch.optim.Optimizer, max_norm: float) -> None:

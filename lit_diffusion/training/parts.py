@@ -11,7 +11,7 @@ from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 from lit_diffusion.weightings import Weighting
 
-__all__ = ["check_data_std", "check_numbers", "check_parts", "keep_schedule"]
+__all__ = ["check_data_std", "check_numbers", "check_parts", "keep_schedule", "turn_on_training"]
 
 
 def check_parts(
@@ -90,6 +90,31 @@ def check_numbers(label_dropout: float, schedule_lr: float | None) -> None:
         raise ValueError(f"label_dropout must be in [0, 1], got {label_dropout}.")
     if schedule_lr is not None and not 0 < schedule_lr < float("inf"):
         raise ValueError(f"schedule_lr must be above 0, got {schedule_lr}.")
+
+
+def turn_on_training(model: nn.Module) -> None:
+    """Put a model that is in evaluation mode as a whole into training mode, for its dropout.
+
+    `load_from_checkpoint` leaves it so. A part whose parameters are all frozen, such as an encoder
+    of texts, stays as it is, and so does everything if the model is in training mode: then the
+    parts that are not have been chosen.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False)).eval()
+        >>> turn_on_training(model)
+        >>> [part.training for part in model]
+        [True, False]
+    """
+    if model.training:
+        return
+    model.training = True
+    for part in model.children():
+        parameters = list(part.parameters())
+        if not parameters or any(p.requires_grad for p in parameters):
+            turn_on_training(part)
 
 
 def keep_schedule(model: nn.Module, state: dict[str, Any]) -> None:

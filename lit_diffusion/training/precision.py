@@ -43,9 +43,16 @@ def settle_precision(trainer: Any) -> None:
 
     Raises:
         ValueError: If the weights themselves were to be bfloat16, or the strategy has a precision
-            plug-in of its own: falling back would then be a different training.
+            plug-in of its own: falling back would then be a different training. Also for weights
+            in float16, whose range is too small for the gradients and moments of training.
     """
     precision, device = str(trainer.precision), trainer.strategy.root_device
+    if precision == "16-true":
+        raise ValueError(
+            "trainer.precision=16-true: expected weights in a type that can be trained, got "
+            "float16, in which small gradients become 0; set trainer.precision=16-mixed, which "
+            "scales them, or bf16-true."
+        )
     if not precision.startswith("bf16") or has_bfloat16(device):
         return
     lacks = f"{device_name(device)} has no bfloat16 arithmetic"

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_diffusion.training.lightning_internals import validate_before_training
+from lit_diffusion.training.lightning_internals import count_steps, validate_before_training
 from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.settings import (
@@ -38,6 +38,7 @@ class Resume(L.Callback):
     resumed run from its first step on, and what differs is reported. `max_time` is the time of
     each job by itself. A checkpoint also has the metrics that callbacks monitor, and a run that is
     resumed from one that was saved before the validation of its step begins with that validation.
+    An evaluation is logged at the step of the weights.
     """
 
     # No hook comes between Lightning's restoring of the optimizers and of the schedules, so the
@@ -51,6 +52,7 @@ class Resume(L.Callback):
         self._schedules: list[dict[str, Any]] = []
         self._metrics: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._counted = False  # whether an evaluation has set the trainer's steps
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -110,6 +112,29 @@ class Resume(L.Callback):
         checkpoint[METRICS] = {
             name: value.detach().cpu() for name, value in trainer.callback_metrics.items()
         }
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Update `ReduceLROnPlateau` after the first epoch, which Lightning leaves out."""
+        if trainer.fit_loop.restarting and trainer.is_last_batch:
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Let the model know its number of steps."""
+        pl_module.trained_steps = trainer.global_step
+
+    def _count(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Count the steps behind the weights that are evaluated."""
+        if trainer.state.fn != "fit" and trainer.global_step == 0:
+            count_steps(trainer, pl_module.trained_steps)
+            self._counted = True
+
+    on_validation_start = on_test_start = on_predict_start = _count
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the trainer as it was, so that it may train afterwards."""
+        if self._counted:
+            count_steps(trainer, 0)
+            self._counted = False
 
     def _keep_settings(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """What is loaded into an optimizer in place of a state."""

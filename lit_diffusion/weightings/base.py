@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_diffusion.exact import ExactModule
 from lit_diffusion.registry import plain_arguments
 
 __all__ = ["Weighting"]
 
 
-class Weighting(nn.Module, ABC):
+class Weighting(ExactModule, ABC):
     """The weight w(λ) > 0 on ‖ε̂ − ε‖² in ½ ∫ w(λ) … dλ.
 
     A subclass defines `forward`.

@@ -19,8 +19,10 @@ class MonotoneWeighting(Weighting):
 
     The smallest weighting above the base that never increases with λ, hence a likelihood
     objective. `MonotoneWeighting(EDMWeighting())` is the paper's EDM-monotonic: constant below the
-    peak. The supremum is computed on a grid of spacing 0.01 on [−40, 40], with peaks refined by a
-    parabola (to 1e-8).
+    peak. The supremum is that of values of the base: at λ itself, on a grid of spacing 0.01 on
+    [−40, 40], and at the vertex of a parabola through each peak of the grid. It is therefore
+    never too large, and at a smooth peak too small by less than 1e-8 of it; next to a jump of the
+    base it may be the value up to 0.01 away.
 
     Args:
         base: The weighting to make monotone; None means `EDMWeighting()`.
@@ -42,12 +44,15 @@ class MonotoneWeighting(Weighting):
         grid = torch.linspace(-40, 40, 8001, dtype=torch.float64, device=logsnr.device)
         height = self.base(grid)
         left, top, right = height[:-2], height[1:-1], height[2:]
-        # Move each peak of the grid to the vertex of the parabola through it and its neighbours.
+        # Move each peak of the grid to the vertex of the parabola through it and its neighbours,
+        # if the base is higher there: at a jump it is not, whatever the parabola says.
         peak = (top > left) & (top >= right)
         bend = torch.where(peak, 2 * top - left - right, torch.ones_like(top))
         away = torch.where(peak, (right - left) / (2 * bend), torch.zeros_like(top))
-        grid = grid + 0.01 * torch.nn.functional.pad(away, (1, 1))
-        height = height + torch.nn.functional.pad(away**2 * bend / 2, (1, 1))
+        vertex = grid + 0.01 * torch.nn.functional.pad(away, (1, 1))
+        there = self.base(vertex)
+        grid = torch.where(there > height, vertex, grid)
+        height = torch.maximum(height, there)
         beyond = height.flip(0).cummax(0).values.flip(0)  # supremum from each grid point on
         beyond = torch.cat([beyond, beyond.new_zeros(1)])
         after = torch.searchsorted(grid, logsnr.detach().to(torch.float64).contiguous())

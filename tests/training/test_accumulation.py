@@ -20,7 +20,8 @@ EXAMPLES = 22  # in batches of four: 4, 4, 4, 4, 4, 2
 
 
 def examples(n=EXAMPLES):
-    images = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.rand(n, 1, 8, 8, generator=generator) - 1
     return [{"image": image, "label": torch.tensor(i % 10)} for i, image in enumerate(images)]
 
 

@@ -302,7 +302,6 @@ def fit(folder, root, steps, ckpt_path=None, **arguments):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        use_distributed_sampler=False,
         default_root_dir=root,
     )
     data = ImageDataModule(str(folder), batch_size=8, **GENEROUS, **arguments)

@@ -88,7 +88,7 @@ def test_a_command_imports_only_what_it_needs():
 def test_a_wrong_argument_is_one_sentence_in_python_and_on_the_command_line(cli, tmp_path):
     calls = [
         (compare, {"runs": []}, ["compare"]),
-        (ema, {"run": "nowhere"}, ["ema", "--run", "nowhere"]),
+        (ema, {"run": "nowhere"}, ["ema", "nowhere"]),
         (objective, {"out": "x.jpg"}, ["objective", "--out", "x.jpg"]),
         (report, {"run": "nowhere"}, ["report", "nowhere"]),
         (sample, {"ckpt_path": "x", "per_class": 0}, ["sample", "--ckpt_path=x", "--per_class=0"]),

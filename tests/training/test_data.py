@@ -391,7 +391,6 @@ def fit(folder, root, steps, *, ckpt_path=None, ask=False, **arguments):
         enable_model_summary=False,
         enable_checkpointing=False,
         callbacks=[Save()] if ckpt_path is None else [],
-        use_distributed_sampler=False,
         default_root_dir=root,
     )
     data = ImageDataModule(path=str(folder), batch_size=8, horizontal_flip=True, **arguments)

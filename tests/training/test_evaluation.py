@@ -182,7 +182,7 @@ def test_nothing_to_evaluate(cli):
     assert "give --ckpt_path" in cli("evaluate")[2]
     code, _, err = cli("evaluate", "--ckpt_path=last")
     assert code == 2
-    assert "there is no checkpoint below runs/*" in err
+    assert "there is no checkpoint below runs;" in err
 
 
 # metrics.json ---------------------------------------------------------------------------------

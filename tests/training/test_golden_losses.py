@@ -108,7 +108,6 @@ def losses(objective):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         limit_val_batches=0,
         callbacks=[record],
     )

@@ -140,7 +140,13 @@ def lives(pid):
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("SIGTERM", 1), ("SIGUSR1", 1), pytest.param("SIGTERM", 2, marks=pytest.mark.slow)],
+    [
+        ("SIGINT", 1),
+        ("SIGTERM", 1),
+        ("SIGUSR1", 1),
+        pytest.param("SIGINT", 2, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     # Without a signal there are checkpoints at validations only, which would hide nothing.
@@ -150,10 +156,18 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     )
     wait_for(lambda: step_of(tmp_path) > 0, process)
     members = group(process)
-    os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
+    if name == "SIGINT":
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            pytest.skip(
+                "this process ignores Ctrl-C, as a job in the background, and so do others"
+            )
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal: to all ranks and workers
+    else:
+        os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
     code = process.wait(timeout=60)
     log = (tmp_path / "log.txt").read_text()
     assert code == 128 + getattr(signal, name), log[-3000:]
+    assert ("Ctrl-C: saving after this step" in log) == (name == "SIGINT")
     told = re.search(rf"{name}: step (\d+) is saved; continue with --ckpt_path last", log)
     assert told, log[-3000:]
     assert step_of(tmp_path) == int(told[1])

@@ -76,4 +76,4 @@ def test_the_command_line_marks_a_warning(cli, tmp_path):
     assert code == 2
     first, second = err.splitlines()
     assert first.startswith("Warning: Skipped a checkpoint: ")
-    assert second.startswith("lit-diffusion: error: there is no checkpoint below runs/")
+    assert second.startswith("lit-diffusion: error: there is no checkpoint below runs;")

@@ -51,7 +51,6 @@ def trainer(folder, **arguments):
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "use_distributed_sampler": False,
         "enable_checkpointing": False,
         "max_epochs": -1,
         "num_sanity_val_steps": 0,

@@ -24,6 +24,7 @@ from lit_diffusion.training import (
     NoiseLevelLoss,
 )
 from lit_diffusion.training.callbacks import noise_level_loss
+from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table, table_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,7 +76,8 @@ def test_the_sums_are_a_histogram(tmp_path):
     run.fit(tiny_model(), tiny_data(steps_per_epoch=10))
     records = read_table(tmp_path / "noise_levels.csv")
     told = [(record.step, record.stage) for record in records]
-    assert told == [(5, "train"), (5, "val"), (10, "train"), (10, "val"), (12, "train")]
+    assert told == [(5, "train"), (5, "val"), (10, "train"), (10, "val"), (12, "train"),
+                    (12, "val")]  # fmt: skip
     kept = {"train": keep.train, "val": keep.val}
     for record in records:
         index = {5: 0, 10: 1, 12: 2}[record.step]
@@ -175,7 +177,7 @@ def test_only_non_finite_losses_can_be_drawn_too(tmp_path):
     run = trainer(tmp_path, [SpoilAll(), NoiseLevelLoss(5)], max_steps=2)
     with pytest.warns(UserWarning, match="16 losses"):
         run.fit(tiny_model(), tiny_data())
-    (record,) = read_table(tmp_path / "noise_levels.csv")
+    record, _ = read_table(tmp_path / "noise_levels.csv")
     assert record.eps_mse.isnan().all()
     assert (tmp_path / "noise_levels.png").is_file()
 
@@ -203,7 +205,10 @@ def fit(folder, callbacks=(), steps=12, ckpt_path=None, **arguments):
     last = LastCheckpoint(every_n_steps=3)
     run = trainer(folder, [EMA(0.9), callback, *callbacks, last], max_steps=steps, **arguments)
     data = tiny_data(steps_per_epoch=10 * run.accumulate_grad_batches)
-    run.fit(tiny_model(), data, ckpt_path=ckpt_path)
+    model = tiny_model()
+    run.fit(model, data, ckpt_path=ckpt_path)
+    if model.validated_step < 0:
+        measure_again(run, model)
 
 
 @pytest.fixture
@@ -238,7 +243,7 @@ def test_a_resumed_run_continues_the_file(tmp_path, hook, step, accumulate):
     assert first == second
     records = read_table(part / "noise_levels.csv")
     assert [r.step for r in records if r.stage == "train"][-1] == 12
-    assert [r.step for r in records if r.stage == "val"] == [5, 10]
+    assert [r.step for r in records if r.stage == "val"] == [5, 10, 12]
     assert all(r.gradient_norm.isfinite().all() for r in records if r.stage == "train")
 
 
@@ -247,9 +252,9 @@ def test_a_run_that_goes_on_replaces_its_last_partial_record(tmp_path):
     fit(tmp_path / "whole", steps=20)
     fit(tmp_path / "part", steps=12)
     steps = [record.step for record in read_table(tmp_path / "part" / "noise_levels.csv")]
-    assert steps == [10, 10, 12]
+    assert steps == [10, 10, 12, 12]
     path = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    fit(tmp_path / "part", steps=12, ckpt_path=path)  # nothing left to do, and nothing lost
+    fit(tmp_path / "part", steps=12, ckpt_path=path)  # measured again, and nothing lost
     assert [r.step for r in read_table(tmp_path / "part" / "noise_levels.csv")] == steps
     fit(tmp_path / "part", steps=20, ckpt_path=path)
     files = [tmp_path / name / "noise_levels.csv" for name in ("whole", "part")]
@@ -531,29 +536,34 @@ def test_the_table_is_at_common_noise_levels(cli, tmp_path):
         half = (math.exp(4.5) - math.exp(-1.0)) / 2
         assert numbers == pytest.approx([*exact, half], rel=1e-3)
     apart = folder_with(tmp_path / "a" / "3", record(1, "val", 7.0, 9.0, [1.0, 2.0]))
-    code, out, _ = cli("compare", one, apart)
+    code, out, _ = cli("compare", one, apart, "--out", "apart.png")
     assert code == 0
     assert "no noise levels in common" in out
-    assert Path("compare.png").is_file()
+    assert Path("apart.png").is_file()
+
+
+FIGURE = ("--out", "figure.png")
 
 
 @pytest.mark.parametrize(
     ("words", "telling"),
     [
         ((), "at least 1 run"),
-        (("nowhere",), "nowhere has no noise_levels.csv"),
-        (("good", "empty"), "empty has no noise_levels.csv"),
-        (("good", "header"), "no record yet"),
-        (("good", "other"), "not a table of NoiseLevelLoss: expected the columns"),
-        (("good", "torn"), "not a table of NoiseLevelLoss"),
+        (("nowhere",), "nowhere is not a run folder"),
+        (("good", "empty"), "empty is not a run folder"),
+        (("good", "bare", *FIGURE), "bare has no noise_levels.csv"),
+        (("good", "header", *FIGURE), "no record yet"),
+        (("good", "other", *FIGURE), "not a table of NoiseLevelLoss: expected the columns"),
+        (("good", "torn", *FIGURE), "not a table of NoiseLevelLoss"),
         (("good", "good"), "expected each run once"),
-        (("good", "--out", "both.doc"), ".png, .pdf, .svg, got both.doc"),
+        (("good", "--out", "both.doc"), ".html, .png, .pdf, .svg, got both.doc"),
         (("good", "--colour"), "no argument is called --colour"),
     ],
 )
 def test_a_mistake_is_one_line_and_draws_nothing(cli, tmp_path, words, telling):
     folder_with(tmp_path / "good", record(1, "val", 0.0, 1.0, [1.0, 2.0]))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
     folder_with(tmp_path / "header")
     texts = {"other": "step,loss\n1,2\n", "torn": table_text([], header=True) + "1,val,0\n"}
     for name, text in texts.items():
@@ -564,7 +574,7 @@ def test_a_mistake_is_one_line_and_draws_nothing(cli, tmp_path, words, telling):
     assert len(err.splitlines()) == 1
     assert telling in err
     assert out == ""
-    assert not list(tmp_path.glob("*.png"))
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
 @pytest.mark.parametrize(

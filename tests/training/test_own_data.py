@@ -1,8 +1,12 @@
 """Loaders of one's own: their batches, their range of values, their shapes and labels."""
 
+import sys
+
 import lightning as L
 import pytest
 import torch
+import warm
+import yaml
 from test_conditioning import Spy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -262,3 +266,52 @@ def test_other_conditions_are_guided_like_classes():
     subject = LitDiffusion(Spy(), conditions=("age",), label_dropout=0.0)
     with pytest.raises(ValueError, match="label_dropout=0"):
         subject.sample(1, guidance=2.0, cond={"age": torch.zeros(1, 1)})
+
+
+# Several ranks ---------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training.cli import main
+
+class OwnLoader(ImageDataModule):
+    def train_dataloader(self):
+        rows = [{"image": torch.zeros(1, 8, 8), "label": torch.tensor(0), "index": torch.tensor(i)}
+                for i in range(16)]
+        return DataLoader(rows, 4, shuffle=True)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            with open(f"seen{self.trainer.global_rank}.txt", "a") as file:
+                file.write(" ".join(map(str, batch["index"].tolist())) + "\\n")
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+if __name__ == "__main__":
+    main(data_class=OwnLoader)
+"""
+
+
+def test_a_loader_is_divided_among_the_ranks_by_default(cli):
+    code, out, _ = cli("fit", "--print_config")
+    assert code == 0
+    assert yaml.safe_load(out)["trainer"]["use_distributed_sampler"] is True
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_examples_of_a_loader(tmp_path):
+    (tmp_path / "own.py").write_text(TWO_RANKS)
+    words = [
+        sys.executable, "own.py", "fit", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.limit_val_batches=0",
+        "--model.network=UNet", "--model.network.channels=[8]", "--model.network.attention=[]",
+        "--model.network.num_classes=10", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    done = warm.run(words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [(tmp_path / f"seen{rank}.txt").read_text().split() for rank in (0, 1)]
+    for epoch in (slice(0, 8), slice(8, 16)):
+        assert sorted(map(int, seen[0][epoch] + seen[1][epoch])) == list(range(16))
+    assert seen[0][:8] != seen[0][8:]  # another order in each epoch

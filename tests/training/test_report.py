@@ -277,7 +277,7 @@ def test_the_headline_is_the_last_of_the_runs_own_validation(run):
         assert f"{said}{shown} protocol" in head
     assert "98.7" not in head
     assert "31.7" not in head
-    assert "Measured in validation" in page.text
+    assert "Fréchet distance, measured in validation" in page.text
 
 
 def test_a_run_that_has_hardly_anything(tmp_path):
@@ -469,7 +469,7 @@ def test_the_command_writes_where_it_is_told(cli, run, tmp_path):
         (["RUN", "RUN"], "one argument too many"),
         (["."], "is not a run folder"),
         (["nowhere"], "is not a run folder"),
-        (["last"], "there is no run below runs"),
+        (["last"], "there is no checkpoint below runs"),
         (["RUN", "--out", "page.png"], "--out must be an .html file, got page.png"),
         (["RUN", "--out", "folder.html"], "--out must be an .html file"),
     ],

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from test_module import Record, fit, tiny_data, tiny_model, trainer
 
-from lit_diffusion.training import EMA, LastCheckpoint, WholeCheckpointIO
+from lit_diffusion.training import EMA, LastCheckpoint, LitDiffusion, WholeCheckpointIO
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 
@@ -143,3 +143,43 @@ def test_a_checkpoint_that_is_saved_after_training_is_as_good_as_the_last(tmp_pa
     assert runs[0][0].losses == runs[1][0].losses
     ours, theirs = (model.state_dict() for _, model in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_plateau_is_watched_on_val_loss_and_resumes_exactly(tmp_path):
+    plateau = functools.partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0, factor=0.5,
+        threshold_mode="abs",
+    )  # fmt: skip
+
+    def model():
+        return tiny_model(lr_scheduler=plateau)
+
+    rates = [Rates(), Rates(), Rates()]
+    run(tmp_path / "whole", 18, [rates[0]], model=model())
+    for number, (steps, ckpt_path) in enumerate([(10, None), (18, "last.ckpt")], 1):
+        path = ckpt_path and tmp_path / "part" / "checkpoints" / ckpt_path
+        run(tmp_path / "part", steps, [LastCheckpoint(), rates[number]], path, model=model())
+    assert rates[0].used[::5] == [1e-3, 1e-3, 5e-4, 2.5e-4]  # after each validation but the first
+    assert rates[1].used + rates[2].used == rates[0].used
+
+
+def test_a_model_that_was_loaded_trains_with_its_dropout(tmp_path):
+    fit(tmp_path, 2)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    modes = []
+
+    class Modes(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append({part.training for part in pl_module.modules()})
+
+    model = LitDiffusion.load_from_checkpoint(path)
+    assert not model.training
+    assert model.trained_steps == 2
+    trainer(tmp_path, max_steps=1, callbacks=[Modes()]).fit(model, tiny_data())
+    assert modes.pop() == {True}
+    frozen = LitDiffusion.load_from_checkpoint(path)
+    frozen.denoiser.network.conv_out.requires_grad_(False)
+    with pytest.warns(UserWarning, match="in eval mode"):
+        trainer(tmp_path, max_steps=1, callbacks=[Modes()]).fit(frozen, tiny_data())
+    assert modes.pop() == {True, False}
+    assert not frozen.denoiser.network.conv_out.training

@@ -221,7 +221,7 @@ def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, step
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", callbacks=[SampleGrid(rows=1, columns=2)],
         enable_progress_bar=bar, max_steps=1, enable_model_summary=False, logger=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        enable_checkpointing=False, num_sanity_val_steps=0,
     )  # fmt: skip
     monkeypatch.setattr(type(trainer), "log_dir", str(tmp_path), raising=False)
     data = ImageDataModule(

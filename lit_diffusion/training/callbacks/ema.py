@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, Profile, RunningAverage
 from lit_diffusion.training.run.messages import inform, warn
+from lit_diffusion.training.run.trainer import all_callbacks
 from lit_diffusion.training.run.weights import RAW, add_average, take_average, weights_name
 
-__all__ = ["EMA", "name_of", "trained_weights"]
+__all__ = ["EMA", "averaged", "name_of", "trained_weights"]
 
 
 class EMA(L.Callback):
@@ -176,6 +179,29 @@ class EMA(L.Callback):
         """Keep the average until the parameters are on their device."""
         self._loaded = take_average(checkpoint)
         self._in_place, self._after = weights_name(checkpoint), None
+
+
+@contextlib.contextmanager
+def averaged(trainer: L.Trainer, model: L.LightningModule) -> Iterator[None]:
+    """The model as in a validation: with the average of an `EMA`, in eval mode, without gradients.
+
+    Args:
+        trainer: Has the callbacks.
+        model: The model.
+    """
+    found = [one for one in all_callbacks(trainer) if isinstance(one, EMA) and not one.swapped]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for one in found:
+        one.on_validation_start(trainer, model)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for one in found:
+            one.on_validation_end(trainer, model)
+        for module, mode in modes:
+            module.training = mode
 
 
 def trained_weights(pl_module: L.LightningModule) -> dict[str, Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from torch import nn
 
 from lit_diffusion.samplers import Sampler
+from lit_diffusion.training.callbacks.periodic import Periodic, log
 from lit_diffusion.training.evaluation import scores
 from lit_diffusion.training.evaluation.comparison import Comparison
 from lit_diffusion.training.evaluation.features import InceptionFeatures
-from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
+from lit_diffusion.training.evaluation.generation import Generation
+from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import Score
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.ranks import place
@@ -23,7 +24,7 @@ from lit_diffusion.training.run.weights import weights_in_use
 __all__ = ["FID"]
 
 
-class FID(L.Callback):
+class FID(Periodic):
     """Generates samples at validation and test, and computes their Fréchet distance from the data.
 
     The distance is ‖μ − μ'‖² + tr(Σ + Σ' − 2 (Σ Σ')^½), with the means and covariances of the
@@ -36,8 +37,12 @@ class FID(L.Callback):
     seed, the rounding of images, and versions. Two numbers with the same protocol can be compared;
     most published ones are of 50,000 samples and Inception features against the training split.
 
+    Labels have the frequencies of the training split. If the model has further conditions, sample
+    i has those, and the label, of training example i, so num_samples is at most their number.
+
     With an `EMA` the samples are those of the average. The reference is computed once for each
-    data set and feature network, and cached.
+    data set and feature network, and cached. The last weights of a fit are always measured;
+    without validation data, epochs of training count as validations.
 
     Args:
         num_samples: Number of samples, at least 2.
@@ -52,7 +57,7 @@ class FID(L.Callback):
         guidance_interval: Guide only where low ≤ λ ≤ high; None for everywhere.
         seed: Sample i is a function of (weights, seed, i).
         batch_size: Images per batch; whole batches are assigned to the ranks.
-        every_n_validations: Measure at every n-th validation and at the last step only.
+        every_n_validations: Measure at every n-th validation, and at the end of the fit.
         baseline_split: A split of real images whose own distance is computed once, as the score
             of perfect samples; logged as …/fid_baseline. None for none.
         reference_hash: A prefix of the expected hash of the reference; None accepts any.
@@ -86,6 +91,7 @@ class FID(L.Callback):
         baseline_split: str | None = None,
         reference_hash: str | None = None,
     ) -> None:
+        super().__init__(every_n_validations, first=False)
         if num_samples < 2 or every_n_validations < 1:
             raise ValueError(
                 "FID: num_samples must be at least 2 and every_n_validations at least 1, "
@@ -103,12 +109,10 @@ class FID(L.Callback):
             scores.density_coverage: precision_recall,
         }
         self.others = tuple(score for score, is_wanted in wanted.items() if is_wanted)
-        self.every_n_validations = every_n_validations
         self.baseline_split = baseline_split
         self.reference_hash = reference_hash
         self.summary: str | None = None
         self._comparison: Comparison | None = None
-        self._validations = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the feature network now, so that a missing file is reported before training."""
@@ -120,7 +124,6 @@ class FID(L.Callback):
         self._comparison = self._open(trainer, pl_module)
 
     def _open(self, trainer: L.Trainer, model: LitDiffusion) -> Comparison:
-        refuse_conditions(model)
         model.check_guidance(self.generation.guidance)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "examples"):
@@ -128,6 +131,8 @@ class FID(L.Callback):
                 "FID: expected an ImageDataModule to compare samples with, got "
                 f"{type(data).__name__}: give the trainer one, or leave FID out."
             )
+        if model.conditions:
+            check_enough(data, data.train_split, self.generation.num_samples)
         return Comparison.open(
             model,
             data,
@@ -138,21 +143,19 @@ class FID(L.Callback):
             self.reference_hash,
         )
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compute the scores, in a hook where the averaged weights are in use."""
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-        last = ends or trainer.state.fn != "fit"
-        if self._validations % self.every_n_validations == 0 or last:
-            self._measure(trainer, pl_module, "val")
-
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compute the scores, in a hook where the averaged weights are in use."""
-        self._measure(trainer, pl_module, "test")
+        log(pl_module, "test", self.measure(trainer, pl_module, "test"))
 
-    def _measure(self, trainer: L.Trainer, model: LitDiffusion, stage: str) -> None:
+    def measure(self, trainer: L.Trainer, pl_module: Any, stage: str) -> dict[str, float]:
+        """Compute the scores and record them with their protocol.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            stage: val or test.
+        """
+        model: LitDiffusion = pl_module
         if self._comparison is None:
             self._comparison = self._open(trainer, model)
         comparison = self._comparison
@@ -160,10 +163,6 @@ class FID(L.Callback):
         values = {name: score.value for name, score in found.items()}
         if comparison.baseline is not None:
             values["fid_baseline"] = comparison.baseline
-        for name, number in values.items():
-            # Every rank has the number; sync_dist only says that it may be monitored anywhere.
-            value = torch.tensor(number, device=model.device)
-            model.log(f"{stage}/{name}", value, sync_dist=True, prog_bar=name == "fid")
         protocol = comparison.protocol(model, self.generation, weights_in_use(model))
         folder = output_folder(trainer)
         if trainer.is_global_zero and folder is not None:
@@ -179,11 +178,14 @@ class FID(L.Callback):
                     Measurement("fid_baseline", comparison.baseline, None, step, stage, about)
                 )
             add_measurements(folder, new)
-        self.summary = self._sentence(stage, found, protocol, comparison.baseline)
+        self.summary = self._sentence(
+            f"{stage}/fid at step {trainer.global_step}", found, protocol, comparison.baseline
+        )
+        return values
 
     def _sentence(
         self,
-        stage: str,
+        name: str,
         found: dict[str, Score],
         protocol: dict[str, Any],
         baseline: float | None,
@@ -203,16 +205,8 @@ class FID(L.Callback):
             if name != "fid"
         )
         return (
-            f"{stage}/fid: {fid:.4g}{relative}{others}; {protocol['samples']} samples by "
+            f"{name}: {fid:.4g}{relative}{others}; {protocol['samples']} samples by "
             f"{protocol['sampler']}, {protocol['network calls']} network calls each, against "
             f"{reference['examples']} examples of split {reference['split']} "
             f"({reference['hash']}) under {reference['features']}"
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of validations so far."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of validations."""
-        self._validations = state_dict["validations"]

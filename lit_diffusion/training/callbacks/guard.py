@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.saved_config import config_text
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
@@ -238,7 +239,7 @@ class Guard(L.Callback):
         """Save the config of this session; the run folder may have several."""
         for callback in all_callbacks(trainer):
             if isinstance(callback, SaveConfigCallback):
-                write_whole(path, callback.parser.dump(callback.config, skip_none=False))
+                write_whole(path, config_text(callback.parser, callback.config))
                 return path.name
         return None
 

@@ -13,14 +13,16 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+from lit_diffusion.training.run.folder import is_first_rank
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import sync
 
 __all__ = ["LastCheckpoint"]
 
-#: Signals that end a job early: kill and torchrun send the first, SLURM's --signal either.
-SIGNALS = ("SIGTERM", "SIGUSR1")
+#: Signals that end a job early: Ctrl-C sends the first, kill and torchrun the second, SLURM's
+#: --signal the second or third.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 TWICE = 1.0  # seconds within which a second signal is the first one again
 PENDING = "last.ckpt.pending"  # not found by a search for *.ckpt
 
@@ -34,9 +36,10 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints, at least 1.
-        save_on_signal: On SIGTERM or SIGUSR1 to any rank, save a checkpoint after the step (during
-            validation: after it) and exit with code 128 + signal. A second signal, a second
-            later or more, ends the process at once.
+        save_on_signal: On Ctrl-C (SIGINT), SIGTERM or SIGUSR1 to any rank, save a checkpoint after
+            the step (during validation: after it) and exit with code 128 + signal, without a
+            measurement of the last weights. A second signal, a second later or more, ends the
+            process at once.
 
     Raises:
         ValueError: If every_n_steps is below 1.
@@ -69,6 +72,7 @@ class LastCheckpoint(Checkpoint):
         self._leaving = 0  # the signal to end by
         self._signal = 0
         self._noted = 0.0  # when
+        self._saved_all: L.Trainer | None = None  # in the measurements after the last checkpoint
         self._process = 0
         self._handlers: dict[int, Any] = {}
 
@@ -95,10 +99,12 @@ class LastCheckpoint(Checkpoint):
                 "validations and at the end; set data.steps_per_epoch to 2 or more."
             )
         self._signal, self._leaving, self._process = 0, 0, os.getpid()
+        self._saved_all = None
         self._pending, self._late, self._between_steps = False, False, True
         if self.save_on_signal and threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in SIGNALS):
-                if number is not None:
+            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
                     self._handlers[number] = signal.signal(number, self._note)
 
     # When -------------------------------------------------------------------------------------
@@ -118,12 +124,13 @@ class LastCheckpoint(Checkpoint):
             return
         self._last_step = step
         self._leaving = self._received(trainer)
-        due = step % self.every_n_steps == 0 or self._late or self._leaving
+        ends = step == trainer.max_steps or trainer.should_stop
+        due = step % self.every_n_steps == 0 or self._late or self._leaving or ends
         if due and step != self._saved_step:
-            if _validates_or_ends(trainer, batch_idx):
+            if trainer.is_last_batch or _validates(trainer, batch_idx):
                 self._late, self._leaving = True, 0
             else:
-                self._pending = self._save(trainer, self._path.with_name(PENDING))
+                self._pending = self._save(trainer, self._path.with_name(PENDING), again=ends)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -145,15 +152,20 @@ class LastCheckpoint(Checkpoint):
             self._late = True
             return
         number = self._received(trainer)
-        self._save(trainer, self._path)
+        if trainer.global_step != self._saved_step:  # else it is after the end of training
+            self._save(trainer, self._path)
         if number:
             self._leave(trainer, number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, unless it is saved."""
-        self._drop(trainer)
+        """Save the last step, unless it is saved, before its weights are measured."""
+        self._publish(trainer)
         if trainer.global_step != self._saved_step:
             self._save(trainer, self._path, required=True)
+        if number := self._received(trainer):
+            self._leave(trainer, number)
+        if trainer.world_size == 1:  # several ranks can only leave together
+            self._saved_all = trainer
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -167,8 +179,10 @@ class LastCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: L.Trainer, path: Path, required: bool = False) -> bool:
-        """Write a checkpoint; return whether that succeeded."""
+    def _save(
+        self, trainer: L.Trainer, path: Path, required: bool = False, again: bool = False
+    ) -> bool:
+        """Write a checkpoint, a required one or one that is tried again; return whether it is."""
         if not self._enabled:
             return False
         try:
@@ -177,7 +191,8 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
             if required:
                 raise
-            warn(f"{error} Training continues.")
+            if not again:
+                warn(f"{error} Training continues.")
             return False
         self._saved_step, self._late = trainer.global_step, False
         return True
@@ -199,13 +214,21 @@ class LastCheckpoint(Checkpoint):
     # Signals ----------------------------------------------------------------------------------
 
     def _note(self, number: int, frame: Any) -> None:
+        """Keep a signal until the step is complete; leave now if nothing remains to be saved."""
         other = os.getpid() != self._process  # a process that was forked from this one
-        # `timeout` sends its signal to the process and to its group, one right after the other.
+        # `timeout` sends its signal to the process and to its group, one right after the other;
+        # torchrun at a terminal passes on a Ctrl-C that its processes have received themselves.
         if other or (self._signal and time.monotonic() - self._noted > TWICE):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if not self._signal:
-            self._signal, self._noted = number, time.monotonic()
+        if self._signal:
+            return
+        self._signal, self._noted = number, time.monotonic()
+        if self._saved_all is not None:
+            self._leave(self._saved_all, number)
+        if number == signal.SIGINT and is_first_rank():
+            # Neither logging nor print may be called from within themselves.
+            os.write(2, b"\nCtrl-C: saving after this step; once more ends the run at once.\n")
 
     def _received(self, trainer: L.Trainer) -> int:
         """The signal that some rank has received, 0 for none; a collective."""
@@ -230,13 +253,13 @@ class LastCheckpoint(Checkpoint):
         return {"run": str(self._path.parents[1]) if self._path.name else ""}
 
 
-def _validates_or_ends(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a validation, the end of an epoch or the end of training may follow this batch."""
-    if trainer.global_step == trainer.max_steps or trainer.is_last_batch:
-        return True
+def _validates(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation may follow this batch, which is not the last one of an epoch."""
     interval = trainer.val_check_batch
     if not trainer.enable_validation or not isinstance(interval, int):
         return False
+    if trainer.should_stop:
+        return True
     of_epoch = trainer.check_val_every_n_epoch is not None
     batches = (batch_idx if of_epoch else trainer.fit_loop.total_batch_idx) + 1
     return batches % interval == 0

@@ -14,8 +14,10 @@ from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import randomness
+from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import all_callbacks, output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
@@ -123,6 +125,15 @@ class Likelihood(L.Callback):
             decoder.check(x)
             decoder.warn_if_costly(schedule.ends[1])
             break
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report before the first step that there is nothing to compute the bound of."""
+        if not has_validation(trainer):
+            warn(
+                "Likelihood: this fit has no validation data (data.val_split or "
+                "trainer.limit_val_batches), so there will be no bound: set them, or use "
+                "`lit-diffusion evaluate` afterwards."
+            )
 
     def bound(self, model: LitDiffusion, batch: Any) -> BoundTerms:
         """The terms of each example, averaged over its noise levels.
@@ -251,7 +262,8 @@ class Likelihood(L.Callback):
         density = not hasattr(decoder, "levels")
         what = ", of a density in units of x, not of grey levels" if density else ""
         return (
-            f"{stage}/bpd: at most {bits.value:.4f} ± {bits.error:.4f} bits per dimension{what} "
+            f"{stage}/bpd at step {bits.step}: at most {bits.value:.4f} ± {bits.error:.4f} bits "
+            f"per dimension{what} "
             f"({parts}), over {bits.protocol['examples']} examples, "
             f"{self.samples_per_example} noise level(s) each, {chain}, "
             f"λ in [{low:.4g}, {high:.4g}], {decoder}"

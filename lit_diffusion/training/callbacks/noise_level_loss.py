@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
 from lit_diffusion.training import randomness
+from lit_diffusion.training.last_weights import Measures, has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import save_figure
@@ -27,7 +28,7 @@ from lit_diffusion.training.run.whole_file import write_whole
 __all__ = ["NoiseLevelLoss"]
 
 
-class NoiseLevelLoss(L.Callback):
+class NoiseLevelLoss(Measures):
     """Records the ε-error at each noise level, E[mean (ε̂ − ε)² | λ], in bins of λ.
 
     A mean loss hides which noise levels contribute to it. Resolved over λ it shows which levels
@@ -39,7 +40,8 @@ class NoiseLevelLoss(L.Callback):
     of λ, for the training steps since the last validation and for the validation, which uses
     fixed noise and the average weights of an `EMA`; noise_levels.png shows them. Non-finite losses
     are counted separately and reported. Between two validations nothing synchronises with the
-    device, and training is bit-identical with and without this callback.
+    device, and training is bit-identical with and without this callback. Without validation data
+    there is a record of the training steps at the end of each epoch, and at the end of the fit.
 
     Args:
         bins: Number of bins of equal width over the range of λ at the start of the run, at least
@@ -82,6 +84,8 @@ class NoiseLevelLoss(L.Callback):
         self._folder: Path | None = None
         self._records: list[NoiseLevels] | None = None
         self._last_step = 0
+        self._recorded_step = -1
+        self._validates = True
         self._loaded: dict[str, Any] | None = None
         self._trainer: L.Trainer | None = None
 
@@ -108,6 +112,8 @@ class NoiseLevelLoss(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step, which a resumed run knows only now."""
         self._last_step = trainer.global_step
+        self._recorded_step = -1
+        self._validates = has_validation(trainer)
 
     def _add(self, rows: Tensor, outputs: dict[str, Tensor]) -> None:
         """Add examples to their bins, without synchronising with the device."""
@@ -186,9 +192,9 @@ class NoiseLevelLoss(L.Callback):
                 module.training = mode
         return torch.stack(norms)
 
-    def _watches(self, trainer: L.Trainer) -> bool:
+    def _watches(self, trainer: L.Trainer, model: Any) -> bool:
         """Whether this validation is part of a training run."""
-        return trainer.state.fn == "fit" and not trainer.sanity_checking
+        return (trainer.state.fn == "fit" or model.finishing) and not trainer.sanity_checking
 
     def on_validation_batch_end(
         self,
@@ -200,23 +206,31 @@ class NoiseLevelLoss(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch, in a hook where the averaged weights are in use."""
-        if self._watches(trainer) and outputs:
+        if self._watches(trainer, pl_module) and outputs:
             self._add(self._sums[5:10], outputs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the records of both stages, and reset the sums."""
-        if not self._watches(trainer):
-            return
+        if self._watches(trainer, pl_module):
+            self._record(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the record of a complete epoch, where there are no validations."""
+        if not self._validates and trainer.is_last_batch:
+            self._record(trainer)
+
+    def measure_last(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the steps since the last record; a resumed run replaces it by that of more."""
+        if self._recorded_step != trainer.global_step:
+            self._record(trainer)
+
+    def _record(self, trainer: L.Trainer) -> None:
+        """Write the records of both stages, and reset the sums; a collective."""
         total = self._total().cpu()
         self._sums.zero_()
+        self._recorded_step = trainer.global_step
         if trainer.is_global_zero and self._write(trainer, total):
             self._written = len(self._records or ())
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the steps since the last validation; a resumed run replaces that record."""
-        total = self._total().cpu()
-        if trainer.is_global_zero:
-            self._write(trainer, total)
 
     # The file --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.training import randomness
+from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.trainer import output_folder
@@ -91,14 +92,16 @@ def _points(points: Tensor) -> Tensor:
     return (paper * 255).round().to(torch.uint8)
 
 
-class SampleGrid(L.Callback):
+class SampleGrid(Periodic):
     """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
     With classes, each column is one class. With further conditions, the images have the
-    conditions of the first validation examples; if rank 0 has fewer than rows · columns of them,
-    there are fewer images. The starting noise is always the same, so that the grids differ only
-    by the model. With an `EMA` the samples are those of the average. Sampling with more than 100
-    noise levels shows a progress bar, if the trainer has one.
+    conditions of the first validation examples, or training examples if there is no validation;
+    if rank 0 has fewer than rows · columns of them, there are fewer images. The starting noise is
+    always the same, so that the grids differ only by the model. With an `EMA` the samples are
+    those of the average. The last weights of a fit always have a grid; without validation data,
+    epochs of training count as validations. Sampling with more than 100 noise levels shows a
+    progress bar, if the trainer has one.
 
     Data of one or two numbers are shown as a histogram or a scatter plot instead, which needs
     some thousand samples, such as 40 rows and 50 columns.
@@ -108,7 +111,7 @@ class SampleGrid(L.Callback):
         columns: Columns of the grid; rows · columns is the number of samples.
         guidance: Scale of classifier-free guidance, 1 for none.
         guidance_interval: Guide only where low ≤ λ ≤ high; None for everywhere.
-        every_n_validations: Sample at every n-th validation only.
+        every_n_validations: Sample at the first of every n validations, and at the end of the fit.
 
     Raises:
         ValueError: If a number is below 1, low is not below high, or the model cannot be guided.
@@ -122,6 +125,7 @@ class SampleGrid(L.Callback):
         every_n_validations: int = 1,
         guidance_interval: tuple[float, float] | None = None,
     ) -> None:
+        super().__init__(every_n_validations, first=True)
         if min(rows, columns, every_n_validations) < 1:
             raise ValueError(
                 "SampleGrid: rows, columns and every_n_validations must be at least 1, "
@@ -136,9 +140,7 @@ class SampleGrid(L.Callback):
         self.columns = columns
         self.guidance = guidance
         self.guidance_interval = guidance_interval
-        self.every_n_validations = every_n_validations
         self.last_path: Path | None = None
-        self._validations = 0
         self._seen: list[dict[str, Tensor]] = []
 
     def sample(
@@ -197,17 +199,21 @@ class SampleGrid(L.Callback):
             cond = pl_module.condition(pl_module.standard(batch))
             self._seen.append({name: value[:room] for name, value in cond.items()})
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Sample the grid, in a hook where the averaged weights are in use."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        self._validations += 1
-        if (self._validations - 1) % self.every_n_validations and not trainer.should_stop:
-            return
+    def measure(self, trainer: L.Trainer, pl_module: Any, stage: str) -> dict[str, float]:
+        """Sample the grid on rank 0, if the validation is part of a fit; there is no number.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            stage: Of no importance.
+        """
         folder = output_folder(trainer)
-        if not trainer.is_global_zero or folder is None:
-            return
+        in_fit = trainer.state.fn == "fit" or pl_module.finishing
+        if not in_fit or not trainer.is_global_zero or folder is None:
+            return {}
         path = folder / "samples" / f"step-{trainer.global_step:07d}.png"
+        if pl_module.conditions and not self._seen:
+            self._see_training_data(trainer, pl_module)
         seen = {
             name: torch.cat([cond[name] for cond in self._seen])
             for name in (self._seen[0] if self._seen else ())
@@ -216,6 +222,15 @@ class SampleGrid(L.Callback):
         save_grid(images, path, self.columns)
         self.last_path = path
         show(trainer, "samples", path)
+        return {}
+
+    def _see_training_data(self, trainer: L.Trainer, model: LitDiffusion) -> None:
+        """Take the conditions of the first training examples, where there is no validation."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "examples"):
+            batch = next(iter(data.examples(data.train_split, self.rows * self.columns)))
+            cond = model.condition({k: v for k, v in batch.items() if k != "image"})
+            self._seen = [{name: value.to(model.device) for name, value in cond.items()}]
 
     def on_predict_batch_end(
         self,
@@ -232,11 +247,3 @@ class SampleGrid(L.Callback):
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
             self.last_path = folder / "samples" / name
             save_grid(outputs, self.last_path, self.columns)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of validations so far."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of validations."""
-        self._validations = state_dict["validations"]

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
+from lit_diffusion.training.commands.choices import find_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import (
     WholeCheckpointIO,
@@ -65,6 +66,8 @@ def ema(
     decay: float | None = None,
     step: int | None = None,
     out: str | Path | None = None,
+    name: str | None = None,
+    root: str | Path | None = None,
 ) -> Average | Available:
     """Write another average of a run's weights as a checkpoint (post-hoc EMA), or list them.
 
@@ -72,24 +75,29 @@ def ema(
     checkpoint if it is there. Without sigma_rel and decay the averages of the run are listed.
 
     Args:
-        run: The run folder.
+        run: A run folder, a checkpoint in it, or `last` for the newest run.
         sigma_rel: Relative width, in (0, 0.2887].
         decay: Constant decay of an average that the run has kept.
         step: With sigma_rel: use the last snapshot up to this step; the newest by default.
         out: The checkpoint, a .ckpt file; RUN/checkpoints/sigma_rel-…-step-….ckpt by default.
+        name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
 
     Raises:
         ValueError: If the average cannot be reconstructed from the snapshots, or the run has none.
     """
-    run = Path(run)
-    checkpoint = _checkpoint(run)
-    stored = read_snapshots(run)
-    if sigma_rel is None and decay is None:
-        return _available(checkpoint, stored)
     if sigma_rel is not None and decay is not None:
         raise UsageError(f"expected one of --sigma_rel and --decay, got {sigma_rel} and {decay}.")
     if out is not None and Path(out).suffix != ".ckpt":
         raise UsageError(f"--out must end in .ckpt, got {out}.")
+    path = find_checkpoint(run, name, root)
+    found_run = run_of(path)
+    if found_run is None:
+        raise UsageError(f"expected a run folder or a checkpoint in one, got {path}.")
+    run, checkpoint = found_run, load_checkpoint(path)
+    stored = read_snapshots(run)
+    if sigma_rel is None and decay is None:
+        return _available(checkpoint, stored)
     found = _followed(run, checkpoint, sigma_rel, decay, step)
     if found is None:
         assert sigma_rel is not None  # a constant decay is found or refused
@@ -130,16 +138,6 @@ def _followed(
     if name is None or step is not None:
         return None
     return _Weights(name, checkpoint["global_step"], followed[name], ", as kept during training")
-
-
-def _checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, which describes the model."""
-    if not run.is_dir():
-        raise UsageError(f"--run must be the folder of a run, but there is no folder {run}.")
-    path = run / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise UsageError(f"expected {path}, which describes the model, but it does not exist.")
-    return load_checkpoint(path)
 
 
 def _usable(stored: list[Stored], step: int) -> list[Stored]:

@@ -30,6 +30,7 @@ from lit_diffusion.training.commands.autoencoder import Autoencoder
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_folder import (
     publish,
     remove_unfinished,
@@ -94,7 +95,11 @@ def encode(
             twice = mirrored and split == data.train_split
             moments[split] = _write_split(autoencoder, batches, partial, split, twice)
         card = {"autoencoder": str(vae), "scale": autoencoder.scale, "shift": autoencoder.shift}
-        card |= {"images": data.path, "image_shape": [*data.image_shape], "latent_shape": [*shape]}
+        card |= {
+            "images": without_secrets(data.path),
+            "image_shape": [*data.image_shape],
+            "latent_shape": [*shape],
+        }
         card |= {"mirrored": mirrored, "splits": moments}
         files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in moments)
         text = CARD.format(files=files, facts=_plain(card))

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from lit_diffusion.description import allowed_modules, missing_package
 from lit_diffusion.registry import subclasses
+from lit_diffusion.training.run.secrets import without_secrets
 
 __all__ = ["UsageError", "fail", "one_line"]
 
@@ -33,7 +34,8 @@ def fail(message: str) -> NoReturn:
     Args:
         message: What was expected, what was received, and what to do.
     """
-    sys.stderr.write(f"lit-diffusion: error: {' '.join(message.split())}\n")
+    line = without_secrets(" ".join(message.split()))
+    sys.stderr.write(f"lit-diffusion: error: {line}\n")
     sys.stderr.flush()
     raise SystemExit(2)
 

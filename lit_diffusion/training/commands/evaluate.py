@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import (
     callback_arguments,
     evaluation_defaults,
+    own_data,
     read_experiment,
-    run_folder,
 )
 from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.sample import NO_GUIDANCE
@@ -36,8 +36,9 @@ from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
-from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
+from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.record import make_record, write_record
+from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import all_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
@@ -89,7 +90,8 @@ class _Settings(NamedTuple):
 
 def evaluate(
     ckpt_path: str | Path,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     config: str | Path | None = None,
     num_samples: int | None = None,
     features: nn.Module | None = None,
@@ -112,8 +114,9 @@ def evaluate(
     """Evaluate a checkpoint: FID and other scores of its samples, and bits per dimension.
 
     Args:
-        ckpt_path: The checkpoint; `last`: the newest in runs/.
+        ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         config: The config that describes the data; the run's own by default.
         num_samples: Number of samples per seed; by default that of the run's FID, or 50,000.
         features: Feature network; by default that of the run's FID, or Inception.
@@ -141,8 +144,8 @@ def evaluate(
     Raises:
         ValueError: If the checkpoint or its data cannot be found, or an argument is invalid.
     """
-    path = find_checkpoint(ckpt_path, name)
-    run = run_folder(path)
+    path = find_checkpoint(ckpt_path, name, root)
+    run = run_of(path)
     experiment = read_experiment(config, run)
     settings = _settings(
         experiment,
@@ -159,10 +162,9 @@ def evaluate(
         batch_size=batch_size,
     )
     _check(settings, out)
-    data = data or _own_data(experiment, path)
+    data = data or own_data(experiment, path)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
-    subject.model.check_guidance(settings.guidance)
     if compile:
         compile_in_place(subject.model, subject.model.device)
     comparison, rows = _compare(subject, data, settings)
@@ -189,16 +191,6 @@ def _settings(experiment: dict[str, Any], **given: Any) -> _Settings:
     return _Settings(**{"samplers": None, "steps": None} | found)
 
 
-def _own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
-    """The data of the experiment, which a checkpoint alone does not record."""
-    if path.is_file() and not experiment:
-        raise UsageError(
-            f"{path} is not in a run folder and does not record its data: give the config of its "
-            "run as --config, or --data.path."
-        )
-    return instantiate(ImageDataModule, experiment.get("data") or {})
-
-
 def _check(settings: _Settings, out: str | Path | None) -> None:
     """Reject arguments that are wrong for any checkpoint, before one is read."""
     if settings.num_samples < 2 or settings.batch_size < 1:
@@ -222,7 +214,6 @@ def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _
     """The model of a checkpoint, if it can be evaluated on these data."""
     checkpoint = load_checkpoint(path)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
-    refuse_conditions(model)
     if model.image_shape != tuple(data.image_shape):
         raise UsageError(
             f"expected data of the model's shape {model.image_shape}, got "
@@ -256,6 +247,9 @@ def _compare(
     subject: _Model, data: ImageDataModule, settings: _Settings
 ) -> tuple[Comparison, list[SamplerScores]]:
     """Compute all scores that the feature network allows, for every way of sampling."""
+    subject.model.check_guidance(settings.guidance)
+    if subject.model.conditions:
+        check_enough(data, data.train_split, settings.num_samples)
     network = settings.features or InceptionFeatures()
     some = next(iter(data.examples(settings.split, batch_size=1)))["image"]
     comparison = Comparison.open(

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.choices import find_checkpoint
+from lit_diffusion.training.commands.choices import find_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint
@@ -49,17 +49,17 @@ def export(
     run: str | Path,
     *,
     out: str | Path,
-    ckpt: str | None = None,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     license: str = "unknown",
 ) -> Path:
     """Write a trained model to a self-contained folder that can be pushed to the Hub.
 
     Args:
-        run: A run folder, a .ckpt file, or `last`: the newest run in runs/.
+        run: A run folder, a checkpoint, or `last` for the newest run.
         out: The folder; it must be new or empty.
-        ckpt: Another checkpoint of the run instead of last.ckpt.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         license: License of the weights, by its name on the Hub, such as mit.
 
     Raises:
@@ -71,14 +71,15 @@ def export(
         raise UsageError(
             f"--out must be a new or empty folder, got {out}: remove it, or give another."
         )
-    path = _checkpoint(run, ckpt, name)
-    folder = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    path = find_checkpoint(run, name, root)
+    inside = run_of(path)
+    folder = path.parent if inside is None else inside
     trained = _read(path)
     picture = _picture(folder, trained.step)
     card = model_card(
         trained.model,
         trained.described,
-        title=folder.parent.name if path.parent.name == "checkpoints" else path.stem,
+        title=path.stem if inside is None else folder.parent.name,
         license=license,
         weights=f"{trained.weights}, step {trained.step}",
         measured=_measured(folder, trained),
@@ -93,17 +94,6 @@ def export(
     }
     _write(out, trained.model, about, card, picture)
     return out
-
-
-def _checkpoint(run: str | Path, name: str | None, runs: str) -> Path:
-    """The checkpoint that is meant."""
-    folder = find_checkpoint("last", runs).parents[1] if run == "last" else Path(run)
-    if folder.suffix == ".ckpt":
-        if name is not None:
-            raise UsageError(f"expected one checkpoint, got {run} and --ckpt {name}.")
-        return folder
-    inside = folder / "checkpoints" / (name or "last.ckpt")
-    return Path(name) if name and not inside.is_file() else inside
 
 
 def _read(path: Path) -> _Trained:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,33 +18,59 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
+from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
+from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.initial_weights import start_from
+from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
+from lit_diffusion.training.run.checkpoints import (
+    load_checkpoint,
+    model_class,
+    with_whole_checkpoints,
+)
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
+    NewFolder,
+    check_name,
     is_first_rank,
-    last_checkpoint,
     new_run_folder,
     run_loggers,
 )
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.newest import last_checkpoint
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
-from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
 
 __all__ = ["DiffusionCLI", "DiffusionParser"]
 
 
 class DiffusionParser(CommandParser, LightningArgumentParser):
-    """The parser of LightningCLI, with errors of one line."""
+    """The parser of LightningCLI, with errors of one line; loggers know where to write."""
+
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; a logger writes to the run folder by default.
+
+        Args:
+            theclass: The class.
+            *args: As of the parser of Lightning.
+            **kwargs: As of the parser of Lightning.
+        """
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        if takes_run_folder(theclass):
+            self.set_defaults(save_dir=RUN_FOLDER)
+        return added
 
 
 class DiffusionCLI(LightningCLI):
@@ -59,6 +84,7 @@ class DiffusionCLI(LightningCLI):
     ) -> None:
         self.trained_class = model_class
         self.run_folder: Path | None = None
+        self.created: NewFolder | None = None
         self.ckpt_path: str | None = None
         self.resume_step: int | None = None
         self.wandb_id: str | None = None
@@ -68,6 +94,7 @@ class DiffusionCLI(LightningCLI):
             model_class,
             data_class,
             parser_class=DiffusionParser,
+            trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
@@ -75,7 +102,6 @@ class DiffusionCLI(LightningCLI):
             args=args,
             trainer_defaults={
                 "default_root_dir": "runs",
-                "use_distributed_sampler": False,
                 "max_epochs": -1,
             },
         )
@@ -94,6 +120,13 @@ class DiffusionCLI(LightningCLI):
             default=[],
             help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="fit: start with the network's weights of this checkpoint, run folder or "
+            "exported folder, as far as names and shapes agree; a resumed run has its own.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -108,8 +141,12 @@ class DiffusionCLI(LightningCLI):
         """
         super().parse_arguments(parser, args)
         if self.config.get("subcommand"):
+            check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
+            fresh = self.config.subcommand == "fit" and self.resume_step is None
+            if config.init_from is not None and fresh:
+                config.init_from = str(resolve_weights(config.init_from).absolute())
             self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def _resolve_checkpoint(self) -> None:
@@ -129,18 +166,21 @@ class DiffusionCLI(LightningCLI):
                 inform(f"No checkpoint below {root / config.name} yet: starting a new run.")
                 config.ckpt_path = None
                 return
-            inform(f"Resuming from {found}.")
-            config.ckpt_path = path = str(found)
+            path = found
+        path = resolve_checkpoint(path)
+        config.ckpt_path = str(path)
         checkpoint = load_checkpoint(path)
+        refuse_other_class(self.trained_class, model_class(checkpoint))
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             refuse_weights_alone(checkpoint)
+            inform(f"Resuming from {path}, step {checkpoint['global_step']}.")
             self.resume_step = checkpoint["global_step"]
             self.wandb_id = checkpoint.get("wandb_id")
-            if Path(path).parent.name == "checkpoints":
-                self.run_folder = Path(path).parents[1]
+            self.run_folder = run_of(path)
             return
-        inform("Using the checkpoint's model; `--model.*` is ignored.")
+        step = checkpoint["global_step"]
+        inform(f"Using {path}, step {step}: the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         check_arguments(self.trained_class, described)
         described.pop("image_shape", None)  # the data's, by the link
@@ -149,14 +189,18 @@ class DiffusionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Put the checkpoint back, and pass the shape of the data to a network that takes it."""
+        """Put the checkpoint back, set the seeds, and pass the shape of the data to a network."""
         config = self.config[self.subcommand]
+        follow_seed(config)
         config.ckpt_path = self.ckpt_path
         _set_shape(config.model.get("network"), tuple(config.data.image_shape))
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
+        trainer = self.config[self.subcommand].trainer
+        loggers, trainer.logger = trainer.logger, None  # made once their folder exists
         super().instantiate_classes()
+        trainer.logger = loggers
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         model = yaml.safe_load(with_public_paths(text))["model"]
         model["image_shape"] = list(self.model.image_shape)
@@ -168,28 +212,51 @@ class DiffusionCLI(LightningCLI):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 inform(f"Note: the checkpoint was trained with another {name}: {before}")
+        config = self.config[self.subcommand]
+        if config.init_from and self.subcommand == "fit" and self.resume_step is None:
+            start_from(self.model, config.init_from)
+        if not trainer.fast_dev_run:
+            self._open_run(loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the trainer, with the run folder, its loggers, and the usual callbacks."""
+        """Make the trainer, with the usual callbacks."""
         config = self.config_init[self.subcommand]
         trainer = config.trainer
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-        if self.run_folder is None:
-            self.run_folder = new_run_folder(Path(trainer.default_root_dir) / config.name)
-        if trainer.logger in (None, True) and not trainer.fast_dev_run:
-            self.loggers = run_loggers(self.run_folder, self.resume_step, self.wandb_id)
-            kwargs["logger"] = self.loggers
+        kwargs["logger"] = False
         kwargs["plugins"] = with_whole_checkpoints(trainer.plugins)
         trainer.callbacks = with_defaults(
             callbacks,
             checkpoints=trainer.enable_checkpointing is not False,
             progress_bar=trainer.enable_progress_bar is not False,
         )
+        made = super().instantiate_trainer(**kwargs)
+        settle_precision(made)  # the model would do it, too, when its report has begun
+        return made
+
+    def _open_run(self, given: Any) -> None:
+        """Create the run folder, unless one is resumed, and the loggers.
+
+        Args:
+            given: The user's loggers as the config describes them.
+        """
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir) / config.name
         try:
-            made = super().instantiate_trainer(**kwargs)
-            settle_precision(made)  # the model would do it, too, when its report has begun
-            return made
+            if self.run_folder is None and is_first_rank():
+                self.created = new_run_folder(root)
+                self.run_folder = self.created.path
+            # Only the first rank writes, and tells the others where.
+            folder = self.run_folder or root
+            self.loggers = run_loggers(
+                folder,
+                self.resume_step,
+                self.wandb_id,
+                make_loggers(given, folder),
+                further=given is not False,
+            )
+            self.trainer.loggers = self.loggers
         except BaseException:
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
@@ -202,16 +269,15 @@ class DiffusionCLI(LightningCLI):
                 logger.finish(exit_code)
 
     def _discard_if_empty(self) -> None:
-        """Remove the folder of a run that failed before it wrote anything worth keeping."""
-        folder = self.run_folder
-        if not is_first_rank() or folder is None or self.resume_step is not None:
-            return
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
-            shutil.rmtree(folder)
-            for parent in (folder.parent, folder.parent.parent):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()  # only if it is empty
+        """Remove the folder of a run that failed before it wrote anything worth keeping.
+
+        Only a folder that this process has created: one that was there before is another run's.
+        """
+        kept = ("checkpoints/*", "samples/*", "predicted/*", "metrics.csv", "non_finite/*")
+        if self.created is not None:
+            folder = self.created.path
+            if not any(any(folder.glob(pattern)) for pattern in kept):
+                self.created.remove()
 
     def _run(self, work: Callable[..., Any], arguments: dict[str, Any]) -> None:
         """Let the trainer work, and report how that ended."""
@@ -222,6 +288,9 @@ class DiffusionCLI(LightningCLI):
             self._finish_dashboard(exit_code=1)
             self._discard_if_empty()
             self._end_report(outcome(error))
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                # Ctrl-C outside of training; Lightning makes it 1, shells expect this.
+                raise SystemExit(128 + signal.SIGINT) from error
             raise
         self._finish_dashboard(exit_code=0)
         self._summarise()
@@ -230,7 +299,13 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self.trainer.fit, arguments)
+        self._run(self._fit, arguments)
+
+    def _fit(self, **arguments: Any) -> None:
+        """Train, and measure the last weights even if there was nothing left to train."""
+        self.trainer.fit(**arguments)
+        if self.resume_step is not None and self.trainer.global_step == self.resume_step:
+            measure_again(self.trainer, self.model)
 
     def validate(self, **arguments: Any) -> None:
         """Measure the loss on the validation data."""
@@ -241,8 +316,8 @@ class DiffusionCLI(LightningCLI):
         self._run(self.trainer.test, arguments)
 
     def predict(self, **arguments: Any) -> None:
-        """Sample one image for each validation example."""
-        self._run(self.trainer.predict, arguments)
+        """Sample one image for each validation example; they are written, and not kept."""
+        self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""
@@ -276,9 +351,15 @@ class DiffusionCLI(LightningCLI):
             return
         losses = {k: float(v) for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
         if self.subcommand == "fit":
-            _say(f"Steps: {self.trainer.global_step}")
+            steps, limit = self.trainer.global_step, self.trainer.max_steps
+            none = f" before and none now: trainer.max_steps is {limit}"
+            _say(f"Steps: {steps}{none if steps == (self.resume_step or 0) else ''}")
         for name, value in losses.items():
-            _say(f"{name}: {value:.4f} nats per dimension")
+            step = self.model.validated_step
+            if name.startswith("train/"):
+                step = self.trainer.global_step // log_interval(self.trainer)
+                step *= log_interval(self.trainer)
+            _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
             if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:

@@ -45,7 +45,8 @@ def objective(
     decoder: Decoder | None = None,
     *,
     ckpt_path: str | Path | None = None,
-    name: str = "*",
+    name: str | None = None,
+    root: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Described:
     """Analyse an objective: its curves over λ, whether it is an ELBO, its variance.
@@ -56,8 +57,10 @@ def objective(
         prediction: What the network outputs; None means `VPrediction()`.
         num_timesteps: Number T of steps of a discrete chain; None means continuous time.
         decoder: The decoder, if the loss is the full bound.
-        ckpt_path: Analyse the objective of a checkpoint instead; `last`: the newest in runs/.
+        ckpt_path: Analyse the objective of a checkpoint instead: a file, a run folder, or `last`
+            for that of the newest run.
         name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
         out: File for a figure, .png, .pdf or .svg; None means no figure.
 
     Raises:
@@ -74,7 +77,7 @@ def objective(
         raise UsageError(f"--out must be a .png, .pdf or .svg file, got {out}.")
     if ckpt_path is not None:
         # With its weights, since a schedule may have learned its shape.
-        model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name))
+        model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name, root))
         loss, prediction = model.loss, model.denoiser.prediction
     else:
         loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)

@@ -158,6 +158,7 @@ class Replay(NamedTuple):
 
 def replay(
     file: str | Path,
+    config: str | Path | None = None,
     model_class: type[LitDiffusion] = LitDiffusion,
     data_class: type[ImageDataModule] = ImageDataModule,
 ) -> Replay:
@@ -165,6 +166,7 @@ def replay(
 
     Args:
         file: non_finite/step-….json of a run.
+        config: A config over that of the run, with the addresses whose secrets are masked there.
         model_class: The class of the model that was trained.
         data_class: The class of its data.
 
@@ -179,8 +181,10 @@ def replay(
         raise UsageError(f"expected {start} next to {path.name}, but it does not exist.")
     with tempfile.TemporaryDirectory() as folder:
         experiment = _rehearsal(path, record, start, folder)
-        config = Path(folder) / "config.yaml"
-        config.write_text(yaml.safe_dump(experiment))
+        recorded = Path(folder) / "config.yaml"
+        recorded.write_text(yaml.safe_dump(experiment))
+        words = ["fit", "--config", str(recorded)]
+        words += [] if config is None else ["--config", str(config)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
@@ -188,7 +192,7 @@ def replay(
                 "ignore", message=".*checkpoint directory .* exists and is not"
             )
             try:
-                DiffusionCLI(model_class, data_class, args=["fit", "--config", str(config)])
+                DiffusionCLI(model_class, data_class, args=words)
             except Reached as reached:
                 seen = reached.seen
             else:

@@ -4,41 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_diffusion.training.commands.choices import find_run
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.reporting.run import TRACES, Run
 from lit_diffusion.training.reporting.write import FILE, write_report
 
 __all__ = ["report"]
 
 
-def report(run: str | Path, out: str | Path | None = None) -> Path:
+def report(
+    run: str | Path,
+    out: str | Path | None = None,
+    name: str | None = None,
+    root: str | Path | None = None,
+) -> Path:
     """Write the report of a run as one HTML file; return its path.
 
     Args:
-        run: A run folder; `last` for the newest in runs/.
+        run: A run folder, a checkpoint in it, or `last` for the newest run.
         out: An .html file; report.html in the run folder by default.
+        name: With `last`: only runs of this name.
+        root: With `last`: the folder of all runs; runs/ by default.
 
     Raises:
         ValueError: If there is no such run, or out is not an .html file.
     """
-    folder = Path(run)
-    if run == "last" and not folder.is_dir():
-        folder = _last_run(Path("runs"))
-    if not any((folder / name).exists() for name in TRACES):
-        raise UsageError(
-            f"{folder} is not a run folder: expected one with {', '.join(TRACES)}, or `last`."
-        )
+    folder = find_run(run, name, root)
     out = folder / FILE if out is None else Path(out)
     if out.suffix != ".html" or out.is_dir():
         raise UsageError(f"--out must be an .html file, got {out}.")
     return write_report(folder, out)
-
-
-def _last_run(root: Path) -> Path:
-    """The most recently trained run, by its newest file."""
-    trained = [
-        p.parent for n in ("checkpoints", "environment.json") for p in root.glob(f"*/*/{n}")
-    ]
-    if not trained:
-        raise UsageError(f"there is no run below {root}; train first, or give a run folder.")
-    return max(trained, key=lambda folder: Run(folder).seen)

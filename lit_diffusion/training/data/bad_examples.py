@@ -18,6 +18,7 @@ from filelock import FileLock
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 
 from lit_diffusion.training.run.messages import logger
+from lit_diffusion.training.run.secrets import without_secrets
 
 FEW = 5  # named in warnings and errors; the file lists all
 ENOUGH = 10  # fewer bad examples than this are never too many
@@ -51,7 +52,7 @@ class BadExample(ValueError):  # noqa: N818
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error in one short line without addresses, the same each time.
+    """Return an error in one short line, the same each time, and without secrets.
 
     Args:
         error: The error.
@@ -63,7 +64,7 @@ def one_line(error: BaseException) -> str:
     line = next(iter(str(error).splitlines()), "")
     line = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "", line)
     line = re.sub(r"^.*\.cpp:\d+, ", "", line)
-    return f"{type(error).__name__}: {line.strip()[:200]}"
+    return f"{type(error).__name__}: {without_secrets(line).strip()[:200]}"
 
 
 def lost_rows(bad: Iterable[Bad]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -66,6 +67,8 @@ class LaneBatches(IterableDataset[Delivery | Failure], ABC):
         worker = get_worker_info()
         if worker is not None:
             begin_after_fork()
+            # Ctrl-C reaches every process of a terminal; the trainer ends its workers itself.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         workers = len(self.positions)
         mine = (self.turn + (worker.id if worker else 0)) % workers
         lane, lanes = self.rank * workers + mine, self.world * workers

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.arguments import check_arguments
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import Columns
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.lane import LaneBatches
-from lit_diffusion.training.data.loader import TrainLoader
+from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.resumption import settings_of
 from lit_diffusion.training.data.sources import Splits, find_splits, open_source
@@ -75,7 +76,7 @@ class ImageDataModule(L.LightningDataModule):
             number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
-        seed: Seed of the order and of the flips.
+        seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label, a shard that cannot be read): `skip` it,
             report it in a warning and in bad_examples.csv in the run folder, and take the next;
@@ -109,7 +110,7 @@ class ImageDataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
         on_changed_data: Literal["refuse", "continue"] = "refuse",
@@ -133,7 +134,7 @@ class ImageDataModule(L.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.val_examples = val_examples
         self.horizontal_flip = horizontal_flip
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
@@ -235,8 +236,8 @@ class ImageDataModule(L.LightningDataModule):
         x = batch["image"]
         if x.dtype == torch.uint8:
             x = x.float().div_(127.5).sub_(1.0)
-        elif x.dtype == torch.float16:
-            x = x.float()
+        elif x.is_floating_point():
+            x = at_least_float32(x)
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
@@ -333,6 +334,7 @@ class ImageDataModule(L.LightningDataModule):
             self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             self._bad_examples(split.name),
             self.on_changed_data,
+            batches_to_repeat(self.trainer, steps),
         )
 
     def _steps_per_epoch(self, split: Split, total: int | None, world: int) -> int:

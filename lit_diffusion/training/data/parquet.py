@@ -14,6 +14,7 @@ from lit_diffusion.training.data.bad_examples import Bad, one_line
 from lit_diffusion.training.data.columns import Columns, Row
 from lit_diffusion.training.data.retry import NetworkError, patiently
 from lit_diffusion.training.data.shards import READ_SIZE, ShardSource
+from lit_diffusion.training.run.secrets import without_secrets
 
 BUFFER = 1 << 20  # bytes of a column read at a time, so that no row group is in memory as a whole
 
@@ -58,10 +59,13 @@ def open_parquet(files: list[str], skip: bool) -> Parquet:
     broken = {file: one for file, one in found.items() if isinstance(one, str)}
     if broken and not (skip and footers):
         file, reason = next(iter(broken.items()))
-        raise ValueError(f"expected a parquet file at {file}, got {reason}; repair or remove it")
+        raise ValueError(
+            f"expected a parquet file at {without_secrets(file)}, got {reason}; repair or remove "
+            "it"
+        )
     rows = round(np.mean([one.num_rows for one in footers.values()])) if footers else 0
     lost = tuple(
-        Bad(file, 0, max(1, rows), f"expected a parquet file, got {reason}")
+        Bad(without_secrets(file), 0, max(1, rows), f"expected a parquet file, got {reason}")
         for file, reason in broken.items()
     )
     columns = next(iter(footers.values())).schema.to_arrow_schema().names if footers else []
@@ -141,9 +145,9 @@ class ParquetSource(ShardSource):
                 yield self.columns.rows(found)[skip:]
 
     def place(self, shard: int) -> tuple[str, int]:
-        """Return the file of a row group and its first row there."""
+        """Return the file of a row group, for messages, and its first row there."""
         file, _, first = self.groups[shard]
-        return file, first
+        return without_secrets(file), first
 
 
 def _stored(column: Any) -> list[Any]:

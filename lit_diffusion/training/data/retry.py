@@ -16,6 +16,7 @@ import fsspec  # type: ignore[import-untyped]
 import fsspec.asyn  # type: ignore[import-untyped]
 
 from lit_diffusion.registry import subclasses
+from lit_diffusion.training.run.secrets import without_secrets
 
 T = TypeVar("T")
 
@@ -49,10 +50,10 @@ def patiently(where: str, action: Callable[[], T]) -> T:
             if not is_of_the_network(error):
                 raise
             failure = error
-    reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    reason = without_secrets(" ".join(f"{type(failure).__name__}: {failure}".split()))[:200]
     raise NetworkError(
-        f"expected to read {where} over the network, got {ATTEMPTS} failures in a row ({reason}); "
-        "check the network, then resume from the last checkpoint"
+        f"expected to read {without_secrets(where)} over the network, got {ATTEMPTS} failures in "
+        f"a row ({reason}); check the network, then resume from the last checkpoint"
     ) from failure
 
 

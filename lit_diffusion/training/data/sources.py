@@ -21,6 +21,7 @@ from lit_diffusion.training.data.parquet import ParquetSource, open_parquet
 from lit_diffusion.training.data.shards import SequentialSource
 from lit_diffusion.training.data.source import Source
 from lit_diffusion.training.data.table import TableSource
+from lit_diffusion.training.run.secrets import refuse_masked, without_secrets
 
 SHIPPED = Path(__file__).parents[2] / "data"
 
@@ -75,7 +76,7 @@ def locate(path: str, data_files: Files | None) -> Place:
 
     Raises:
         FileNotFoundError: If the path is local and there is nothing.
-        ValueError: If the path is empty, or a single file is not parquet.
+        ValueError: If the path is empty, a single file is not parquet, or an address was masked.
 
     Example:
         >>> locate("someone/something", {"train": "train.parquet"}).target
@@ -85,7 +86,10 @@ def locate(path: str, data_files: Files | None) -> Place:
         raise ValueError(
             f"expected a folder, a file or the name of a data set, got {path!r}; set data.path"
         )
-    local, shipped, name = Path(path).expanduser(), SHIPPED / path, f"{path!r}"
+    refuse_masked("data.path", path)
+    refuse_masked("data.data_files", data_files)
+    local, shipped = Path(path).expanduser(), SHIPPED / path
+    name = f"{without_secrets(path)!r}"
     formats = "for other formats set data.path to json, webdataset or csv and name the"
     if local.is_file() and data_files is None:
         if local.suffix != ".parquet":
@@ -102,7 +106,7 @@ def locate(path: str, data_files: Files | None) -> Place:
     if "://" in path:
         if not urlparse(path).path.endswith(".parquet") or data_files is not None:
             raise ValueError(
-                f"expected the URL of a parquet file, got {path!r}; {formats} URLs in "
+                f"expected the URL of a parquet file, got {name}; {formats} URLs in "
                 "data.data_files"
             )
         return Place("parquet", {"train": path}, name)
@@ -157,7 +161,7 @@ def find_splits(
         return Splits(builder.as_streaming_dataset(), files, listed, paths)
     except Exception as error:  # libraries raise anything here
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
-        reason = " ".join(str(cause or error).split())[:300]
+        reason = without_secrets(" ".join(str(cause or error).split()))[:300]
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
             f"{place.name} cannot be opened: {reason}; check data.path, data.data_files, "

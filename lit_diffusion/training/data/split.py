@@ -11,6 +11,7 @@ from lit_diffusion.training.data.bad_examples import Bad, BadExample
 from lit_diffusion.training.data.columns import MisfitError
 from lit_diffusion.training.data.images import Decoded, ImageDecoder
 from lit_diffusion.training.data.source import Example, Source
+from lit_diffusion.training.run.secrets import without_secrets
 
 
 class Split:
@@ -82,7 +83,8 @@ class Split:
         try:
             return self.decoder(example)
         except MisfitError as problem:
-            return Bad(*self.source.where(example.index), 1, f"expected {problem}")
+            reason = without_secrets(f"expected {problem}")  # it may name an address
+            return Bad(*self.source.where(example.index), 1, reason)
 
 
 def sift(decoded: Iterable[Decoded | Bad]) -> tuple[list[Decoded], list[Bad]]:

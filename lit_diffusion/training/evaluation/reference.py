@@ -23,6 +23,7 @@ from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.tensor_file import open_tensors, write_tensors
 
 __all__ = ["Reference", "class_shares", "open_reference"]
@@ -137,7 +138,7 @@ def _measure(
     if not moments.gather(device):
         raise ValueError(f"expected examples in split {split!r} to compare with, got none")
     protocol = {
-        "data": Path(data.path).name,
+        "data": Path(without_secrets(data.path)).name,
         "split": split,
         "examples": moments.count,
         "image shape": list(data.image_shape),

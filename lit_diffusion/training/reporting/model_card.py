@@ -6,6 +6,7 @@ The text is in `templates/model_card.md`; this file computes the values that it 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,10 @@ import yaml
 import lit_diffusion
 from lit_diffusion.models import Pretrained
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.evaluation.measurement_table import measurement_table
+from lit_diffusion.training.evaluation.measurement_table import (
+    MeasurementTable,
+    measurement_table,
+)
 from lit_diffusion.training.reporting.objective import paragraphs
 from lit_diffusion.training.reporting.page import render
 from lit_diffusion.training.run.measurements import Measurement
@@ -54,14 +58,16 @@ def model_card(
     }
     classes = set(_classes(described))
     card = render(
-        "model_card.md",  # Markdown, not HTML: only the bars in a table are escaped
+        "model_card.md",  # Markdown: a template of this kind escapes nothing by itself
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        title=title,
+        title=_text(title),
         version=lit_diffusion.__version__,
         picture=SAMPLES if picture else None,
         facts=_facts(model, weights),
-        objective=[_UNKNOWN] if weights.startswith(AS_PUBLISHED) else _objective(model),
-        measured=measurement_table(measured) if measured else None,
+        objective=[_UNKNOWN]
+        if weights.startswith(AS_PUBLISHED)
+        else map(_text, _objective(model)),
+        measured=_numbers(measured) if measured else None,
         extra="[diffusers]" if "lit_diffusion.DiffusersNetwork" in classes else "",
         modules=sorted({path.rpartition(".")[0] for path in classes if not _ours(path)}),
         conditions=model.conditions,
@@ -69,21 +75,29 @@ def model_card(
         shape=", ".join(map(str, model.image_shape)),
         table=_table,
         plain=_plain,
+        text=_text,
     )
     return card + "\n"
+
+
+def _numbers(measured: list[Measurement]) -> MeasurementTable:
+    """The measurements, with every cell as Markdown."""
+    heads, rows, protocols = measurement_table(measured)
+    cells = [[_text(cell) for cell in row] for row in rows]
+    return MeasurementTable([_text(head) for head in heads], cells, protocols)
 
 
 def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
     size = sum(parameter.numel() for parameter in model.denoiser.parameters())
     facts = [
-        ("network", f"{type(model.network).__name__}, {size:,} parameters"),
+        ("network", _text(f"{type(model.network).__name__}, {size:,} parameters")),
         ("shape", " × ".join(map(str, model.image_shape))),
         ("classes", "none" if model.num_classes is None else str(model.num_classes)),
-        ("weights", weights),
-        ("sampler", f"`{model.sampler!r}`"),
+        ("weights", _text(weights)),
+        ("sampler", _code(repr(model.sampler)).replace("|", "\\|")),
     ]
     if model.conditions:
-        facts.insert(3, ("conditions", ", ".join(model.conditions)))
+        facts.insert(3, ("conditions", _text(", ".join(model.conditions))))
     return facts
 
 
@@ -96,10 +110,29 @@ def _objective(model: Pretrained) -> list[str]:
     return [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown]
 
 
+def _text(value: Any) -> str:
+    """A value as one line of Markdown that shows it as it is: no HTML, link, picture or heading.
+
+    Example:
+        >>> _text("<b> https://c")
+        '&lt;b> https:&#47;/c'
+    """
+    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`\[|]|://)", _escaped, line)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ":&#47;/" if found[0] == "://" else f"\\{found[0]}"  # a bare address is a link, too
+
+
+def _code(value: Any) -> str:
+    """A value as code within a line, where nothing else has a meaning."""
+    line = " ".join(str(value).split()).replace("`", "'")
+    return f"`{line}`"
+
+
 def _plain(value: Any) -> str:
-    if isinstance(value, str):
-        return value.replace("\n", " ")
-    return json.dumps(value, ensure_ascii=False)
+    return _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _arguments(model: Pretrained) -> Iterator[str]:
@@ -109,7 +142,8 @@ def _arguments(model: Pretrained) -> Iterator[str]:
     if model.num_classes is not None:
         yield "label=0"
     if model.conditions:
-        pairs = ", ".join(f'"{name}": {name}' for name in model.conditions)
+        names = {name: re.sub(r"\W", "_", name) for name in model.conditions}
+        pairs = ", ".join(f"{json.dumps(name)}: {known}" for name, known in names.items())
         yield f"cond={{{pairs}}}"
 
 
@@ -130,9 +164,5 @@ def _ours(path: str) -> bool:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    lines = []
-    for row in [head, ["---"] * len(head), *rows]:
-        cells = [str(cell).replace("|", "\\|") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A table in Markdown, of cells that are Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,7 +1,8 @@
 """Render a page as one self-contained HTML file, from templates, a style sheet and pictures.
 
-Every value that a template prints is escaped, and home folders in it are shortened to ~. The page
-makes no network request: it has no script and no font, and its pictures are part of the file.
+Every value that a template prints is escaped, home folders in it are shortened to ~, and secrets
+of addresses are masked. The page makes no network request: it has no script and no font, and its
+pictures are part of the file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from lit_diffusion.training.reporting.parts import Part
+from lit_diffusion.training.run.secrets import without_secrets
 
 __all__ = ["number", "page", "render", "text"]
 
@@ -39,13 +41,14 @@ def text(value: Any) -> str:
         >>> text("<b> & /home/ann/digits")
         '&lt;b&gt; &amp; ~/digits'
     """
-    return html.escape(_without_home(str(value)))
+    return html.escape(_shown(str(value)))
 
 
-def _without_home(value: Any) -> Any:
-    """Shorten home folders in a string; a template applies it to each value it prints."""
+def _shown(value: Any) -> Any:
+    """Mask secrets and shorten home folders in a text; applied to each value of a template."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
+    value = without_secrets(value)
     here = os.path.expanduser("~")
     if len(here) > 1:
         value = value.replace(here, "~")
@@ -79,7 +82,7 @@ def _environment() -> Environment:
     templates = Environment(
         loader=PackageLoader("lit_diffusion.training.reporting"),
         autoescape=select_autoescape(["html"]),
-        finalize=_without_home,
+        finalize=_shown,
         undefined=StrictUndefined,
         keep_trailing_newline=False,
     )

@@ -16,14 +16,7 @@ from lit_diffusion.training.reporting.chart import Line, Points
 from lit_diffusion.training.run.environment import read_sessions
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 
-__all__ = ["TRACES", "Run"]
-
-TRACES = (
-    "config.yaml",
-    "metrics.csv",
-    "checkpoints",
-    "environment.json",
-)  # any run has one of them
+__all__ = ["Run"]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
 __all__ = [
     "MODEL_CLASS",
+    "SAVED_AT",
     "WholeCheckpointIO",
     "load_checkpoint",
     "model_class",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 MODEL_CLASS = "model_class"  # key of the path of the class that was trained
+SAVED_AT = "saved_at"  # key of the time at which a checkpoint was written, Unix time in seconds
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -61,7 +64,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             remove_orphans(path)
             with replacing(path, durable=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)  # given a path it would hide why a write fails
+                # The file's own time would change when it is copied.
+                dated = checkpoint | {SAVED_AT: time.time()}
+                torch.save(dated, file)  # given a path it would hide why a write fails
         except (OSError, RuntimeError) as error:  # torch hides an OSError in a RuntimeError
             before = f"the previous one is intact ({path})" if path.is_file() else "none exists"
             cause: BaseException = error

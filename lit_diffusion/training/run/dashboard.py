@@ -16,17 +16,21 @@ import os
 import queue
 import re
 import secrets
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
 from lit_diffusion.training.lightning_internals import logged_step, wandb_process
 from lit_diffusion.training.run.messages import inform, warn
+from lit_diffusion.training.run.secrets import masked, without_secrets
 
 __all__ = ["Dashboard", "show"]
 
@@ -49,6 +53,10 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [str(path)], step=step, caption=[caption])
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
 
 
 def _attempted(method: Callable[..., Any]) -> Callable[..., None]:
@@ -130,18 +138,8 @@ class Dashboard(WandbLogger):
     def _begin(self, online: bool) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                run = super().experiment
-            except Exception as error:
-                _teardown()  # its process may have died since the last run
-                if online:
-                    warn(
-                        f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
-                        f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
-                        "sends it."
-                    )
-                    self._wandb_init.update(mode="offline", resume=None)
-                run = super().experiment
+            with _shown_arguments():
+                run = self._open(online)
         except Exception as error:
             self._lost = _sentence(error)
             _ = self.alive
@@ -152,6 +150,21 @@ class Dashboard(WandbLogger):
             inform(f"Weights & Biases: {run.url}")
         self._thread.start()
         atexit.register(self.finish, None)
+
+    def _open(self, online: bool) -> Any:
+        """Open the W&B run, offline if W&B cannot be reached."""
+        try:
+            return super().experiment
+        except Exception as error:
+            _teardown()  # its process may have died since the last run
+            if online:
+                warn(
+                    f"Weights & Biases cannot be reached ({_sentence(error)}): this run is "
+                    f"written offline, and `wandb sync {self._folder}/wandb/offline-run-*` "
+                    "sends it."
+                )
+                self._wandb_init.update(mode="offline", resume=None)
+        return super().experiment
 
     # The thread ------------------------------------------------------------------------------
 
@@ -253,7 +266,7 @@ class Dashboard(WandbLogger):
         Args:
             config: Plain data.
         """
-        self._later(lambda: self.experiment.config.update(config, allow_val_change=True))
+        self._later(lambda: self.experiment.config.update(masked(config), allow_val_change=True))
 
     log_image = _attempted(WandbLogger.log_image)
     log_table = _attempted(WandbLogger.log_table)
@@ -266,6 +279,16 @@ class Dashboard(WandbLogger):
 def _sentence(error: Exception) -> str:
     """An error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
+
+
+@contextlib.contextmanager
+def _shown_arguments() -> Iterator[None]:
+    """Mask the secrets in the words of the command, which W&B records with the run."""
+    words, sys.argv = sys.argv, [*map(without_secrets, sys.argv)]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _teardown() -> None:

@@ -97,6 +97,8 @@ def outcome(error: BaseException) -> str:
         ('stopped by SIGTERM', 'ended by ValueError')
     """
     if isinstance(error, SystemExit):
+        if error.code == 128 + signal.SIGINT:
+            return "stopped by Ctrl-C"
         if isinstance(error.code, int) and error.code > 128:
             return f"stopped by {signal.Signals(error.code - 128).name}"
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning handles

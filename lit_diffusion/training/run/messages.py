@@ -11,10 +11,21 @@ import logging
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_diffusion.training.run.secrets import without_secrets
+
 __all__ = ["inform", "logger", "warn"]
 
 #: For what each rank has to say; `inform` and `warn` are for what concerns the whole job.
 logger = logging.getLogger("lit_diffusion")
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    """Mask the secrets of addresses in a message."""
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
+
+
+logger.addFilter(_mask)
 
 _CALLER = 3  # a record names the line that calls `inform` or `warn`, not one of this file
 

@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lit_diffusion.description import public_path
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.metrics_csv import RunLogger
+from lit_diffusion.training.run.secrets import masked
 from lit_diffusion.training.run.whole_file import write_whole
 
-__all__ = ["SaveConfig", "with_public_paths"]
+__all__ = ["SaveConfig", "config_text", "with_public_paths"]
 
 
 def with_public_paths(config: str) -> str:
@@ -41,11 +42,37 @@ def with_public_paths(config: str) -> str:
     return re.sub(r"(\bclass_path: )([\w.]+)", shortest, config)
 
 
+def config_text(parser: Any, config: Any) -> str:
+    """A parsed config as text, with every default, and without the secrets in addresses.
+
+    Args:
+        parser: Has parsed it.
+        config: As parsed.
+    """
+    return str(parser.dump(masked(config), skip_none=False))
+
+
 class SaveConfig(SaveConfigCallback):
-    """Saves the whole config as config.yaml in the run folder, and to W&B."""
+    """Saves the whole config as config.yaml in the run folder, and to W&B.
+
+    That of a resumed run does not name the checkpoint: repeated elsewhere it would continue in the
+    folder of the first run. And it is saved only once the checkpoint is restored, since a run that
+    is refused leaves nothing.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+        self._resumes = self.config.get("ckpt_path") is not None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Save the config, unless a run is resumed."""
+        if stage != "fit" or not self._resumes:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save the config of a resumed run."""
+        if self._resumes:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Save the config, on rank 0.
@@ -55,7 +82,10 @@ class SaveConfig(SaveConfigCallback):
             pl_module: The model.
             stage: fit, validate, test or predict.
         """
-        text = with_public_paths(self.parser.dump(self.config, skip_none=False))
+        config = self.config.clone()
+        if stage == "fit":
+            config.ckpt_path = None
+        text = with_public_paths(config_text(self.parser, config))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 folder = Path(logger.log_dir)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-__all__ = ["all_callbacks", "log_interval", "output_folder"]
+__all__ = ["all_callbacks", "check_trainer", "log_interval", "output_folder"]
 
 
 def output_folder(trainer: Trainer) -> Path | None:
@@ -32,6 +32,27 @@ def log_interval(trainer: Trainer) -> int:
         trainer: The trainer.
     """
     return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse numbers with which Lightning would train, but not as anyone wants it.
+
+    Clipping to a negative norm reverses the gradient.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If a number is outside its range.
+    """
+    clip = trainer.gradient_clip_val
+    if clip is not None and not clip >= 0:
+        raise ValueError(
+            f"trainer.gradient_clip_val must be at least 0, which is off, got {clip}."
+        )
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        if (value := getattr(trainer, name)) < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {value}.")
 
 
 def all_callbacks(trainer: Trainer) -> list[Callback]:

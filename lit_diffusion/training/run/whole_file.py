@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
+import platform
+import re
+import time
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-__all__ = ["remove_orphans", "replacing", "sync", "write_whole"]
+__all__ = ["orphans", "remove_orphans", "replacing", "sync", "unfinished_path", "write_whole"]
+
+DAY = 86_400.0  # seconds
 
 
 @contextlib.contextmanager
@@ -44,7 +51,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    unfinished = unfinished_path(path)
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # some writers would create it for the owner alone
@@ -77,12 +84,12 @@ def write_whole(path: Path, contents: str | bytes, durable: bool = False) -> Non
 
 
 def remove_orphans(path: Path) -> None:
-    """Remove what killed processes left of a file; only where no other process writes it.
+    """Remove what ended processes left of a file.
 
     Args:
         path: The file.
     """
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for orphan in orphans(path):
         orphan.unlink(missing_ok=True)
 
 
@@ -102,3 +109,64 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# Temporary names ---------------------------------------------------------------------------------
+
+
+def unfinished_path(path: Path) -> Path:
+    """A new temporary path beside a file or folder: .name.machine.process.unique.tmp.
+
+    Args:
+        path: The file or folder that is to be written.
+    """
+    unique = uuid.uuid4().hex[:8]
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{unique}.tmp")
+
+
+def orphans(path: Path) -> Iterator[Path]:
+    """The temporary files or folders of a path whose writers have ended.
+
+    Whether a process of another machine still writes cannot be known, so what it left is an orphan
+    only after a day without a change.
+
+    Args:
+        path: The file or folder that was to be written.
+    """
+    name = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]{8})\.([0-9]+)\.[0-9a-f]{8}\.tmp")
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if (writer := name.fullmatch(found.name)) is None:
+            continue  # of another path, whose name begins with this one
+        here = writer[1] == _machine() and os.name == "posix"
+        if not _lives(int(writer[2])) if here else _age(found) > DAY:
+            yield found
+
+
+@cache
+def _machine() -> str:
+    """Eight digits for this machine; containers on it, which count processes anew, have others."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def _lives(process: int) -> bool:
+    """Whether this machine has a process of this id; only for POSIX: Windows would end it."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file, or one in a folder, was last changed; 0 if it is gone."""
+    try:
+        changed = [one.stat().st_mtime for one in (path, *path.rglob("*"))]
+    except OSError:
+        return 0.0
+    return time.time() - max(changed)

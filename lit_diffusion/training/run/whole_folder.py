@@ -8,14 +8,11 @@ reader who finds the folder finds all of it.
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from lit_diffusion.training.run.whole_file import sync
+from lit_diffusion.training.run.whole_file import orphans, sync, unfinished_path
 
 __all__ = ["publish", "remove_unfinished", "unfinished_folder"]
 
@@ -42,7 +39,7 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
         (['three.bin'], 1)
     """
     path = Path(path).absolute()
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    unfinished = unfinished_path(path)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -69,10 +66,10 @@ def publish(unfinished: Path, path: Path) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what killed processes left of a folder; only where no other process writes it.
+    """Remove what ended processes left of a folder.
 
     Args:
         path: The folder that was to be made.
     """
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for orphan in orphans(path):
         shutil.rmtree(orphan, ignore_errors=True)
