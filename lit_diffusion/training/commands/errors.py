@@ -145,8 +145,8 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
         return where + _unknown_argument(option[1], owner, known)
     group = r"(?:Group '(\w+)'|Subcommand '\w+') does not accept (?:nested )?option '([\w.+-]+)'"
     if key := re.search(group, message):
-        name = ".".join(filter(None, key.groups()))
-        return f"no argument is called {name}.{_meant(name, known) or ' --help lists them.'}"
+        path = ".".join(filter(None, key.groups()))
+        return f"no argument is called {path}.{_meant(path, known) or ' --help lists them.'}"
     reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
     if reasons:
         return f"{where}{reasons[0]}"
