@@ -22,6 +22,7 @@ import yaml
 
 from lit_diffusion.description import allow
 from lit_diffusion.training.commands.config_files import check_config, config_files
+from lit_diffusion.training.commands.config_places import located
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line, unexpected
 from lit_diffusion.training.commands.output import lasting_output
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
@@ -61,7 +62,7 @@ def main(
     except UsageError as error:
         if trace:
             raise
-        fail(str(error))
+        fail(located(str(error), argv))
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         if trace:
             raise
