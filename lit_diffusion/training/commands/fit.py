@@ -23,6 +23,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.without_config import with_default_words
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
@@ -124,7 +125,10 @@ class DiffusionCLI(LightningCLI):
             parser: Knows the arguments.
             args: The words; None means those of the process.
         """
-        super().parse_arguments(parser, args)
+        if args is None:
+            self.config = parser.parse_args(with_default_words(sys.argv[1:]))
+        else:
+            super().parse_arguments(parser, args)
         if self.config.get("subcommand"):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
