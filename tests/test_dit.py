@@ -16,15 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_diffusion.description import build, describe
 from lit_diffusion.nn import DiT, FourierFeatures
-from lit_diffusion.nn.dit import (
-    SIZES,
-    DiTBlock,
-    SelfAttention,
-    patchify,
-    phases,
-    rotate,
-    unpatchify,
-)
+from lit_diffusion.nn.dit import SIZES, DiTBlock, SelfAttention
+from lit_diffusion.nn.patches import patchify, phases, rotate, unpatchify
 
 B, C, H, W, P = 5, 3, 12, 8, 2
 ROWS, COLUMNS = H // P, W // P
@@ -44,7 +37,7 @@ KINDS = {
     "patch 4": {"patch": 4, "num_classes": 4},
 }
 ARGUMENTS = tuple(inspect.signature(DiT).parameters)
-CPU = torch.device("cpu")
+PLACES = [torch.arange(ROWS), torch.arange(COLUMNS)]
 
 
 def awake(net):
@@ -108,12 +101,12 @@ def test_patches_are_what_stands_in_them_row_by_row():
     row, column = 4, 1
     here = z[:, :, row * P : (row + 1) * P, column * P : (column + 1) * P]
     assert torch.equal(tokens[:, row * COLUMNS + column], here.flatten(1))
-    assert torch.equal(unpatchify(tokens, P, H, W), z)
+    assert torch.equal(unpatchify(tokens, P, (H, W)), z)
 
 
 def test_places_are_the_published_waves():
     """The row's sines and the column's, of ω_k = 10000^(−k/K); see Vaswani et al. (2017)."""
-    place = phases(ROWS, COLUMNS, 8, 10_000, CPU)
+    place = phases(PLACES, 8, 10_000, 16)
     for token, row, column in [(0, 0, 0), (COLUMNS * 5 + 2, 5, 2), (COLUMNS - 1, 0, COLUMNS - 1)]:
         expected = [at / 10_000 ** (k / 8) for at in (row, column) for k in range(8)]
         torch.testing.assert_close(place[token], torch.tensor(expected))
@@ -125,7 +118,7 @@ def test_the_places_are_added_to_the_tokens(rope):
     seen = []
     net.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     net(**inputs(net))
-    place = phases(ROWS, COLUMNS, 8, 10_000, CPU)
+    place = phases(PLACES, 8, 10_000, 16)
     table = seen[0] - net.layer_in(patchify(inputs(net)["z"], P))
     torch.testing.assert_close(table, torch.cat([place.sin(), place.cos()], 1).expand(B, -1, -1))
 
@@ -137,7 +130,7 @@ def test_waves_are_shown_beside_the_image():
     net(z, torch.zeros(B))
     waves = [8 * torch.pi * z, 16 * torch.pi * z]
     shown = torch.cat([z, *(w.sin() for w in waves), *(w.cos() for w in waves)], dim=1)
-    torch.testing.assert_close(unpatchify(seen[0], P, H, W), shown, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unpatchify(seen[0], P, (H, W)), shown, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", [False, True])
@@ -146,14 +139,14 @@ def test_queries_and_keys_are_turned_if_asked(rope):
     for block in net.blocks:
         block.attend.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
     net(**inputs(net))
-    angle = phases(ROWS, COLUMNS, 4, 100, CPU)
+    angle = phases(PLACES, 4, 100, 8)
     assert seen == [None, None] if not rope else all(torch.equal(one, angle) for one in seen)
     assert len(seen) == 2
 
 
 def test_turned_by_their_places_products_depend_on_differences_only():
     query, key = torch.randn(16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
-    angle = phases(9, 9, 4, 100, CPU).double().view(9, 9, 8)
+    angle = phases([torch.arange(9)] * 2, 4, 100, 8).double().view(9, 9, 8)
     turned_query = rotate(query.expand(9, 9, -1), angle)
     turned_key = rotate(key.expand(9, 9, -1), angle)
 
@@ -170,7 +163,7 @@ def test_turned_by_their_places_products_depend_on_differences_only():
 
 def test_attention_between_turned_tokens_is_a_matter_of_distance():
     attend, h = SelfAttention(32, heads=2), torch.randn(B, ROWS * COLUMNS, 32)
-    angle = phases(ROWS, COLUMNS, 4, 100, CPU)
+    angle = phases(PLACES, 4, 100, 8)
     moved = angle + angle[2 * COLUMNS + 3]  # all of it two rows down, three columns to the right
     torch.testing.assert_close(attend(h, moved), attend(h, angle), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(attend(h), attend(h, angle), atol=1e-3)
@@ -276,7 +269,7 @@ def test_the_norm_bounds_the_logits(monkeypatch):
         return value
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    h, angle = torch.randn(B, 24, 32), phases(6, 4, 4, 100, CPU)
+    h, angle = torch.randn(B, 24, 32), phases([torch.arange(6), torch.arange(4)], 4, 100, 8)
     for qk_norm in (False, True):
         attend = SelfAttention(32, heads=2, qk_norm=qk_norm)
         nn.init.normal_(attend.query_key_value.weight, std=100.0)
@@ -510,7 +503,7 @@ def test_a_label_or_condition_without_a_place_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_shape": (8, 8)}, "three positive"),
+        ({"image_shape": (8,)}, "positive integers"),
         ({"image_shape": (1, 9, 8)}, "multiples of 2"),
         ({"patch": 0}, "at least 1"),
         ({"patch": 3}, "multiples of 3"),

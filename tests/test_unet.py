@@ -203,7 +203,7 @@ def test_labels_out_of_range_are_refused(label):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_shape": (8, 8)}, "image_shape"),
+        ({"image_shape": (8,)}, "image_shape"),
         ({"channels": ()}, "channels"),
         ({"channels": (8, 8, 8, 8, 8)}, "too few"),
         ({"blocks": 0}, "blocks"),

@@ -12,10 +12,10 @@ trained on together with a sampler. Each part has its equivalent here::
     clip_sample                                      clip_denoised
 
 From the same noise both sample the same images, up to rounding, where the pipeline's settings are
-those of the table. Three settings of a DDIMScheduler are not followed, and a warning at import names
-them: with clip_sample, diffusers keeps the ε̂ of the network beside the clipped x̂ while ours is
-recomputed from it (their use_clipped_model_output=True); with set_alpha_to_one=False their
-last step ends at the first level of the chain and ours in x̂; with timestep_spacing "linspace"
+those of the table. Three settings of a DDIMScheduler are not followed, and a warning at import
+names them: with clip_sample, diffusers keeps the ε̂ of the network beside the clipped x̂, and ours
+is recomputed from it (their use_clipped_model_output=True); with set_alpha_to_one=False their
+last step ends at the first level of the chain, and ours in x̂; with timestep_spacing "linspace"
 theirs steps to other levels than those of the next call.
 """
 

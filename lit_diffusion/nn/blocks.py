@@ -1,6 +1,9 @@
 """The layers of the U-Net: residual blocks, self-attention and upsampling.
 
-Legend: B batch, C channels, H × W pixels, E width of the embedding of (λ, label).
+Each works on features with one, two or three spatial axes: series, images or volumes.
+
+Legend: B batch, C channels, * the spatial axes, such as H × W pixels, E width of the embedding of
+(λ, label).
 """
 
 from collections.abc import Sequence
@@ -8,6 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+#: The convolution for a number of spatial axes.
+CONVOLUTION: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
@@ -36,30 +47,38 @@ class ResBlock(nn.Module):
             convolution.
         embedding: Width E of the embedding.
         dropout: Probability of dropping a feature before the last convolution, in [0, 1).
+        dims: Number of spatial axes: 1, 2 or 3.
 
     Shapes:
-        h (B, channels_in, H, W), embedding (B, E) → (B, channels_out, H, W).
+        h (B, channels_in, *), embedding (B, E) → (B, channels_out, *).
 
     References:
         Dhariwal & Nichol (2021), Diffusion Models Beat GANs, arXiv:2105.05233, Section 3.
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, embedding: int, dropout: float = 0.0
+        self,
+        channels_in: int,
+        channels_out: int,
+        embedding: int,
+        dropout: float = 0.0,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.norm_in = group_norm(channels_in)
-        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        convolution = CONVOLUTION[dims]
+        self.conv_in = convolution(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
         self.norm_out = group_norm(channels_out, affine=False)
-        self.conv_out = zero_initialized(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv_out = zero_initialized(convolution(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
-        self.identity = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+        self.identity = nn.Identity() if same else convolution(channels_in, channels_out, 1)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Add the output of the convolutions to ``h``."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        vectors = self.modulation(embedding)
+        scale, shift = vectors.view(*vectors.shape, *[1] * (h.dim() - 2)).chunk(2, dim=1)
         branch = self.conv_in(F.silu(self.norm_in(h)))
         branch = torch.addcmul(shift, self.norm_out(branch), 1 + scale)
         branch = F.dropout(F.silu(branch), self.dropout, self.training)
@@ -67,14 +86,14 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the H·W positions.
+    """Residual self-attention over all positions.
 
     Args:
         channels: Channels in and out.
         heads: Number of heads, a divisor of ``channels``.
 
     Shapes:
-        h (B, C, H, W) → (B, C, H, W).
+        h (B, C, *) → (B, C, *).
     """
 
     def __init__(self, channels: int, heads: int = 1) -> None:
@@ -86,41 +105,51 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Add the output of the attention to ``h``."""
-        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, N, C)
         packed = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
-        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, H·W, C / heads)
+        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
         seen = F.scaled_dot_product_attention(query, key, value)
         out = self.project(seen.transpose(1, 2).flatten(2))
         return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling to a given size, followed by a 3×3 convolution.
+    """Nearest-neighbour upsampling to a given size, followed by a convolution of width 3.
 
     The size is that of the next skip connection, so 9 pixels that became 5 become 9 again. If it
-    is exactly double, a 3×3 window covers only 2×2 different pixels: its nine weights sum to four,
-    and both operations are one transposed convolution with a 4×4 kernel, which gives the same
-    numbers up to rounding at less than half the cost.
+    is exactly double, a window of 3 pixels covers only 2 different ones along each axis: of an
+    image, nine weights sum to four, and both operations are one transposed convolution with a 4×4
+    kernel, which gives the same numbers up to rounding at less than half the cost.
 
     Args:
         channels: Channels in and out.
+        dims: Number of spatial axes: 1, 2 or 3.
 
     Shapes:
-        h (B, C, h, w) → (B, C, H, W) with (H, W) = ``size``.
+        h (B, C, *) → (B, C, *size).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dims: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = CONVOLUTION[dims](channels, channels, 3, padding=1)
 
     def forward(self, h: Tensor, size: Sequence[int]) -> Tensor:
         """Enlarge ``h`` to ``size``."""
-        if tuple(size) == (2 * h.shape[2], 2 * h.shape[3]):
-            weight = self.conv.weight
-            kernel = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # sums
-            kernel = kernel.transpose(0, 1).flip(2, 3)
-            return F.conv_transpose2d(h, kernel, self.conv.bias, stride=2, padding=1)
+        dims = h.dim() - 2
+        if tuple(size) == tuple(2 * side for side in h.shape[2:]):
+            kernel = _sums_of_neighbours(self.conv.weight).transpose(0, 1)
+            kernel = kernel.flip(tuple(range(2, 2 + dims)))
+            return _TRANSPOSED[dims](h, kernel, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(h, size=tuple(size), mode="nearest"))
+
+
+def _sums_of_neighbours(weight: Tensor) -> Tensor:
+    """The sums over windows of two along each spatial axis, zeros outside: sides of 3 become 4."""
+    if weight.dim() == 4:
+        return F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+    if weight.dim() == 5:
+        return F.avg_pool3d(weight, 2, stride=1, padding=1, divisor_override=1)
+    return 2 * F.avg_pool1d(weight, 2, stride=1, padding=1)
 
 
 class Block(nn.Module):
@@ -133,13 +162,14 @@ class Block(nn.Module):
         embedding: int,
         dropout: float = 0.0,
         heads: int | None = None,
+        dims: int = 2,
     ) -> None:
         super().__init__()
-        self.residual = ResBlock(channels_in, channels_out, embedding, dropout)
+        self.residual = ResBlock(channels_in, channels_out, embedding, dropout, dims)
         self.attend = nn.Identity() if heads is None else Attention(channels_out, heads)
 
     def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, channels_in, H, W) → (B, channels_out, H, W); ``skip`` is concatenated to ``h``."""
+        """(B, channels_in, *) → (B, channels_out, *); ``skip`` is concatenated to ``h``."""
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         return self.attend(self.residual(h, embedding))

@@ -16,13 +16,15 @@ Legend: B batch, C channels, H × W pixels, P side of a patch, N = H·W / P² to
 token and of the embedding e.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
+from lit_diffusion.nn.patches import patchify, phases, rotate, unpatchify
 
 
 class Size(NamedTuple):
@@ -40,87 +42,6 @@ SIZES = {
     "L": Size(depth=24, width=1024, heads=16),
     "XL": Size(depth=28, width=1152, heads=16),
 }
-
-
-def patchify(z: Tensor, patch: int) -> Tensor:
-    """Cut images into tokens, row by row: (B, C, H, W) → (B, N, C·P·P).
-
-    Args:
-        z: Images whose sides are multiples of the patch size.
-        patch: Side P of a patch.
-
-    Example:
-        >>> patchify(torch.arange(8.0).view(1, 1, 2, 4), patch=2)
-        tensor([[[0., 1., 4., 5.],
-                 [2., 3., 6., 7.]]])
-    """
-    return F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2)
-
-
-def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Assemble tokens into images, the inverse of `patchify`: (B, N, C·P·P) → (B, C, H, W).
-
-    Args:
-        tokens: The tokens, row by row.
-        patch: Side P of a patch.
-        height: H, in pixels.
-        width: W, in pixels.
-    """
-    grid = tokens.transpose(1, 2).unflatten(2, (height // patch, width // patch))
-    return F.pixel_shuffle(grid, patch)
-
-
-def phases(rows: int, columns: int, waves: int, longest: float, device: torch.device) -> Tensor:
-    """The position of each token as phases: ω_k·row, then ω_k·column, ω_k = longest^(−k/waves).
-
-    Computed in float32 at every call. A buffer would be rounded by ``.to(torch.bfloat16)`` and
-    would fix the size of the images.
-
-    Args:
-        rows: Rows of tokens.
-        columns: Columns of tokens.
-        waves: Number K of frequencies; the first is one radian per token.
-        longest: Ratio of the first frequency to that of k = K.
-        device: Device of the result.
-
-    Shapes:
-        (rows·columns, 2·waves), float32.
-
-    Example:
-        >>> phases(1, 3, waves=2, longest=100, device=torch.device("cpu"))
-        tensor([[0.0000, 0.0000, 0.0000, 0.0000],
-                [0.0000, 0.0000, 1.0000, 0.1000],
-                [0.0000, 0.0000, 2.0000, 0.2000]])
-    """
-    omega = longest ** -(torch.arange(waves, dtype=torch.float32, device=device) / waves)
-    row = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * omega
-    column = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * omega
-    return torch.cat([row.repeat_interleave(columns, dim=0), column.repeat(rows, 1)], dim=1)
-
-
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + D/2}) by its angle, in float32 at least.
-
-    The product of a query and a key that are rotated by their positions depends on the difference
-    of the positions only: ⟨R(a)q, R(b)k⟩ = ⟨q, R(b − a)k⟩.
-
-    Args:
-        x: Queries or keys.
-        angle: Angles, in radians.
-
-    Shapes:
-        x (*, N, D), angle (N, D/2) → (*, N, D).
-
-    References:
-        Su et al. (2021), RoFormer, arXiv:2104.09864, Section 3.2.2.
-
-    Example:
-        >>> rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([[torch.pi / 6]]))
-        tensor([[0.8660, 0.5000]])
-    """
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -218,7 +139,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(ConditionalNetwork):
-    """A diffusion transformer for images or latents, conditioned on λ, label and other numbers.
+    """A diffusion transformer for images, latents, series or sets, conditioned on λ and others.
 
     For large data sets and much compute: it has no built-in locality and must learn it, but keeps
     improving with its size. On small images with little data a `UNet` is better. The cost grows
@@ -227,8 +148,9 @@ class DiT(ConditionalNetwork):
 
     Args:
         image_shape: (C, H, W) of the images; H and W multiples of ``patch``. Images of other
-            sides pass as well, if they are multiples too.
-        patch: Side P of a patch; half the side means four times the tokens.
+            sides pass as well, if they are multiples too. (C, L) for series, (C, D, H, W) for
+            volumes, and (C, N) for sets of N points of C coordinates.
+        patch: Side P of a patch; half the side means four times the tokens of an image.
         size: S, B, L or XL: the published values of the next three arguments.
         depth: Number of blocks; None takes the size's.
         width: Width E of a token, a multiple of 4·``heads``; None takes the size's.
@@ -239,6 +161,11 @@ class DiT(ConditionalNetwork):
             absolute positions.
         qk_norm: Normalise queries and keys, so that growing attention logits cannot make training
             diverge; worth its small cost in long runs, in bfloat16 and at high learning rates.
+        positions: Where tokens of images of other sides are. ``index``: as many steps apart as in
+            ``image_shape``, for a larger view of the same things. ``resampled``: spread over the
+            same extent, for the same things at another resolution. ``none``: nowhere, so that
+            the network treats tokens as a set, which it permutes if its input is permuted; with
+            a patch of 1 the points of a set.
         fourier: Exponents n of the waves sin(2ⁿπz), cos(2ⁿπz) given as input with z, such as
             (6, 7) for 256 grey levels and (3, 4) for 17; () for none. Not for latents.
         conditions: Further conditions, by name, with the number of values of each, such as
@@ -271,11 +198,15 @@ class DiT(ConditionalNetwork):
         ...     large = DiT(image_shape=(4, 32, 32), patch=2, size="XL", num_classes=1000)
         >>> round(sum(p.numel() for p in large.parameters()) / 1e6)
         675
+        >>> small = {"patch": 1, "depth": 2, "width": 64, "heads": 4}
+        >>> points = DiT(image_shape=(3, 50), positions="none", **small)
+        >>> points(torch.randn(2, 3, 80), logsnr).shape  # sets of 80 points in space
+        torch.Size([2, 3, 80])
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, ...] = (1, 8, 8),
         patch: int = 2,
         size: str = "S",
         depth: int | None = None,
@@ -284,19 +215,21 @@ class DiT(ConditionalNetwork):
         num_classes: int | None = None,
         rope: bool = False,
         qk_norm: bool = False,
+        positions: Literal["index", "resampled", "none"] = "index",
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
+        if not 2 <= len(image_shape) <= 4 or min(image_shape) < 1:
             raise ValueError(
-                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+                "image_shape must be positive integers (C, H, W), or (C, L) for series, or "
+                f"(C, D, H, W) for volumes, got {tuple(image_shape)}."
             )
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}.")
         usual = SIZES[size]
-        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.image_shape = tuple(image_shape)
         self.patch = patch
         self.size = size
         self.depth = usual.depth if depth is None else depth
@@ -305,32 +238,45 @@ class DiT(ConditionalNetwork):
         self.num_classes = num_classes
         self.rope = rope
         self.qk_norm = qk_norm
+        self.positions = positions
         self.fourier = tuple(fourier)
         self.conditions = dict(conditions or {})
         self.activation_checkpointing = activation_checkpointing
-        if min(patch, self.depth, self.heads) < 1:
-            raise ValueError(
-                "patch, depth and heads must be at least 1, "
-                f"got {patch}, {self.depth} and {self.heads}."
-            )
-        if self.width < 1 or self.width % (4 * self.heads):
-            raise ValueError(
-                f"width must be a multiple of 4·heads = {4 * self.heads}, got {self.width}."
-            )
+        self._check_arguments()
         self._check(self.image_shape)
 
         features, channels = self.width, image_shape[0]
         self.make_embeddings(features, num_classes, self.conditions)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
-        self.layer_in = nn.Linear(seen * patch**2, features)
+        dims = len(self.image_shape) - 1
+        self.layer_in = nn.Linear(seen * patch**dims, features)
         self.blocks = nn.ModuleList(
             DiTBlock(features, self.heads, qk_norm) for _ in range(self.depth)
         )
         self.norm_out = nn.LayerNorm(features, eps=1e-6, elementwise_affine=False)
         self.modulation_out = Modulation(features, vectors=2)
-        self.layer_out = nn.Linear(features, channels * patch**2)
+        self.layer_out = nn.Linear(features, channels * patch**dims)
         self._initialise()
+
+    def _check_arguments(self) -> None:
+        """Raise if the arguments do not fit each other."""
+        if min(self.patch, self.depth, self.heads) < 1:
+            raise ValueError(
+                "patch, depth and heads must be at least 1, "
+                f"got {self.patch}, {self.depth} and {self.heads}."
+            )
+        if self.width < 1 or self.width % (4 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of 4·heads = {4 * self.heads}, got {self.width}."
+            )
+        if self.positions not in ("index", "resampled", "none") or (
+            self.rope and self.positions == "none"
+        ):
+            raise ValueError(
+                "positions must be index, resampled or none, and without positions there is no "
+                f"rope, got positions={self.positions!r} and rope={self.rope}."
+            )
 
     def _initialise(self) -> None:
         """Xavier initialisation; zero for the modulation and output layers."""
@@ -345,13 +291,25 @@ class DiT(ConditionalNetwork):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be cut into patches."""
-        channels, height, width = shape
-        if channels != self.image_shape[0] or height % self.patch or width % self.patch:
+        channels, *sides = shape
+        fits = len(shape) == len(self.image_shape) and channels == self.image_shape[0]
+        if not fits or any(side % self.patch for side in sides):
+            axes = {2: "(C, L)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[len(self.image_shape)]
             raise ValueError(
                 f"a DiT of patch={self.patch} for {self.image_shape[0]} channels takes images "
-                f"whose sides are multiples of {self.patch}, got (C, H, W) = {tuple(shape)}; give "
+                f"whose sides are multiples of {self.patch}, got {axes} = {tuple(shape)}; give "
                 "another patch, or crop the images."
             )
+
+    def _places(self, sides: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The places of the tokens along each axis, in tokens of ``image_shape``."""
+        places = []
+        for side, built in zip(sides, self.image_shape[1:], strict=True):
+            place = torch.arange(side // self.patch, dtype=torch.float32, device=device)
+            if self.positions == "resampled" and side != built:
+                place = (place + 0.5) * (built / side) - 0.5
+            places.append(place)
+        return places
 
     def forward(
         self,
@@ -365,23 +323,24 @@ class DiT(ConditionalNetwork):
         self._check(z.shape[1:])
         embedding = F.silu(self.embed(logsnr, label, dropped, cond))
 
-        height, width = z.shape[2:]
-        grid = height // self.patch, width // self.patch
-        place = phases(*grid, self.width // 4, 10_000.0, z.device)
+        sides = z.shape[2:]
+        places, axes, head = self._places(sides, z.device), len(sides), self.width // self.heads
         h = self.layer_in(patchify(self.waves(z), self.patch))
-        h = h + torch.cat([place.sin(), place.cos()], dim=1).to(z.dtype)
-        head = self.width // self.heads
-        angle = phases(*grid, head // 4, 100.0, z.device) if self.rope else None
+        if self.positions != "none":
+            waves = self.width // (2 * axes)
+            place = phases(places, waves, 10_000.0, total=self.width // 2)
+            h = h + torch.cat([place.sin(), place.cos()], dim=1).to(z.dtype)
+        angle = phases(places, head // (2 * axes), 100.0, head // 2) if self.rope else None
         for block in self.blocks:
             h = self.call_block(block, h, embedding, angle)
         shift, scale = self.modulation_out(embedding)
         out = self.layer_out(torch.addcmul(shift, self.norm_out(h), 1 + scale))
-        return unpatchify(out, self.patch, height, width).to(z.dtype)
+        return unpatchify(out, self.patch, sides).to(z.dtype)
 
     def extra_repr(self) -> str:
         """The arguments."""
         names = (
-            "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, fourier, "
-            "conditions, activation_checkpointing"
+            "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
+            "positions, fourier, conditions, activation_checkpointing"
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))

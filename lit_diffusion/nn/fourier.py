@@ -25,10 +25,10 @@ class FourierFeatures(nn.Module):
         exponents: The K integers n, each at least 0. A wave has period 2¹⁻ⁿ: (6, 7) for 256 grey
             levels on [−1, 1], (3, 4) for 17; a small network of few inputs also gains from the
             coarser ones.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images, or (C, *) of other data.
 
     Shapes:
-        z (B, C, H, W), logsnr (B,), label (B,) int64 or None → (B, C, H, W). The waves are
+        z (B, C, *), logsnr (B,), label (B,) int64 or None → (B, C, *). The waves are
         computed in float32 at least, under autocast too, since bfloat16 has no digit of a fine
         phase.
 
@@ -53,15 +53,15 @@ class FourierFeatures(nn.Module):
         self,
         network: nn.Module | None = None,
         exponents: tuple[int, ...] = (6, 7),
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, ...] = (1, 8, 8),
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
+        if len(image_shape) < 2 or min(image_shape) < 1:
             raise ValueError(
-                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+                f"image_shape must be positive integers (C, H, W), got {tuple(image_shape)}."
             )
         self.exponents = tuple(exponents)
-        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.image_shape = tuple(image_shape)
         self.waves = FourierWaves(self.exponents)
         inner = self.inner_shapes(self.image_shape, self.exponents)["network"]
         self.network = UNet(image_shape=inner) if network is None else network
@@ -75,10 +75,10 @@ class FourierFeatures(nn.Module):
 
     @staticmethod
     def inner_shapes(
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         exponents: tuple[int, ...] = (6, 7),
         **others: Any,
-    ) -> dict[str, tuple[int, int, int]]:
+    ) -> dict[str, tuple[int, ...]]:
         """The image_shape for which each network among the arguments must be built, by name.
 
         The command line sets the shapes of the inner networks of a wrapper that has this method,
@@ -89,8 +89,8 @@ class FourierFeatures(nn.Module):
             exponents: As for the class.
             **others: Its other arguments, which are ignored.
         """
-        channels, height, width = image_shape
-        return {"network": (channels * (1 + 2 * len(exponents)), height, width)}
+        channels, *sides = image_shape
+        return {"network": (channels * (1 + 2 * len(exponents)), *sides)}
 
     @property
     def num_classes(self) -> int | None:

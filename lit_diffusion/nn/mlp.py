@@ -1,7 +1,9 @@
 """The multilayer perceptron: for data of a few numbers without spatial structure.
 
-Legend: B batch, D = C·H·W numbers of an example, F features.
+Legend: B batch, D numbers of an example, such as C·H·W, F features.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +50,15 @@ class ResidualMLP(ConditionalNetwork):
     related. The output is exactly zero at initialisation.
 
     Args:
-        image_shape: (C, H, W) of the examples, which are flattened to vectors of C·H·W numbers.
+        image_shape: (C, H, W) of the examples, or any other shape, such as (D,) of the rows of a
+            table; they are flattened to vectors.
         features: Width F, at least 1.
         layers: Number of residual blocks, at least 1.
         num_classes: Number of classes, for a class-conditional network; None for none.
 
     Shapes:
-        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
-        Label −1 means "no label", None means all −1.
+        z (B, *), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, *). Label −1
+        means "no label", None means all −1.
 
     Raises:
         ValueError: If a number is below 1, or if z has another shape than ``image_shape``.
@@ -74,25 +77,25 @@ class ResidualMLP(ConditionalNetwork):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, ...] = (1, 8, 8),
         features: int = 256,
         layers: int = 2,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
+        if not image_shape or min(image_shape) < 1:
             raise ValueError(
-                f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+                f"image_shape must be positive integers, such as (C, H, W), got {image_shape}."
             )
         if min(features, layers) < 1:
             raise ValueError(
                 f"features and layers must be at least 1, got {features} and {layers}."
             )
-        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.image_shape = tuple(image_shape)
         self.features = features
         self.layers = layers
         self.num_classes = num_classes
-        size = image_shape[0] * image_shape[1] * image_shape[2]
+        size = math.prod(image_shape)
         self.make_embeddings(features, num_classes, conditions={})
         self.layer_in = nn.Linear(size, features)
         self.blocks = nn.ModuleList(MLPBlock(features) for _ in range(layers))

@@ -11,6 +11,8 @@ shifts the normalised features inside every block (adaptive group norm).
                       ╰─ block ─╮     level 1, ...     ╭─ block ─ block
                                 ╰─ block, attend, block
 
+The same network with convolutions over one axis is for series, and over three for volumes.
+
 Legend: B batch, C channels, H × W pixels, E width of the embedding of (λ, label).
 """
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.blocks import Block, Upsample, group_norm, zero_initialized
+from lit_diffusion.nn.blocks import CONVOLUTION, Block, Upsample, group_norm, zero_initialized
 from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
 
 
@@ -34,20 +36,21 @@ class Skip(NamedTuple):
 
 def _check_shape(image_shape: Sequence[int], channels: Sequence[int], downsample: bool) -> None:
     """Raise unless images and levels fit together."""
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    if not 2 <= len(image_shape) <= 4 or min(image_shape) < 1:
         raise ValueError(
-            f"image_shape must be three positive integers (C, H, W), got {image_shape}."
+            "image_shape must be positive integers (C, H, W), or (C, L) for series, or "
+            f"(C, D, H, W) for volumes, got {tuple(image_shape)}."
         )
     if not channels or min(channels) < 1:
         raise ValueError(
             "channels must name a positive number of features for each level, such as "
             f"(32, 64), got {channels}."
         )
-    _, height, width = image_shape
-    if downsample and min(height, width) < 2 ** (len(channels) - 1):
+    sides = image_shape[1:]
+    if downsample and min(sides) < 2 ** (len(channels) - 1):
         raise ValueError(
             f"{len(channels)} levels halve the image {len(channels) - 1} times, for which "
-            f"{height}x{width} pixels are too few; give fewer channels."
+            f"{'x'.join(map(str, sides))} pixels are too few; give fewer channels."
         )
 
 
@@ -72,8 +75,15 @@ def _check_numbers(
         )
 
 
+def _channels_last(dims: int) -> torch.memory_format:
+    """The memory format with the channels innermost."""
+    if dims == 1:
+        raise ValueError("channels_last is for images and volumes, got a series; leave it False.")
+    return torch.channels_last if dims == 2 else torch.channels_last_3d
+
+
 class UNet(ConditionalNetwork):
-    """A U-Net for images of any size, conditioned on λ and optionally on labels and other numbers.
+    """A U-Net for images, series or volumes of any size, conditioned on λ, labels and numbers.
 
     The default choice: convolutions need less data and fewer steps than a transformer. The output
     is exactly zero at initialisation. ``image_shape`` fixes the channels and which levels have
@@ -83,14 +93,14 @@ class UNet(ConditionalNetwork):
     4.1 bits/dim to 1.8.
 
     Args:
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images; (C, L) for series and (C, D, H, W) for volumes.
         channels: Features of each level, from the finest to the coarsest; each further level
             halves the image.
         blocks: Residual blocks per level of the encoder, at least 1; the decoder has one for
             every skip connection.
-        attention: Heights of the feature maps that get attention, counted for images of
-            ``image_shape``; a height that does not occur is ignored. If ``downsample`` is False,
-            listing H puts attention in the middle.
+        attention: Heights of the feature maps that get attention (lengths of series, depths of
+            volumes), counted for examples of ``image_shape``; one that does not occur is ignored.
+            If ``downsample`` is False, listing H puts attention in the middle.
         num_classes: Number of classes, for a class-conditional network; None for none.
         dropout: Probability of dropping a feature inside a block, in [0, 1).
         downsample: Whether each further level halves the image.
@@ -104,12 +114,13 @@ class UNet(ConditionalNetwork):
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
         channels_last: Store features and weights in the order NHWC, in which most convolutions are
-            faster (on a CPU by 2 to 6 %); the numbers agree up to rounding.
+            faster (on a CPU by 2 to 6 %); the numbers agree up to rounding. Not for series.
 
     Shapes:
-        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
-        Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
-        where dropped (B,), bool; none at all means all dropped.
+        z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W);
+        of series (B, C, L), of volumes (B, C, D, H, W). Label −1 means "no label", None means all
+        −1. Each further condition is (B, *), and zero where dropped (B,), bool; none at all means
+        all dropped.
 
     References:
         Ronneberger et al. (2015), U-Net, arXiv:1505.04597. Ho et al. (2020), Denoising Diffusion
@@ -123,11 +134,14 @@ class UNet(ConditionalNetwork):
         torch.Size([2, 3, 16, 24])
         >>> net(z, logsnr).abs().max().item()  # zero at initialisation
         0.0
+        >>> series = UNet(image_shape=(2, 100), channels=(16, 32), attention=())
+        >>> series(torch.randn(5, 2, 100), torch.zeros(5)).shape
+        torch.Size([5, 2, 100])
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        image_shape: tuple[int, ...] = (1, 8, 8),
         channels: tuple[int, ...] = (32, 64),
         blocks: int = 1,
         attention: tuple[int, ...] = (4,),
@@ -144,7 +158,7 @@ class UNet(ConditionalNetwork):
         super().__init__()
         _check_shape(image_shape, channels, downsample)
         _check_numbers(blocks, fourier, dropout, head_channels, embedding_features)
-        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.image_shape = tuple(image_shape)
         self.channels = tuple(channels)
         self.blocks = blocks
         self.attention = tuple(attention)
@@ -165,19 +179,30 @@ class UNet(ConditionalNetwork):
         self.middle = self._bottleneck()
         self.up = self._decoder(skips)
         self.norm_out = group_norm(self.channels[0])
-        self.conv_out = zero_initialized(nn.Conv2d(self.channels[0], image_shape[0], 3, padding=1))
+        self.conv_out = zero_initialized(
+            self._convolution(self.channels[0], image_shape[0], 3, padding=1)
+        )
         if channels_last:  # features take the order of the weights
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=_channels_last(self._dims))
+
+    @property
+    def _dims(self) -> int:
+        """Number of spatial axes."""
+        return len(self.image_shape) - 1
+
+    @property
+    def _convolution(self) -> type[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+        return CONVOLUTION[self._dims]
 
     def _encoder(self) -> tuple[nn.ModuleList, list[Skip]]:
         """The layers of the encoder, and the skip connection of each."""
         width = self.channels[0]
         seen = self.image_shape[0] * (1 + 2 * len(self.fourier))
-        layers: list[nn.Module] = [nn.Conv2d(seen, width, 3, padding=1)]
+        layers: list[nn.Module] = [self._convolution(seen, width, 3, padding=1)]
         skips = [Skip(0, width)]
         for level, wide in enumerate(self.channels):
             if level > 0 and self.downsample:
-                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                layers.append(self._convolution(width, width, 3, stride=2, padding=1))
                 skips.append(Skip(level, width))
             for _ in range(self.blocks):
                 layers.append(self._block(width, wide, self._attends(level)))
@@ -200,7 +225,7 @@ class UNet(ConditionalNetwork):
             layers.append(self._block(width + skip.channels, wide, self._attends(skip.level)))
             width = wide
             if self.downsample and following is not None and following.level < skip.level:
-                layers.append(Upsample(width))
+                layers.append(Upsample(width, self._dims))
         return nn.ModuleList(layers)
 
     @property
@@ -221,7 +246,8 @@ class UNet(ConditionalNetwork):
 
     def _block(self, channels_in: int, channels_out: int, attend: bool) -> Block:
         heads = self._heads(channels_out) if attend else None
-        return Block(channels_in, channels_out, self._embedding_width, self.dropout, heads)
+        width, dims = self._embedding_width, self._dims
+        return Block(channels_in, channels_out, width, self.dropout, heads, dims)
 
     def _heads(self, channels: int) -> int:
         """Number of attention heads for so many channels."""

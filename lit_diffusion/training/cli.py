@@ -218,6 +218,7 @@ def _of_objective(
     _add_data(parser, data_class)
     parser.link_arguments("data.image_shape", "model.image_shape")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
+    parser.add_argument("--init_from", type=str | None, default=None, help="Not used.")
     config = parser.parse_args(argv)
     asked = [word.partition("=")[0] for word in argv]
     if "--ckpt_path" in asked:

@@ -230,14 +230,34 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             cond = drop_condition(
                 cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
             )
-        terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
-        loss = self.accumulate(terms, place)
+        has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
+        eps = torch.randn_like(x)
+        terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)
+        extra = self.extra_loss(batch, terms) if has_extra else None
+        if has_extra and extra is None:  # of this batch: every step logs the same
+            extra = terms.loss.new_zeros(())
+        loss = self.accumulate(terms, place, extra)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
             "logsnr": terms.logsnr.detach(),
             "eps_mse": terms.eps_mse.detach(),
         }
+
+    def extra_loss(self, batch: dict[str, Any], terms: LossTerms) -> Tensor | None:
+        """A further loss of a training step, for a subclass to define; None for none.
+
+        Its mean is added to that of the diffusion loss, and logged as `train/extra_loss`.
+
+        Args:
+            batch: The batch, as `standard` returns it.
+            terms: The diffusion loss of each example, with `terms.logsnr`, `terms.z` and the
+                estimate `terms.denoised.x`, `terms.denoised.eps`.
+
+        Shapes:
+            z, x̂ and ε̂ (B, C, H, W); logsnr (B,); result (B,) or ().
+        """
+        return None
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""

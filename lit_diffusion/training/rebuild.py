@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import lightning as L
 
-from lit_diffusion.description import build_arguments, describe
+from lit_diffusion.description import build_arguments, describe, public_path
 from lit_diffusion.training.run.weights import weights_name
 
-__all__ = ["own_arguments", "rebuild", "remember"]
+__all__ = ["own_arguments", "rebuild", "refuse_other_class", "remember"]
 
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -65,6 +65,23 @@ def own_arguments(model: L.LightningModule, base: type) -> dict[str, Any]:
         else:
             _not_kept(name, f"{type(model).__name__} does not keep it; set self.{name}.")
     return found
+
+
+def refuse_other_class(cls: type, named: str) -> None:
+    """Refuse to continue or to evaluate the model of a checkpoint as another class.
+
+    Args:
+        cls: The class; it may be derived from that of the checkpoint.
+        named: The path of the checkpoint's class.
+
+    Raises:
+        ValueError: If it is another class.
+    """
+    if named not in map(public_path, cls.__mro__):
+        raise ValueError(
+            f"Expected a checkpoint of {public_path(cls)}, got one that was trained as {named}: "
+            f"run the program that calls lit_diffusion.training.cli.main with that class."
+        )
 
 
 def _accepted(cls: type, described: dict[str, Any]) -> dict[str, Any]:

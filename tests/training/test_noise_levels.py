@@ -536,29 +536,34 @@ def test_the_table_is_at_common_noise_levels(cli, tmp_path):
         half = (math.exp(4.5) - math.exp(-1.0)) / 2
         assert numbers == pytest.approx([*exact, half], rel=1e-3)
     apart = folder_with(tmp_path / "a" / "3", record(1, "val", 7.0, 9.0, [1.0, 2.0]))
-    code, out, _ = cli("compare", one, apart)
+    code, out, _ = cli("compare", one, apart, "--out", "apart.png")
     assert code == 0
     assert "no noise levels in common" in out
-    assert Path("compare.png").is_file()
+    assert Path("apart.png").is_file()
+
+
+FIGURE = ("--out", "figure.png")
 
 
 @pytest.mark.parametrize(
     ("words", "telling"),
     [
         ((), "at least 1 run"),
-        (("nowhere",), "nowhere has no noise_levels.csv"),
-        (("good", "empty"), "empty has no noise_levels.csv"),
-        (("good", "header"), "no record yet"),
-        (("good", "other"), "not a table of NoiseLevelLoss: expected the columns"),
-        (("good", "torn"), "not a table of NoiseLevelLoss"),
+        (("nowhere",), "nowhere is not a run folder"),
+        (("good", "empty"), "empty is not a run folder"),
+        (("good", "bare", *FIGURE), "bare has no noise_levels.csv"),
+        (("good", "header", *FIGURE), "no record yet"),
+        (("good", "other", *FIGURE), "not a table of NoiseLevelLoss: expected the columns"),
+        (("good", "torn", *FIGURE), "not a table of NoiseLevelLoss"),
         (("good", "good"), "expected each run once"),
-        (("good", "--out", "both.doc"), ".png, .pdf, .svg, got both.doc"),
+        (("good", "--out", "both.doc"), ".html, .png, .pdf, .svg, got both.doc"),
         (("good", "--colour"), "no argument is called --colour"),
     ],
 )
 def test_a_mistake_is_one_line_and_draws_nothing(cli, tmp_path, words, telling):
     folder_with(tmp_path / "good", record(1, "val", 0.0, 1.0, [1.0, 2.0]))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
     folder_with(tmp_path / "header")
     texts = {"other": "step,loss\n1,2\n", "torn": table_text([], header=True) + "1,val,0\n"}
     for name, text in texts.items():
@@ -569,7 +574,7 @@ def test_a_mistake_is_one_line_and_draws_nothing(cli, tmp_path, words, telling):
     assert len(err.splitlines()) == 1
     assert telling in err
     assert out == ""
-    assert not list(tmp_path.glob("*.png"))
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
 @pytest.mark.parametrize(

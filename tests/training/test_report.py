@@ -277,7 +277,7 @@ def test_the_headline_is_the_last_of_the_runs_own_validation(run):
         assert f"{said}{shown} protocol" in head
     assert "98.7" not in head
     assert "31.7" not in head
-    assert "Measured in validation" in page.text
+    assert "Fréchet distance, measured in validation" in page.text
 
 
 def test_a_run_that_has_hardly_anything(tmp_path):

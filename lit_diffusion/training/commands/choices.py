@@ -10,13 +10,21 @@ from pathlib import Path
 
 import torch
 
+from lit_diffusion.models.pretrained import CONFIG
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.folder import TRACES, is_run_folder
 from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.newest import LAST, last_checkpoint
 
-__all__ = ["find_checkpoint", "find_device", "find_run", "resolve_checkpoint", "run_of"]
+__all__ = [
+    "find_checkpoint",
+    "find_device",
+    "find_run",
+    "resolve_checkpoint",
+    "resolve_weights",
+    "run_of",
+]
 
 ROOT = "runs"  # the folder of all runs
 
@@ -77,6 +85,18 @@ def resolve_checkpoint(
             f"No checkpoint at {path}: expected a checkpoint, the folder of a run, or `last`."
         )
     return path / LAST if path.is_dir() else path
+
+
+def resolve_weights(given: str | Path) -> Path:
+    """The path of the weights that are meant, without reading them.
+
+    Args:
+        given: A checkpoint, a run folder, `last`, or a folder that `lit-diffusion export` wrote.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return Path(given) if (Path(given) / CONFIG).is_file() else resolve_checkpoint(given)
 
 
 def find_run(given: str | Path, name: str | None = None, root: str | Path | None = None) -> Path:

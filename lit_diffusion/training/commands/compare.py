@@ -1,54 +1,97 @@
-"""The command `compare`: the ε-errors of several runs at each noise level."""
+"""The command `compare`: any runs side by side, as a page, or their ε-errors as a figure."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
+from lit_diffusion.training import randomness
+from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device, find_run
 from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.reporting.comparison import (
+    comparison_page,
+    config_differences,
+    numbers,
+)
+from lit_diffusion.training.reporting.error_curves import (
+    LastRecords,
+    error_table,
+    last_records,
+    plot_errors,
+)
+from lit_diffusion.training.reporting.parts import Paragraph, Part, Picture, Strip, picture
+from lit_diffusion.training.reporting.run import Run
 from lit_diffusion.training.run.figures import save_figure
-from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table
+from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.newest import LAST
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Comparison", "compare"]
 
-FORMATS = (".png", ".pdf", ".svg")
-COLUMNS = 7  # noise levels of the table
+FIGURES = (".png", ".pdf", ".svg")
+COLUMNS = 4  # of the grid of samples
+WIDE = 40  # characters of a cell in the terminal at most
 
 
 class Comparison(NamedTuple):
-    """The last ε-errors of several runs, and the path of the figure."""
+    """The runs side by side as text, and the page or figure."""
 
-    runs: dict[str, dict[str, NoiseLevels]]  # of each run, the last record of each stage
-    figure: Path
+    text: str
+    path: Path
 
     def __str__(self) -> str:
-        return f"{_table(self.runs)}\nFigure: {self.figure}"
+        kind = "Figure" if self.path.suffix in FIGURES else "Page"
+        return f"{self.text}\n{kind}: {self.path}"
 
 
-def compare(runs: Sequence[str | Path], out: str | Path = "compare.png") -> Comparison:
-    """Plot the ε-errors of runs over λ in one figure, and tabulate them.
+def compare(
+    runs: Sequence[str | Path],
+    out: str | Path = "compare.html",
+    num_samples: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+) -> Comparison:
+    """Compare runs: losses, bits, scores, samples of the same noise, settings, ε-errors over λ.
 
     Args:
-        runs: Folders of runs with the callback NoiseLevelLoss.
-        out: The figure: a .png, .pdf or .svg.
+        runs: Runs, each as its folder, a checkpoint in it, or `last`.
+        out: The page, an .html file; or a .png, .pdf or .svg for a figure of the ε-errors alone,
+            which takes runs with the callback NoiseLevelLoss.
+        num_samples: Samples of each model; 0 shows the last grid of each run instead.
+        seed: Image i of each model starts from the noise of (seed, i).
+        device: auto, cpu, cuda, cuda:1, mps.
 
     Raises:
-        ValueError: If a folder has no noise levels, or out has another suffix.
+        ValueError: If a run does not exist, or out has another suffix.
     """
-    out, folders = Path(out), [Path(run) for run in runs]
-    if not folders:
+    out = Path(out)
+    if not runs:
         raise UsageError(
             "expected at least 1 run, got none: lit-diffusion compare RUN1 RUN2 --out FILE."
         )
-    if out.suffix not in FORMATS:
-        raise UsageError(f"--out must end in {', '.join(FORMATS)}, got {out}.")
-    found = dict(zip(_names(folders), map(_last, folders), strict=True))
-    save_figure(_plot(found), out)
-    return Comparison(found, out)
+    if out.suffix not in (".html", *FIGURES):
+        raise UsageError(f"--out must end in .html, {', '.join(FIGURES)}, got {out}.")
+    if num_samples < 0:
+        raise UsageError(f"--num_samples must be at least 0, got {num_samples}.")
+    folders = [find_run(run) for run in runs]
+    named = dict(zip(_names(folders), folders, strict=True))
+    if out.suffix in FIGURES:
+        known = {name: last_records(folder) for name, folder in named.items()}
+        save_figure(plot_errors(known), out)
+        return Comparison(error_table(known), out)
+    records = _records(named)
+    read = {name: Run(folder) for name, folder in named.items()}
+    samples = _samples(read, num_samples, seed, find_device(device))
+    write_whole(out, comparison_page(read, samples, records))
+    return Comparison(_text(read, records), out)
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -60,81 +103,87 @@ def _names(folders: list[Path]) -> list[str]:
     return names
 
 
-def _last(folder: Path) -> dict[str, NoiseLevels]:
-    """The last record of each stage of a run."""
-    path = folder / "noise_levels.csv"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} has no noise_levels.csv: expected the folder of a run with the callback "
-            "NoiseLevelLoss (added by --config configs/with/noise-levels.yaml) after its first "
-            "validation."
-        )
-    last = {record.stage: record for record in read_table(path)}
-    if not last:
-        raise UsageError(f"{path} has no record yet: wait for the first validation of the run.")
-    return last
+def _records(folders: dict[str, Path]) -> dict[str, LastRecords]:
+    """The noise levels of the runs that have recorded any."""
+    found = {}
+    for name, folder in folders.items():
+        if (folder / "noise_levels.csv").is_file():
+            try:
+                found[name] = last_records(folder)
+            except ValueError as error:
+                warn(f"The noise levels of {name} are left out: {error}")
+    return found
 
 
-def _curve(record: NoiseLevels) -> tuple[Tensor, Tensor]:
-    """λ and the ε-error of the bins that have one."""
-    seen = (record.count > 0) & (record.eps_mse > 0)
-    return record.centres[seen], record.eps_mse[seen]
+# Samples ---------------------------------------------------------------------------------------
 
 
-def _main(run: dict[str, NoiseLevels]) -> NoiseLevels:
-    """The record used to compare a run: of validation, or of training if there is none."""
-    return run.get("val", next(iter(run.values())))
+def _samples(runs: dict[str, Run], n: int, seed: int, device: torch.device) -> list[Part]:
+    """A grid for each run: of the same noise, or of its own if its model cannot be loaded."""
+    pictures, notes = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for i, (name, run) in enumerate(runs.items()):
+            reason = "no samples were asked for"
+            grid = Path(scratch) / f"{i}.png"
+            if n:
+                try:
+                    caption = f"{name}, {_sample(run.folder, n, seed, device, grid)}"
+                except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+                    reason = " ".join(str(error).split())
+            if not grid.is_file():
+                own = sorted((run.folder / "samples").glob("step-*.png"))
+                notes.append(f"{name} has no samples of this noise: {reason}")
+                if not own:
+                    continue
+                grid, caption = own[-1], f"{name}, its own {own[-1].stem}"
+            pictures.append(_shown(grid, caption, i))
+    same = f"The noise of image i is that of ({seed}, i) for each model, and so is its class."
+    parts: list[Part] = [Paragraph(same, "soft")] if n else []
+    parts += [Paragraph(note, "soft") for note in notes]
+    return [*parts, Strip("Samples", pictures)] if pictures else parts
 
 
-def _at(record: NoiseLevels, logsnr: Tensor) -> Tensor:
-    """The ε-error at any λ between the bins, by linear interpolation of its logarithm."""
-    centres, error = _curve(record)
-    right = torch.searchsorted(centres, logsnr).clamp(1, len(centres) - 1)
-    share = (logsnr - centres[right - 1]) / (centres[right] - centres[right - 1])
-    return torch.exp(torch.lerp(error[right - 1].log(), error[right].log(), share))
+def _shown(grid: Path, caption: str, i: int) -> Picture:
+    return picture(grid, f"Samples of {caption}", caption, name=f"samples-{i}")
 
 
-def _table(runs: dict[str, dict[str, NoiseLevels]]) -> str:
-    """The ε-errors at noise levels common to all runs, and half their integral."""
-    records = {name: _main(run) for name, run in runs.items()}
-    curves = [_curve(record)[0] for record in records.values()]
-    low = max((float(c[0]) for c in curves if len(c)), default=0.0)
-    high = min((float(c[-1]) for c in curves if len(c)), default=0.0)
-    if low >= high or min(map(len, curves)) < 2:
-        return "The runs have no noise levels in common, so there is no table."
-    logsnr = torch.linspace(low, high, COLUMNS, dtype=torch.float64)
-    fine = torch.linspace(low, high, 1000, dtype=torch.float64)
-    wide = max(map(len, [*records, "ε-error at λ ="]))
-    heads = [*(f"{x:.1f}" for x in logsnr.tolist()), "½∫dλ", "stage", "step"]
-    lines = ["ε-error at λ =".ljust(wide) + "".join(f"{head:>10}" for head in heads)]
-    for name, record in records.items():
-        half = 0.5 * torch.trapezoid(_at(record, fine), fine)
-        numbers = [f"{x:.4g}" for x in [*_at(record, logsnr).tolist(), float(half)]]
-        cells = [*numbers, record.stage, str(record.step)]
-        lines.append(name.ljust(wide) + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
-
-
-def _plot(runs: dict[str, dict[str, NoiseLevels]]) -> Any:
-    from matplotlib.figure import Figure
-
-    def curve(record: NoiseLevels) -> list[Any]:
-        return [values.numpy() for values in _curve(record)]
-
-    figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for i, (name, run) in enumerate(runs.items()):
-        record = _main(run)
-        label = f"{name}, {record.stage} at step {record.step}"
-        axes.plot(*curve(record), color=f"C{i % 10}", label=label, marker=".", linewidth=1.8)
-        if "train" in run and record.stage != "train":
-            axes.plot(*curve(run["train"]), color=f"C{i % 10}", linewidth=0.7, alpha=0.8)
-    axes.set(
-        title="ε-error at each noise level (thin: in training)",
-        xlabel="λ, from noise on the left to data on the right",
-        ylabel="mean (ε̂ − ε)²",
-        yscale="log",
+def _sample(folder: Path, n: int, seed: int, device: torch.device, out: Path) -> str:
+    """Write a grid of samples of a run's checkpoint; return what it is of."""
+    path = find_checkpoint(folder)
+    model = LitDiffusion.load_from_checkpoint(path).to(device)
+    if model.conditions:
+        raise ValueError(f"it is conditioned on {', '.join(model.conditions)}")
+    numbers = torch.arange(n)
+    label = None if model.num_classes is None else numbers % COLUMNS % model.num_classes
+    images = model.sample(
+        n,
+        randomness.generators(seed, "sample", numbers.tolist()),
+        label,
+        progress=partial(tqdm, desc=folder.name, disable=None),
     )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    save_grid(images.cpu(), out, COLUMNS)
+    return f"{LAST.name}, {model.weights} weights"
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+def _text(runs: dict[str, Run], records: dict[str, LastRecords]) -> str:
+    """The page without its pictures."""
+    differ = config_differences({name: run.config for name, run in runs.items()})
+    blocks = [_table(["", *runs], numbers(runs))]
+    blocks.append(_table(["setting", *runs], differ) if differ else "The configs do not differ.")
+    if records:
+        blocks.append(error_table(records))
+    return "\n\n".join(blocks)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    cells = [[_short(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= WIDE else f"{cell[: WIDE - 1]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.autoencoder import Autoencoder
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.sample import write_images
+from lit_diffusion.training.evaluation.sample_files import ImageFolder
 
 __all__ = ["decode"]
 
@@ -36,7 +37,8 @@ def decode(
         out: A .png file for one grid, or a folder for one file per image.
 
     Raises:
-        ValueError: If the file does not contain latents of this autoencoder.
+        ValueError: If the file does not contain latents of this autoencoder, or out has images of
+            other latents.
     """
     out = Path(out)
     if out.suffix not in ("", ".png"):
@@ -48,20 +50,29 @@ def decode(
             f"there is no file {latents}: give the one written by `sample --out latents.npy`."
         )
     autoencoder = Autoencoder(str(vae), find_device(device))
-    z = torch.from_numpy(np.load(latents, allow_pickle=False))
+    z = np.load(latents, mmap_mode="r", allow_pickle=False)
     channels = autoencoder.vae.config.latent_channels
     if z.ndim != 4 or z.shape[1] != channels:
         raise UsageError(
             f"{latents} must contain latents of shape (n, {channels}, height, width), got "
             f"{tuple(z.shape)}."
         )
+    about = {
+        "latents": Path(latents).name,
+        "checksum": zlib.crc32(z[0].tobytes()),
+        "vae": str(vae),
+    }
+    files = None if out.suffix else ImageFolder(out, about)
     images = []
     for first in tqdm(range(0, len(z), batch_size), desc="decoding"):
-        batch = autoencoder.decode(z[first : first + batch_size]).cpu()
-        if out.suffix:
+        index = range(first, min(first + batch_size, len(z)))
+        if files is not None and files.has(index):
+            continue
+        batch = autoencoder.decode(torch.from_numpy(np.array(z[index.start : index.stop]))).cpu()
+        if files is None:
             images.append(batch)
         else:
-            write_images(batch, out, [""], first)
+            files.write(index, batch)
     if out.suffix:
         save_grid(torch.cat(images), out, max(1, round(len(z) ** 0.5)))
     return out

@@ -18,19 +18,26 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
-from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
+from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.commands.without_config import with_default_words
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.initial_weights import start_from
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
+from lit_diffusion.training.run.checkpoints import (
+    load_checkpoint,
+    model_class,
+    with_whole_checkpoints,
+)
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -88,6 +95,7 @@ class DiffusionCLI(LightningCLI):
             model_class,
             data_class,
             parser_class=DiffusionParser,
+            trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
@@ -113,6 +121,13 @@ class DiffusionCLI(LightningCLI):
             default=[],
             help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="fit: start with the network's weights of this checkpoint, run folder or "
+            "exported folder, as far as names and shapes agree; a resumed run has its own.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -133,6 +148,9 @@ class DiffusionCLI(LightningCLI):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
+            fresh = self.config.subcommand == "fit" and self.resume_step is None
+            if config.init_from is not None and fresh:
+                config.init_from = str(resolve_weights(config.init_from).absolute())
             self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def _resolve_checkpoint(self) -> None:
@@ -156,6 +174,7 @@ class DiffusionCLI(LightningCLI):
         path = resolve_checkpoint(path)
         config.ckpt_path = str(path)
         checkpoint = load_checkpoint(path)
+        refuse_other_class(self.trained_class, model_class(checkpoint))
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             refuse_weights_alone(checkpoint)
@@ -197,6 +216,9 @@ class DiffusionCLI(LightningCLI):
             before, now = self.described.get(name), self.model.hparams[name]
             if self.resume_step is not None and before != now:
                 inform(f"Note: the checkpoint was trained with another {name}: {before}")
+        config = self.config[self.subcommand]
+        if config.init_from and self.subcommand == "fit" and self.resume_step is None:
+            start_from(self.model, config.init_from)
         if not trainer.fast_dev_run:
             self._open_run(loggers)
 
@@ -255,7 +277,7 @@ class DiffusionCLI(LightningCLI):
 
         Only a folder that this process has created: one that was there before is another run's.
         """
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
+        kept = ("checkpoints/*", "samples/*", "predicted/*", "metrics.csv", "non_finite/*")
         if self.created is not None:
             folder = self.created.path
             if not any(any(folder.glob(pattern)) for pattern in kept):
@@ -298,8 +320,8 @@ class DiffusionCLI(LightningCLI):
         self._run(self.trainer.test, arguments)
 
     def predict(self, **arguments: Any) -> None:
-        """Sample one image for each validation example."""
-        self._run(self.trainer.predict, arguments)
+        """Sample one image for each validation example; they are written, and not kept."""
+        self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""

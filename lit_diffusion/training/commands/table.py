@@ -45,7 +45,7 @@ COMMANDS = {
     ),
     "report": Command("HTML report of a run", "RUN", "report", "run"),
     "compare": Command(
-        "compare losses over λ", "RUN1 RUN2 --out compare.png", "compare", "runs", several=True
+        "runs side by side", "RUN1 RUN2 --out compare.html", "compare", "runs", several=True
     ),
     "objective": Command("analyse an objective", "--config C --out objective.png", "objective"),
     "ema": Command("post-hoc EMA", "RUN --sigma_rel 0.08", "ema", "run"),

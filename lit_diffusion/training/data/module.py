@@ -25,7 +25,7 @@ from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import BATCH, Columns
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.lane import LaneBatches
-from lit_diffusion.training.data.loader import TrainLoader
+from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.order import ORDER_VERSION
 from lit_diffusion.training.data.sources import Splits, find_splits, open_source
@@ -353,6 +353,7 @@ class ImageDataModule(L.LightningDataModule):
             self._settings(split, world, total),
             self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             self._bad_examples(split.name),
+            batches_to_repeat(self.trainer, steps),
         )
 
     def _steps_per_epoch(self, split: Split, total: int | None, world: int) -> int:

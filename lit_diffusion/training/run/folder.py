@@ -42,7 +42,7 @@ __all__ = [
 
 TIME = "%Y-%m-%d_%H-%M-%S"  # when a run began, the name of its folder
 #: Any run has one of them.
-TRACES = ("config.yaml", "metrics.csv", "checkpoints", "environment.json")
+TRACES = ("config.yaml", "metrics.csv", "checkpoints", "environment.json", "noise_levels.csv")
 ATTEMPTS = 10_000  # to find a name that no other run takes at the same moment
 
 

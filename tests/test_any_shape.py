@@ -1,0 +1,139 @@
+"""Networks for series, images, volumes and sets: the same laws for one, two and three axes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_diffusion.nn import DiT, FourierFeatures, ResidualMLP, UNet
+from lit_diffusion.nn.blocks import Upsample
+from lit_diffusion.nn.patches import patchify, unpatchify
+
+SHAPES = {"series": (2, 24), "images": (3, 8, 12), "volumes": (1, 8, 4, 8)}
+SMALL = {"depth": 2, "width": 48, "heads": 2, "num_classes": 4}
+NETWORKS = {
+    "unet": lambda shape: UNet(shape, (8, 16), attention=(shape[1] // 2,), num_classes=4),
+    "unet at one resolution": lambda shape: UNet(
+        shape, (8, 8), attention=(shape[1],), num_classes=4, downsample=False
+    ),
+    "dit": lambda shape: DiT(shape, patch=2, **SMALL),
+    "dit with rope": lambda shape: DiT(shape, patch=4, rope=True, qk_norm=True, **SMALL),
+    "set": lambda shape: DiT(shape, patch=1, positions="none", **SMALL),
+    "mlp": lambda shape: ResidualMLP(shape, features=32, num_classes=4),
+    "waves": lambda shape: FourierFeatures(
+        UNet((shape[0] * 5, *shape[1:]), (8, 16), attention=(), num_classes=4), (3, 4), shape
+    ),
+}
+B = 3
+
+
+def awake(net):
+    """Move all parameters, since what starts at zero would hide the rest."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net.eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_the_shape_comes_back_and_each_example_is_for_itself(make, shape):
+    torch.manual_seed(0)
+    net = make(shape)
+    assert tuple(net.image_shape) == shape
+    z, logsnr, label = torch.randn(B, *shape), torch.randn(B), torch.tensor([0, 3, -1])
+    assert net(z, logsnr, label).abs().max() == 0  # a new network
+    out = awake(net)(z, logsnr, label)
+    assert out.shape == z.shape
+    torch.testing.assert_close(net(z[1:2], logsnr[1:2], label[1:2]), out[1:2])
+    out.square().sum().backward()
+    missing = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_other_sizes_pass(kind, shape):
+    net = awake(NETWORKS[kind](shape))
+    z = torch.randn(B, shape[0], *(side + 4 for side in shape[1:]))
+    assert net(z, torch.zeros(B)).shape == z.shape
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("size", [4, 5])
+def test_enlarging_is_repeating_and_a_convolution(dims, size):
+    torch.manual_seed(0)
+    enlarge = Upsample(4, dims).double()
+    h = torch.randn(B, 4, *[size] * dims, dtype=torch.float64)
+    repeated = h
+    for axis in range(2, 2 + dims):
+        repeated = repeated.repeat_interleave(2, axis)
+    torch.testing.assert_close(enlarge(h, [2 * size] * dims), enlarge.conv(repeated))
+    odd = enlarge(h, [2 * size - 1] * dims)
+    assert odd.shape[2:] == (2 * size - 1,) * dims
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_patches_contain_neighbours_and_can_be_put_together(dims):
+    sides = (6, 9, 12)[:dims]
+    z = torch.randn(B, 2, *sides)
+    tokens = patchify(z, 3)
+    grid = [side // 3 for side in sides]
+    assert tokens.shape == (B, torch.tensor(grid).prod(), 2 * 3**dims)
+    last = z[(slice(None), slice(None), *[slice(-3, None)] * dims)]
+    assert torch.equal(tokens[:, -1], last.flatten(1))
+    assert torch.equal(unpatchify(tokens, 3, sides), z)
+    if dims == 2:
+        assert torch.equal(tokens, F.pixel_unshuffle(z, 3).flatten(2).transpose(1, 2))
+
+
+def test_points_of_a_set_have_no_order():
+    net = awake(DiT((3, 10), patch=1, positions="none", **SMALL))
+    z, logsnr = torch.randn(B, 3, 10), torch.randn(B)
+    order = torch.randperm(10)
+    torch.testing.assert_close(net(z[:, :, order], logsnr), net(z, logsnr)[:, :, order])
+    ordered = awake(DiT((3, 10), patch=1, **SMALL))
+    assert not torch.allclose(ordered(z[:, :, order], logsnr), ordered(z, logsnr)[:, :, order])
+
+
+def test_resampled_positions_cover_the_same_extent():
+    index, resampled = (
+        DiT((1, 8, 16), patch=2, positions=kind, **SMALL) for kind in ("index", "resampled")
+    )
+    here = torch.device("cpu")
+    for one, two in zip(
+        index._places((8, 16), here), resampled._places((8, 16), here), strict=True
+    ):
+        assert torch.equal(one, two)  # at the size they were built for
+    rows, columns = resampled._places((16, 8), here)
+    assert rows.tolist() == [-0.25 + i / 2 for i in range(8)]  # 8 tokens on the extent of 4
+    assert columns.tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert index._places((16, 8), here)[0].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UNet((1, 2, 3, 4, 5)), r"\(C, L\) for series"),
+        (lambda: UNet((4,)), r"got \(4,\)"),
+        (lambda: UNet((1, 3), (8, 8, 8)), "3 pixels are too few"),
+        (lambda: UNet((1, 8), channels_last=True), "got a series"),
+        (lambda: DiT((1, 7), patch=2), r"\(C, L\) = \(1, 7\)"),
+        (lambda: DiT((1, 8), positions="none", rope=True), "there is no rope"),
+        (lambda: DiT((1, 8), positions="nowhere"), "'nowhere'"),
+        (lambda: ResidualMLP(()), "positive integers"),
+        (lambda: FourierFeatures(image_shape=(4,)), r"got \(4,\)"),
+    ],
+)
+def test_mistakes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_volumes_have_channels_last_too():
+    torch.manual_seed(0)
+    plain = awake(UNet((2, 4, 4, 4), (8, 8), attention=()))
+    last = UNet((2, 4, 4, 4), (8, 8), attention=(), channels_last=True).eval()
+    last.load_state_dict(plain.state_dict())
+    z, logsnr = torch.randn(B, 2, 4, 4, 4), torch.randn(B)
+    torch.testing.assert_close(last(z, logsnr), plain(z, logsnr), rtol=1e-4, atol=1e-5)
