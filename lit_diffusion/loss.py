@@ -182,11 +182,11 @@ def weighted_error(
         width = num_timesteps * torch.expm1(schedule.logsnr(index / num_timesteps) - logsnr)
     # λ is computed in float64 and rounded only once, to the precision of the error.
     found = noise_error(denoiser, x, eps, logsnr, **cond)
-    eps_mse, *estimates = found if isinstance(found, Estimate) else (found,)
+    eps_mse, z, denoised = found if isinstance(found, Estimate) else (found, None, None)
     loss = 0.5 * broadcast_to_data(weighting(logsnr) * width, eps_mse) * eps_mse
     if shape:
         _minimize_variance(shape, loss.detach())
-    return LossTerms(loss, logsnr, eps_mse, *estimates)
+    return LossTerms(loss, logsnr, eps_mse, z, denoised)
 
 
 def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:

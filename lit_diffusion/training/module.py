@@ -36,6 +36,7 @@ from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.data.class_names import class_names
 from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import (
@@ -47,7 +48,12 @@ from lit_diffusion.training.parts import (
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.resume import Resume
-from lit_diffusion.training.run.checkpoints import MODEL_CLASS, load_checkpoint, model_class
+from lit_diffusion.training.run.checkpoints import (
+    CLASS_NAMES,
+    MODEL_CLASS,
+    load_checkpoint,
+    model_class,
+)
 from lit_diffusion.training.run.trainer import all_callbacks, check_trainer
 from lit_diffusion.training.run.weights import (
     RAW,
@@ -199,6 +205,9 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             check_trainer(self.trainer)
         settle_precision(self.trainer)
         self.remember(**own_arguments(self, LitDiffusion))
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.num_classes is not None and data is not None:
+            self.class_names = class_names(data)
 
     def on_fit_start(self) -> None:
         """Refuse to lose the average of a run that is resumed; turn on the training mode."""
@@ -329,6 +338,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         """Mark the checkpoint as ours, with how the model was made."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
         checkpoint[MODEL_CLASS] = public_path(type(self))
+        if self.class_names is not None:
+            checkpoint[CLASS_NAMES] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training continues from the raw weights; everything else uses the average."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from lit_diffusion.description import build_arguments, describe, public_path
+from lit_diffusion.training.run.checkpoints import CLASS_NAMES
 from lit_diffusion.training.run.weights import weights_name
 
 __all__ = ["own_arguments", "rebuild", "refuse_other_class", "remember"]
@@ -122,6 +123,7 @@ def rebuild(
         warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
         model = cls(**build_arguments(cls, kept), **arguments)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
+    model.class_names = checkpoint.get(CLASS_NAMES)  # type: ignore[assignment]
     model.weights = weights_name(checkpoint)  # type: ignore[assignment]
     return model.eval()
 

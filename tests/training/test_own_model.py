@@ -223,7 +223,7 @@ COMMANDS = [
         "--sampler.steps=2",
     ],
     ["objective"],
-    ["evaluate", "--num_samples=4", "--features=ClassifierFeatures", "--steps=[2]"],
+    ["evaluate", "--num_samples=10", "--features=ClassifierFeatures", "--steps=[2]"],
 ]
 
 

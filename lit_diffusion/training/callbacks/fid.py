@@ -17,7 +17,8 @@ from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import Score
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.ranks import place
-from lit_diffusion.training.run.measurements import Measurement, add_measurements
+from lit_diffusion.training.run.measurements import FILE, Measurement, add_measurements
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
@@ -177,7 +178,8 @@ class FID(Periodic):
                 new.append(
                     Measurement("fid_baseline", comparison.baseline, None, step, stage, about)
                 )
-            add_measurements(folder, new)
+            with may_fail(folder / FILE):
+                add_measurements(folder, new)
         self.summary = self._sentence(
             f"{stage}/fid at step {trainer.global_step}", found, protocol, comparison.baseline
         )

@@ -28,7 +28,7 @@ from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
 from lit_diffusion.training.commands.choices import find_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
-from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import CLASS_NAMES, load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
 from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
@@ -92,6 +92,8 @@ def export(
         "step": trained.step,
         "model": trained.described,
     }
+    if trained.model.class_names is not None:
+        about["class_names"] = trained.model.class_names
     _write(out, trained.model, about, card, picture)
     return out
 
@@ -112,6 +114,7 @@ def _read(path: Path) -> _Trained:
     }
     model: Pretrained = build(described, Pretrained)
     model.load_state_dict(checkpoint["state_dict"])
+    model.class_names = checkpoint.get(CLASS_NAMES)
     return _Trained(model.eval(), described, weights_name(checkpoint), checkpoint["global_step"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def sample(
     seed: int = 0,
     config: str | Path | None = None,
     split: str | None = None,
-    label: int | list[int] | Literal["none"] | None = None,
+    label: int | list[int | str] | str | None = None,
     per_class: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -78,8 +78,8 @@ def sample(
             the run's own by default.
         split: The split of these data whose example i has the conditions of image i; by default
             the validation split.
-        label: Class of all images; or a list such as [0,1,2] to cycle through, one per column of a
-            grid; none or -1 for no class. Sampled by default.
+        label: Class of all images, by number or name; or a list such as [0,1,2] to cycle through,
+            one per column of a grid; none or -1 for no class. Sampled by default.
         per_class: Number of images of each class, or of each in label: a grid with one column, or
             a folder with one subfolder, per class.
         guidance: Scale of classifier-free guidance; 1 for none.
@@ -252,8 +252,21 @@ def _check(
         raise UsageError(f"--out must be a .png file, a .npy file or a folder, got {out}.")
 
 
+def _number(model: LitDiffusion, label: int | str) -> int:
+    """The number of a class, given by number or name."""
+    if isinstance(label, int):
+        return label
+    names = model.class_names or []
+    if label not in names:
+        known = (
+            f"one of {', '.join(names[:20])}" if names else "a number: the data name no classes"
+        )
+        raise UsageError(f"--label must be {known}, got {label!r}.")
+    return names.index(label)
+
+
 def _classes(
-    model: LitDiffusion, label: int | list[int] | Literal["none"] | None, per_class: int | None
+    model: LitDiffusion, label: int | list[int | str] | str | None, per_class: int | None
 ) -> list[int]:
     """The classes to cycle through, −1 for none; an empty list if they are sampled."""
     known = model.num_classes
@@ -265,7 +278,8 @@ def _classes(
         return []
     if label is None:
         return [] if per_class is None else list(range(known))
-    classes = [-1] if label == "none" else label if isinstance(label, list) else [label]
+    given = label if isinstance(label, list) else [label]
+    classes = [-1 if one == "none" else _number(model, one) for one in given]
     if -1 in classes and model.label_dropout == 0:
         warn(
             "this model was trained with label_dropout=0, so it knows images without a class only "
