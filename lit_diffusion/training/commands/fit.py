@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
@@ -130,7 +130,7 @@ class DiffusionCLI(LightningCLI):
         )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words of the command; a checkpoint comes in, too, as far as it is asked for.
 
         LightningCLI would now load the checkpoint's hyper-parameters over the config, in `fit` as
@@ -140,10 +140,7 @@ class DiffusionCLI(LightningCLI):
             parser: Knows the arguments.
             args: The words; None means those of the process.
         """
-        if args is None:
-            self.config = parser.parse_args(with_default_words(sys.argv[1:]))
-        else:
-            super().parse_arguments(parser, args)
+        self.config = parser.parse_args(with_default_words(args))
         if self.config.get("subcommand"):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()
