@@ -17,6 +17,7 @@ from lit_diffusion.description import build, describe
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid, randomness
 from lit_diffusion.training.conditions import RESERVED
+from lit_diffusion.training.data import memory
 from lit_diffusion.training.data.columns import MisfitError, numbers
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -163,7 +164,7 @@ def test_the_map_holds_them_and_one_without_stays_valid(folder):
     plain = conditioned(folder, streaming=False, condition_keys=())._memory
     identity = json.loads((plain.folder / "identity.json").read_text())
     assert set(identity) == {"format", "image_shape", "image_key", "label_key", "fingerprint"}
-    assert identity["format"] == 2
+    assert identity["format"] == memory.FORMAT
     assert not list(plain.folder.glob("condition-*"))
     path = found.folder / "condition-0.npy"
     path.write_bytes(path.read_bytes()[:300])

@@ -19,6 +19,7 @@ from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
+from lit_diffusion.training.commands.differences import naming_differences
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
@@ -300,7 +301,8 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self._fit, arguments)
+        with naming_differences(self.described, self.model.hparams):
+            self._run(self._fit, arguments)
 
     def _fit(self, **arguments: Any) -> None:
         """Train, and measure the last weights even if there was nothing left to train."""

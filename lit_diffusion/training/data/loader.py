@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 from lit_diffusion.training.data.bad_examples import BadExamples
 from lit_diffusion.training.data.lane import Delivery, Failure, LaneBatches
 from lit_diffusion.training.data.order import Position
+from lit_diffusion.training.data.resumption import change_of_data, check_settings
 from lit_diffusion.training.data.retry import close_connections
 from lit_diffusion.training.data.workers import Workers
+from lit_diffusion.training.run.messages import inform
 
 
 class TrainLoader:
@@ -34,6 +36,7 @@ class TrainLoader:
         settings: What must not change between a checkpoint and its resumption.
         pin_memory: Copy batches to page-locked memory, for a faster transfer to a GPU.
         bad_examples: Reports skipped examples, and raises an error if they are too many.
+        on_changed_data: `refuse` a state of other data, or `continue` with the next epoch.
         repeat: Repeat the first so many batches in each epoch, from which the trainer takes no
             others; 0 means all of the stream.
 
@@ -50,6 +53,7 @@ class TrainLoader:
         settings: dict[str, Any],
         pin_memory: bool = False,
         bad_examples: BadExamples | None = None,
+        on_changed_data: str = "refuse",
         repeat: int = 0,
     ) -> None:
         self.batches = batches
@@ -58,12 +62,14 @@ class TrainLoader:
         self.settings = settings
         self.pin_memory = pin_memory
         self.bad_examples = bad_examples
+        self.on_changed_data = on_changed_data
         self.repeat = min(repeat, steps)
         self.positions = [Position()] * max(1, num_workers)
         self.turn = 0
         self.wait_seconds = 0.0
         self._stream: Iterator[Delivery | Failure] | None = None
         self._workers: Workers | None = None
+        self._change: str | None = None  # of the data, since the checkpoint
         self._kept: list[dict[str, Tensor]] = []  # the batches to repeat
         self._next = 0  # which of them
 
@@ -122,19 +128,29 @@ class TrainLoader:
             state: From `state_dict`.
 
         Raises:
-            ValueError: If a setting has changed, so that the stream would be another.
+            ValueError: If a setting has changed, so that the stream would be another; if the data
+                have, unless they are to be used as they are now.
         """
-        then = state["settings"]
-        for key, now in self.settings.items():
-            if then.get(key) != now:
-                raise ValueError(
-                    f"cannot resume the data: {key} was {then.get(key)} in the checkpoint and is "
-                    f"{now} now; set it back, or start a new run"
-                )
-        mine = state["ranks"][self.batches.rank]
+        check_settings(state["settings"], self.settings)
+        change = change_of_data(state["settings"], self.settings)
+        if change and self.on_changed_data == "refuse":
+            raise ValueError(
+                f"cannot resume the data: {change}; restore the data, start a new run, or set "
+                "data.on_changed_data to continue to go on with the next epoch of the data as "
+                "they are now"
+            )
+        if change and change != self._change:  # Lightning may hand over the state twice
+            inform(f"Training continues with other data: {change}.")
+        self._change = change
         self.close()
+        mine = state["ranks"][self.batches.rank]
         if self.repeat:  # the batches are the first ones, wherever the stream was
-            self._next = mine.get("next", 0)
+            self._next = 0 if change else mine.get("next", 0)
+            return
+        if change:
+            epochs = [one[0] for rank in state["ranks"] for one in rank["positions"]]
+            self.positions = [Position(max(epochs) + 1)] * len(self.positions)
+            self.turn = 0
             return
         self.positions = [
             Position._make((*counts, tuple(map(tuple, cursors))))
