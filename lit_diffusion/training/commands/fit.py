@@ -132,10 +132,9 @@ class DiffusionCLI(LightningCLI):
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the words of the command; a checkpoint comes in, too, as far as it is asked for.
+        """Parse the words of the command, with what a checkpoint that they name says of the model.
 
-        LightningCLI would now load the checkpoint's hyper-parameters over the config, in `fit` as
-        well, so its path is out of the config until that is past.
+        Its path leaves the config until LightningCLI is past loading hyper-parameters from it.
 
         Args:
             parser: Knows the arguments.
