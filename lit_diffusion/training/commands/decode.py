@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.autoencoder import Autoencoder
-from lit_diffusion.training.commands.choices import find_device
+from lit_diffusion.training.commands.choices import check_new_folder, find_device
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.sample import write_images
+from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
 
 __all__ = ["decode"]
 
@@ -41,6 +42,8 @@ def decode(
     out = Path(out)
     if out.suffix not in ("", ".png"):
         raise UsageError(f"--out must be a .png file or a folder, got {out}.")
+    if not out.suffix:
+        check_new_folder(out)
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if not Path(latents).is_file():
@@ -55,13 +58,14 @@ def decode(
             f"{latents} must contain latents of shape (n, {channels}, height, width), got "
             f"{tuple(z.shape)}."
         )
-    images = []
-    for first in tqdm(range(0, len(z), batch_size), desc="decoding"):
-        batch = autoencoder.decode(z[first : first + batch_size]).cpu()
-        if out.suffix:
-            images.append(batch)
-        else:
-            write_images(batch, out, [""], first)
+    firsts = tqdm(range(0, len(z), batch_size), desc="decoding")
+    batches = ((i, autoencoder.decode(z[i : i + batch_size]).cpu()) for i in firsts)
     if out.suffix:
-        save_grid(torch.cat(images), out, max(1, round(len(z) ** 0.5)))
+        images = torch.cat([batch for _, batch in batches])
+        save_grid(images, out, max(1, round(len(z) ** 0.5)))
+        return out
+    with unfinished_folder(out) as unfinished:
+        for first, batch in batches:
+            write_images(batch, unfinished, [""], first)
+        publish(unfinished, out, durable=False)
     return out

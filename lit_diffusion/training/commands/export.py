@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.choices import find_checkpoint, run_of
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.choices import check_new_folder, find_checkpoint, run_of
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
@@ -67,10 +66,7 @@ def export(
             empty.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"--out must be a new or empty folder, got {out}: remove it, or give another."
-        )
+    check_new_folder(out)
     path = find_checkpoint(run, name, root)
     inside = run_of(path)
     folder = path.parent if inside is None else inside

@@ -14,13 +14,18 @@ from tqdm import tqdm
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device
+from lit_diffusion.training.commands.choices import (
+    check_new_folder,
+    find_checkpoint,
+    find_device,
+)
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.evaluation.generation import to_bytes
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.whole_file import replacing
+from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
 
@@ -63,7 +68,8 @@ def sample(
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
-        out: A .png file for one grid, a folder for one file per image, or a .npy file.
+        out: A .png file for one grid, a new or empty folder for one file per image,
+            or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
         seed: Image i is a function of (seed, i).
         label: Class of all images; or a list such as [0,1,2] to cycle through, one per column of a
@@ -119,7 +125,10 @@ def sample(
             columns = len(classes)
         save_grid(images, out, columns)
     else:
-        write_images(images, out, [_folder(c, model) for c in classes] if per_class else [""])
+        with unfinished_folder(out) as unfinished:
+            folders = [_folder(c, model) for c in classes] if per_class else [""]
+            write_images(images, unfinished, folders)
+            publish(unfinished, out, durable=False)
     return Samples(images, out)
 
 
@@ -142,6 +151,8 @@ def _check(
         raise UsageError(NO_GUIDANCE)
     if out.suffix not in ("", ".png", ".npy"):
         raise UsageError(f"--out must be a .png file, a .npy file or a folder, got {out}.")
+    if not out.suffix:
+        check_new_folder(out)
 
 
 def _classes(
