@@ -212,8 +212,13 @@ def find_class(path: str, base: type[T]) -> type[T]:
     """
     module, _, name = path.rpartition(".")
     if module == "__main__" and not hasattr(sys.modules["__main__"], name):
-        found = [cls for cls in subclasses(base) if cls.__name__ == name]
-        found = [cls for cls in found if _is_allowed(cls.__module__)]
+        found = [
+            cls
+            for cls in subclasses(base)
+            if cls.__name__ == name
+            and _is_allowed(cls.__module__)
+            and getattr(sys.modules.get(cls.__module__), name, None) is cls
+        ]
         if len(found) != 1:
             raise ValueError(
                 f"the checkpoint needs the class {name} of the program that wrote it: name that "

@@ -27,7 +27,7 @@ from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import sample_times
 from lit_diffusion.weightings import ELBOWeighting, Weighting
 
-__all__ = ["DiffusionLoss", "LossTerms", "noise_error", "weighted_error"]
+__all__ = ["DiffusionLoss", "Estimate", "LossTerms", "estimate", "noise_error", "weighted_error"]
 
 
 class LossTerms(NamedTuple):
@@ -37,13 +37,56 @@ class LossTerms(NamedTuple):
     per dimension, or with a decoder the whole bound. `eps_mse` is the *mean* of (ε̂ − ε)² over
     the dimensions of the data.
 
+    On request `z` is the noisy data and `denoised` what the denoiser made of it, (x̂, ε̂).
+
     Shapes:
-        loss, logsnr and eps_mse (B,).
+        loss, logsnr and eps_mse (B,); z, x̂ and ε̂ (B, *).
     """
 
     loss: Tensor
     logsnr: Tensor
     eps_mse: Tensor
+    z: Tensor | None = None
+    denoised: Denoised | None = None
+
+
+class Estimate(NamedTuple):
+    """The error of the predicted noise of each example, and what it is computed from.
+
+    Shapes:
+        eps_mse (B,); z, x̂ and ε̂ (B, *).
+    """
+
+    eps_mse: Tensor
+    z: Tensor
+    denoised: Denoised
+
+
+def estimate(
+    denoiser: Callable[..., Denoised], x: Tensor, eps: Tensor, logsnr: Tensor, **cond: Any
+) -> Estimate:
+    """The estimate (x̂, ε̂) at z = α x + σ ε, and its error.
+
+    Args:
+        denoiser: Called as denoiser(z, logsnr, **cond).
+        x: Data.
+        eps: Noise.
+        logsnr: λ of each example.
+        **cond: Passed on to the denoiser.
+
+    Shapes:
+        x and eps (B, *); logsnr (B,).
+
+    Example:
+        >>> found = estimate(
+        ...     GaussianDenoiser(0.5), torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1)
+        ... )
+        >>> found.z, found.denoised.eps
+        (tensor([[0.7071, 0.7071, 0.7071]]), tensor([[0.8000, 0.8000, 0.8000]]))
+    """
+    z = diffuse(x, eps, logsnr)
+    denoised = denoiser(z, logsnr, **cond)
+    return Estimate((denoised.eps - eps).square().flatten(1).mean(1), z, denoised)
 
 
 def noise_error(
@@ -68,8 +111,7 @@ def noise_error(
         >>> noise_error(GaussianDenoiser(0.5), torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1))
         tensor([0.0400])
     """
-    z = diffuse(x, eps, logsnr)
-    return (denoiser(z, logsnr, **cond).eps - eps).square().flatten(1).mean(1)
+    return estimate(denoiser, x, eps, logsnr, **cond).eps_mse
 
 
 def weighted_error(
@@ -80,7 +122,7 @@ def weighted_error(
     num_timesteps: int | None,
     t: Tensor,
     eps: Tensor,
-    noise_error: Callable[..., Tensor] = noise_error,
+    noise_error: Callable[..., Tensor | Estimate] = noise_error,
     **cond: Any,
 ) -> LossTerms:
     """The estimator: ½ w(λ)/p(λ) · mean (ε̂ − ε)², or T/2 · expm1(λ_s − λ) w(λ) · mean (ε̂ − ε)².
@@ -93,7 +135,7 @@ def weighted_error(
         num_timesteps: Number T of steps of a discrete chain; None means continuous time.
         t: Times; in discrete time t is replaced by the noisier end of its step.
         eps: Noise.
-        noise_error: The function of that name, or its compiled version.
+        noise_error: The function of that name, or `estimate`, or its compiled version.
         **cond: Passed on to the denoiser.
 
     Shapes:
@@ -115,11 +157,12 @@ def weighted_error(
         logsnr = schedule.logsnr((index + 1) / num_timesteps)
         width = num_timesteps * torch.expm1(schedule.logsnr(index / num_timesteps) - logsnr)
     # λ is computed in float64 and rounded only once, to the precision of the error.
-    eps_mse = noise_error(denoiser, x, eps, logsnr, **cond)
+    found = noise_error(denoiser, x, eps, logsnr, **cond)
+    eps_mse, z, denoised = found if isinstance(found, Estimate) else (found, None, None)
     loss = 0.5 * broadcast_to_data(weighting(logsnr) * width, eps_mse) * eps_mse
     if shape:
         _minimize_variance(shape, loss.detach())
-    return LossTerms(loss, logsnr, eps_mse)
+    return LossTerms(loss, logsnr, eps_mse, z, denoised)
 
 
 def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:
@@ -129,6 +172,10 @@ def _minimize_variance(shape: tuple[Tensor, ...], loss: Tensor) -> None:
     """
     for part in shape:
         part.register_hook(lambda gradient: gradient * (2 * loss).to(gradient.dtype))
+
+
+# By whether z and (x̂, ε̂) are asked for.
+_ERRORS: dict[bool, Callable[..., Tensor | Estimate]] = {False: noise_error, True: estimate}
 
 
 class DiffusionLoss(nn.Module):
@@ -171,7 +218,7 @@ class DiffusionLoss(nn.Module):
         self.weighting = ELBOWeighting() if weighting is None else weighting
         self.num_timesteps = num_timesteps
         self.decoder = decoder
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: dict[bool, Callable[..., Tensor | Estimate]] | None = None
         parts = [(self.schedule, NoiseSchedule), (self.weighting, Weighting)]
         for part, family in [*parts, *([] if decoder is None else [(decoder, Decoder)])]:
             if not isinstance(part, family):
@@ -215,6 +262,7 @@ class DiffusionLoss(nn.Module):
         t: Tensor | None = None,
         eps: Tensor | None = None,
         generator: Generators = None,
+        with_estimates: bool = False,
         **cond: Any,
     ) -> LossTerms:
         """Estimate the loss of each example from one sample of λ and of ε.
@@ -226,6 +274,7 @@ class DiffusionLoss(nn.Module):
             eps: Noise; None samples it.
             generator: Source of all randomness: None, one generator, or one per example (which
                 cannot share stratified times, so t must be given).
+            with_estimates: Return z and (x̂, ε̂) as well, which takes memory.
             **cond: Passed on to the denoiser (label=…).
 
         Shapes:
@@ -245,10 +294,18 @@ class DiffusionLoss(nn.Module):
             t = sample_times(x, generator)
         if eps is None:
             eps = noise_like(x, generator)
-        error = self._compiled if self.training and self._compiled is not None else noise_error
+        errors = self._compiled if self.training and self._compiled else _ERRORS
         t = t.to(x.device)
         terms = weighted_error(
-            denoiser, x, self.schedule, self.weighting, self.num_timesteps, t, eps, error, **cond
+            denoiser,
+            x,
+            self.schedule,
+            self.weighting,
+            self.num_timesteps,
+            t,
+            eps,
+            errors[with_estimates],
+            **cond,
         )
         if self.decoder is None:
             return terms
@@ -282,7 +339,7 @@ class DiffusionLoss(nn.Module):
             *args: Passed on to `torch.compile`.
             **kwargs: Passed on to `torch.compile`.
         """
-        self._compiled = torch.compile(noise_error, *args, **kwargs)
+        self._compiled = {key: torch.compile(f, *args, **kwargs) for key, f in _ERRORS.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not compiled, like a copied module."""

@@ -34,6 +34,7 @@ class SamplingModel(nn.Module):
         conditions: Further inputs of the network, by the names of its arguments.
         label_dropout: Probability with which training dropped labels and conditions.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
+        class_names: Names of the classes, by their numbers; None if the data did not name them.
     """
 
     denoiser: Denoiser
@@ -41,6 +42,7 @@ class SamplingModel(nn.Module):
     conditions: tuple[str, ...]
     label_dropout: float
     clip_denoised: bool
+    class_names: list[str] | None = None
     _image_shape: Shape | None
     _sampler: Sampler
 

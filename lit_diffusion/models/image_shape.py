@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def find_image_shape(network: nn.Module | None, given: Sequence[int] | None) -> 
         >>> find_image_shape(UNet(image_shape=(3, 16, 16)), None)
         (3, 16, 16)
     """
-    built = getattr(network, "image_shape", None)
+    built: Any = getattr(network, "image_shape", None)
     known = isinstance(built, Sequence) and len(built) == 3
     if given is None:
         return (built[0], built[1], built[2]) if known else None

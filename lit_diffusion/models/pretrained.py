@@ -146,6 +146,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
     config = _read(folder / CONFIG)
     _check(folder / WEIGHTS, config.get("sha256"))
     model = _make(folder / CONFIG, config["model"])
+    model.class_names = config.get("class_names")
     _fill(model, folder / WEIGHTS)
     return model.eval()
 

@@ -194,7 +194,7 @@ class BatchReader(SamplingModel, L.LightningModule):
         Raises:
             ValueError: If it has another form, or its images another shape than the model's.
         """
-        found = standard(batch, self.dtype)
+        found = standard(batch, torch.float64 if self.dtype == torch.float64 else torch.float32)
         came = tuple(found["image"].shape[1:])
         if self._image_shape is None:  # nothing else has said
             self._image_shape = find_image_shape(None, came)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lit_diffusion.description import allow
+from lit_diffusion.training.commands.config_places import located
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
 from lit_diffusion.training.commands.table import COMMANDS
@@ -57,7 +58,7 @@ def main(
     except UsageError as error:
         if trace:
             raise
-        fail(str(error))
+        fail(located(str(error), argv))
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         if trace:
             raise

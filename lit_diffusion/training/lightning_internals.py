@@ -70,17 +70,15 @@ def validate_before_training(trainer: L.Trainer) -> None:
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if not (epoch.restarted_on_train_batch_end and fit.restarted_mid_epoch):
         return
-    batch, seen, interval = (
-        epoch.batch_progress,
-        epoch.val_loop.batch_progress.total,
-        trainer.val_check_batch,
-    )
+    batch, interval = epoch.batch_progress, trainer.val_check_batch
+    seen: Any = epoch.val_loop.batch_progress.total
     of_epoch = trainer.check_val_every_n_epoch is not None
     batches = (epoch.batch_idx if of_epoch else epoch.total_batch_idx) + 1
     due = batch.is_last_batch if interval == float("inf") else interval and not batches % interval
     if not due or not epoch._should_check_val_epoch():
         return
     if batch.is_last_batch:  # Lightning has counted the epoch as done
+        counts: Any
         for counts in (fit.epoch_progress.total, fit.epoch_progress.current):
             counts.processed -= 1
             counts.completed -= 1

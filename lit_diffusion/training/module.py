@@ -36,6 +36,7 @@ from lit_diffusion.training.accumulation import micro_batch
 from lit_diffusion.training.batch_fit import BatchFit
 from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
 from lit_diffusion.training.conditions import named_conditions
+from lit_diffusion.training.data.class_names import class_names
 from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.optimization import OptimizedModule
 from lit_diffusion.training.parts import (
@@ -47,7 +48,12 @@ from lit_diffusion.training.parts import (
 from lit_diffusion.training.precision import settle_precision
 from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.resume import Resume
-from lit_diffusion.training.run.checkpoints import MODEL_CLASS, load_checkpoint, model_class
+from lit_diffusion.training.run.checkpoints import (
+    CLASS_NAMES,
+    MODEL_CLASS,
+    load_checkpoint,
+    model_class,
+)
 from lit_diffusion.training.run.trainer import all_callbacks, check_trainer
 from lit_diffusion.training.run.weights import (
     RAW,
@@ -198,6 +204,9 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             check_trainer(self.trainer)
         settle_precision(self.trainer)
         self.remember(**own_arguments(self, LitDiffusion))
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.num_classes is not None and data is not None:
+            self.class_names = class_names(data)
 
     def on_fit_start(self) -> None:
         """Refuse to lose the average of a run that is resumed; turn on the training mode."""
@@ -229,14 +238,34 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             cond = drop_condition(
                 cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
             )
-        terms = self.loss(self.denoiser, x, t=t, eps=torch.randn_like(x), **cond)
-        loss = self.accumulate(terms, place)
+        has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
+        eps = torch.randn_like(x)
+        terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)
+        extra = self.extra_loss(batch, terms) if has_extra else None
+        if has_extra and extra is None:  # of this batch: every step logs the same
+            extra = terms.loss.new_zeros(())
+        loss = self.accumulate(terms, place, extra)
         return {
             "loss": loss,
             "losses": terms.loss.detach(),
             "logsnr": terms.logsnr.detach(),
             "eps_mse": terms.eps_mse.detach(),
         }
+
+    def extra_loss(self, batch: dict[str, Any], terms: LossTerms) -> Tensor | None:
+        """A further loss of a training step, for a subclass to define; None for none.
+
+        Its mean is added to that of the diffusion loss, and logged as `train/extra_loss`.
+
+        Args:
+            batch: The batch, as `standard` returns it.
+            terms: The diffusion loss of each example, with `terms.logsnr`, `terms.z` and the
+                estimate `terms.denoised.x`, `terms.denoised.eps`.
+
+        Shapes:
+            z, x̂ and ε̂ (B, C, H, W); logsnr (B,); result (B,) or ().
+        """
+        return None
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""
@@ -308,6 +337,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         """Mark the checkpoint as ours, with how the model was made."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
         checkpoint[MODEL_CLASS] = public_path(type(self))
+        if self.class_names is not None:
+            checkpoint[CLASS_NAMES] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training continues from the raw weights; everything else uses the average."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_diffusion.loss import DiffusionLoss, LossTerms
 from lit_diffusion.training.accumulation import MicroBatch, StepMean, scale_gradients
@@ -16,9 +17,12 @@ from lit_diffusion.training.optimizers import (
     parameter_groups,
     with_learning_rates,
 )
+from lit_diffusion.training.rebuild import remember
 from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["OptimizedModule"]
+
+_LOGGED = ("train/loss", "train/eps_mse", "train/extra_loss")
 
 
 class OptimizedModule(L.LightningModule):
@@ -43,27 +47,32 @@ class OptimizedModule(L.LightningModule):
         self._step = StepMean(0)
         self._gradient_scale = 1.0  # of the optimizer step that the next backward pass completes
 
-    def accumulate(self, terms: LossTerms, place: MicroBatch) -> Tensor:
+    def accumulate(
+        self, terms: LossTerms, place: MicroBatch, extra: Tensor | None = None
+    ) -> Tensor:
         """The loss of a micro-batch, weighted by its size; logs the means of a complete step.
 
         Args:
             terms: Of the micro-batch.
             place: Its place in the optimizer step.
+            extra: A further loss, which is added.
 
         Shapes:
-            result ().
+            extra (B,) or (); result ().
         """
         n, loss = len(terms.loss), terms.loss.mean()
         if place.index == 0 or self._step.step != self.global_step:
             self._step = StepMean(self.global_step)
-        self._step.add(n, torch.stack([loss.detach(), terms.eps_mse.detach().mean()]))
+        further = [] if extra is None else [extra.mean()]
+        means = [loss, terms.eps_mse.mean(), *further]
+        self._step.add(n, torch.stack([mean.detach() for mean in means]))
+        loss = sum(further, loss)
         weight = self._step.weight(n)
         if place.last:
             self._gradient_scale = self._step.scale(self.trainer.accumulate_grad_batches)
             if (self.global_step + 1) % log_interval(self.trainer) == 0:  # or they are dropped
-                loss_mean, eps_mse = self._step.means
-                self.log("train/loss", loss_mean, prog_bar=True, sync_dist=True)
-                self.log("train/eps_mse", eps_mse, sync_dist=True)
+                for name, mean in zip(_LOGGED, self._step.means, strict=False):
+                    self.log(name, mean, prog_bar=name == "train/loss", sync_dist=True)
                 self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss if weight == 1 else loss * weight
 
@@ -78,6 +87,17 @@ class OptimizedModule(L.LightningModule):
         super().backward(loss, *args, **kwargs)
         scale, self._gradient_scale = self._gradient_scale, 1.0
         scale_gradients(self.parameters(), scale)
+
+    @property
+    def lr(self) -> float:
+        """The optimizer's learning rate; to be set before training, as Lightning's tuner does."""
+        one = self.optimizer([nn.Parameter(torch.zeros(1))])
+        return float(one.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer = functools.partial(self.optimizer, lr=value)
+        remember(self, {"optimizer": self.optimizer})
 
     def configure_optimizers(self) -> Any:
         """One optimizer over what learns, and its schedule if there is one."""

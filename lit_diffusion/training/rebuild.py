@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import lightning as L
 
-from lit_diffusion.description import build_arguments, describe
+from lit_diffusion.description import build_arguments, describe, public_path
+from lit_diffusion.training.run.checkpoints import CLASS_NAMES
 from lit_diffusion.training.run.weights import weights_name
 
-__all__ = ["own_arguments", "rebuild", "remember"]
+__all__ = ["own_arguments", "rebuild", "refuse_other_class", "remember"]
 
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -67,6 +68,23 @@ def own_arguments(model: L.LightningModule, base: type) -> dict[str, Any]:
     return found
 
 
+def refuse_other_class(cls: type, named: str) -> None:
+    """Refuse to continue or to evaluate the model of a checkpoint as another class.
+
+    Args:
+        cls: The class; it may be derived from that of the checkpoint.
+        named: The path of the checkpoint's class.
+
+    Raises:
+        ValueError: If it is another class.
+    """
+    if named not in map(public_path, cls.__mro__):
+        raise ValueError(
+            f"Expected a checkpoint of {public_path(cls)}, got one that was trained as {named}: "
+            f"run the program that calls lit_diffusion.training.cli.main with that class."
+        )
+
+
 def _accepted(cls: type, described: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a class takes: a user's may set those of its base by itself."""
     parameters = inspect.signature(cls).parameters
@@ -105,6 +123,7 @@ def rebuild(
         warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
         model = cls(**build_arguments(cls, kept), **arguments)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
+    model.class_names = checkpoint.get(CLASS_NAMES)  # type: ignore[assignment]
     model.weights = weights_name(checkpoint)  # type: ignore[assignment]
     return model.eval()
 

@@ -18,6 +18,7 @@ from lit_diffusion.training.settings import (
     changes,
     continue_schedule,
     refuse_bad_numbers,
+    refuse_other_state,
     settings_of,
     with_own_settings,
 )
@@ -144,6 +145,7 @@ class Resume(L.Callback):
 
     def _continue(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
         """Restore the schedules of an optimizer that has just been restored."""
+        refuse_other_state(optimizer)
         numbers = self._numbers(optimizer)
         for number in numbers:
             now, before = self._now[number], self._begun(number)

@@ -13,11 +13,14 @@ taking them, except where it depends on more than the step (`ReduceLROnPlateau`)
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -28,6 +31,7 @@ __all__ = [
     "continue_schedule",
     "merged",
     "refuse_bad_numbers",
+    "refuse_other_state",
     "settings_of",
     "with_own_settings",
 ]
@@ -193,7 +197,7 @@ def changes(before: Settings, now: Settings) -> Iterator[str]:
         yield _changed("the optimizer", before.optimizer, now.optimizer)
     for number, groups in enumerate(zip(before.groups, now.groups, strict=False)):
         which = f" of parameter group {number}" if number else ""
-        yield from _differences(*map(_unscheduled, groups), which)
+        yield from _differences(_unscheduled(groups[0]), _unscheduled(groups[1]), which)
     if before.schedule != now.schedule:
         kinds = (before.schedule or "none", now.schedule or "none")
         yield _changed("the learning-rate schedule", *kinds)
@@ -237,6 +241,39 @@ def refuse_bad_numbers(optimizer: Optimizer) -> None:
                     raise ValueError(f"{name}: {key} must be finite, got {value}.")
         if not 0 <= float(group["lr"]) < float("inf"):
             raise ValueError(f"{name}: lr must be at least 0 and finite, got {group['lr']}.")
+
+
+def refuse_other_state(optimizer: Optimizer) -> None:
+    """Refuse a restored state that lacks what the optimizer needs: that of another kind.
+
+    What it needs is seen in a step with a parameter of the same shape.
+
+    Args:
+        optimizer: Its state has been loaded.
+
+    Raises:
+        ValueError: If something is missing.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not (kept := optimizer.state.get(parameter)):
+                continue
+            like = torch.zeros_like(parameter, requires_grad=True)
+            like.grad = torch.zeros_like(parameter)
+            twin = copy.copy(optimizer)
+            twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [like]}]
+            try:
+                twin.step()
+            except Exception:  # it needs more than a gradient
+                return
+            needed = {key for key, value in twin.state[like].items() if value is not None}
+            if missing := needed - kept.keys():
+                raise ValueError(
+                    f"The checkpoint's optimizer is another: {type(optimizer).__name__} needs "
+                    f"{', '.join(sorted(missing))}, got {', '.join(kept)}. Set it back, or start "
+                    "a new run with --init_from, which takes the weights alone."
+                )
+            break  # the others of the group are alike
 
 
 def _unscheduled(group: Values) -> Values:

@@ -232,6 +232,8 @@ def test_the_other_commands(cli, tmp_path):
         assert code == 0, err
         if command == "predict":
             assert list(run_folder(out).glob("samples/predict-*.png"))
+            images = sorted(run_folder(out).glob("predicted/*"))
+            assert [image.name for image in images] == [f"{i:06d}.png" for i in range(5)]
         else:
             assert "/loss: " in out
 

@@ -677,16 +677,6 @@ def test_a_wrong_hash_stops_a_run_before_it_begins(tmp_path):
     assert run.global_step == 0
 
 
-def test_a_model_with_other_conditions_is_refused_before_it_is_trained(tmp_path):
-    run = trainer(tmp_path, [FID(4, Flat())])
-    net = UNet(
-        image_shape=(1, 8, 8), channels=[8, 8], blocks=1, attention=[], conditions={"ink": 1}
-    )
-    with pytest.raises(ValueError, match="classes at most, got one with ink"):
-        run.fit(LitDiffusion(net), ImageDataModule(steps_per_epoch=1, val_examples=8))
-    assert run.global_step == 0
-
-
 def test_measurements_are_replaced_when_they_are_repeated(tmp_path):
     callback = FID(4, Flat(), "test")
     for _ in range(2):

@@ -441,6 +441,7 @@ def listing(folder):
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
 
 
+@pytest.mark.filterwarnings("ignore:Likelihood. this fit has no validation data")
 @pytest.mark.parametrize("extra", [[], ["--trainer.accumulate_grad_batches=2"]])
 def test_every_run_is_guarded_and_replayed(cli, plugin, extra):
     code, _, err = start(cli, *extra)

@@ -265,7 +265,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     with torch.no_grad():
         image = vae[1].decode(torch.from_numpy(drawn[3:4]) / 7 + 0.25).sample[0]
     expected = ((image.clamp(-1, 1) + 1) * 127.5).movedim(0, 2)
-    assert sorted(path.name for path in Path("images").iterdir())[-1] == "000004.png"
+    assert sorted(path.name for path in Path("images").glob("*.png"))[-1] == "000004.png"
     with Image.open("images/000003.png") as picture:
         off = torch.from_numpy(np.asarray(picture)).float() - expected
     assert off.abs().max() <= 1

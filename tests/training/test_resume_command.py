@@ -96,6 +96,7 @@ def test_a_run_without_a_step_says_so(tiny):
     [
         (["--model.network.init_args.channels=[4]"], "do not fit"),
         (["--trainer.callbacks=LastCheckpoint"], "add EMA"),  # or the average would be lost
+        (["--model.optimizer=torch.optim.Adadelta"], "Adadelta needs acc_delta, square_avg"),
         ([ONE_CYCLE, ONE_CYCLE_STEPS], "OneCycleLR ends before step 3"),
     ],
 )

@@ -272,20 +272,6 @@ def test_the_report_names_the_run_of_last(cli, run):
     assert f"Using {run}." in err
 
 
-def test_images_are_not_mixed_with_those_of_another_command(cli, run):
-    words = ["sample", "--ckpt_path", run, "--per_class", "1", "--out", "images"]
-    Path("images").mkdir()
-    code, _, err = cli(*words)
-    assert code == 0, err
-    before = sorted(Path("images").rglob("*"))
-    assert len([path for path in before if path.suffix == ".png"]) == 10
-    code, _, err = cli(*words, "--seed", "1")
-    assert code == 2
-    assert "--out must be a new or empty folder, got images" in err
-    assert sorted(Path("images").rglob("*")) == before
-    assert not list(Path().glob(".*"))
-
-
 def test_in_python_as_on_the_command_line(run):
     assert sample(run, num_samples=1).images.shape[0] == 1
     assert export(run, out="exported").is_dir()

@@ -14,6 +14,7 @@ from lit_diffusion.training.settings import (
     continue_schedule,
     merged,
     refuse_bad_numbers,
+    refuse_other_state,
     settings_of,
     with_own_settings,
 )
@@ -281,3 +282,38 @@ def test_changes_are_named():
 def test_numbers_that_torch_accepts_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         refuse_bad_numbers(make([nn.Parameter(torch.ones(1))]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_another_optimizer_is_refused(name):
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+
+    def stepped(make):
+        optimizer = make(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return optimizer.state_dict()
+
+    own = OPTIMIZERS[name](parameters)
+    own.load_state_dict(stepped(OPTIMIZERS[name]))
+    refuse_other_state(own)
+    adam = torch.optim.Adam(parameters, amsgrad=True)
+    state = stepped(OPTIMIZERS[name])
+    adam.load_state_dict({**state, "param_groups": adam.state_dict()["param_groups"]})
+    if any(state["state"].values()):
+        with pytest.raises(ValueError, match=r"Adam needs .*max_exp_avg_sq"):
+            refuse_other_state(adam)
+
+
+def test_momentum_may_be_turned_on():
+    """SGD then starts it in its next step, as it does in the first."""
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    plain = torch.optim.SGD([parameter], lr=0.1)
+    plain.step()
+    with_momentum = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    state = {**plain.state_dict(), "param_groups": with_momentum.state_dict()["param_groups"]}
+    with_momentum.load_state_dict(state)
+    refuse_other_state(with_momentum)
+    with_momentum.step()

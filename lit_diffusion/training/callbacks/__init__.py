@@ -15,6 +15,7 @@ from lit_diffusion.training.callbacks.last_checkpoint import *
 from lit_diffusion.training.callbacks.likelihood import *
 from lit_diffusion.training.callbacks.noise_level_loss import *
 from lit_diffusion.training.callbacks.overview import *
+from lit_diffusion.training.callbacks.predictions import *
 from lit_diffusion.training.callbacks.sample_grid import *
 from lit_diffusion.training.callbacks.throughput import *
 

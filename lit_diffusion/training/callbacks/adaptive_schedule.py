@@ -14,6 +14,7 @@ from lit_diffusion.schedules import AdaptiveSchedule
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.figures import PALETTE, figure_style, new_figure, save_figure
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ class AdaptiveScheduleUpdate(L.Callback):
         """Plot the density."""
         if self._folder is not None and not trainer.sanity_checking:
             path = self._folder / "schedule.png"
-            save_figure(plot_density(pl_module.loss.schedule, trainer.global_step), path)
-            show(trainer, "schedule", path)
+            with may_fail(path):
+                save_figure(plot_density(pl_module.loss.schedule, trainer.global_step), path)
+                show(trainer, "schedule", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Report the losses that were left out."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lit_diffusion.training.callbacks.guard import Guard
 from lit_diffusion.training.callbacks.last_checkpoint import LastCheckpoint
 from lit_diffusion.training.callbacks.overview import Overview
+from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.callbacks.throughput import Throughput
 from lit_diffusion.training.run.trainer import all_callbacks
 
@@ -48,6 +49,7 @@ def with_defaults(
         Guard              reads the loss from the device at a log step, so that …
         Throughput         … measures time when the device has finished
         Overview           logs the objective's curves and the table of measurements
+        Predictions        writes the samples of `predict`
         BatchFit           from `LitDiffusion.configure_callbacks`
         LastCheckpoint     saves the state that all others have left at this step
 
@@ -58,7 +60,7 @@ def with_defaults(
 
     Example:
         >>> [type(callback).__name__ for callback in with_defaults([Guard()])]
-        ['Guard', 'RunProgressBar', 'Throughput', 'Overview', 'LastCheckpoint']
+        ['Guard', 'RunProgressBar', 'Throughput', 'Overview', 'Predictions', 'LastCheckpoint']
     """
     given = list(callbacks)
     defaults: list[tuple[bool, type[L.Callback], Any]] = [
@@ -66,6 +68,7 @@ def with_defaults(
         (True, Guard, Guard),
         (True, Throughput, Throughput),
         (True, Overview, Overview),
+        (True, Predictions, Predictions),
         (checkpoints, Checkpoint, LastCheckpoint),
     ]
     missing = [

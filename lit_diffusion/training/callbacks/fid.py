@@ -12,11 +12,13 @@ from lit_diffusion.training.callbacks.periodic import Periodic, log
 from lit_diffusion.training.evaluation import scores
 from lit_diffusion.training.evaluation.comparison import Comparison
 from lit_diffusion.training.evaluation.features import InceptionFeatures
-from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
+from lit_diffusion.training.evaluation.generation import Generation
+from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import Score
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.ranks import place
-from lit_diffusion.training.run.measurements import Measurement, add_measurements
+from lit_diffusion.training.run.measurements import FILE, Measurement, add_measurements
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
@@ -35,6 +37,9 @@ class FID(Periodic):
     its hash, the number of samples, the sampler and its network calls, guidance, the weights, the
     seed, the rounding of images, and versions. Two numbers with the same protocol can be compared;
     most published ones are of 50,000 samples and Inception features against the training split.
+
+    Labels have the frequencies of the training split. If the model has further conditions, sample
+    i has those, and the label, of training example i, so num_samples is at most their number.
 
     With an `EMA` the samples are those of the average. The reference is computed once for each
     data set and feature network, and cached. The last weights of a fit are always measured;
@@ -120,7 +125,6 @@ class FID(Periodic):
         self._comparison = self._open(trainer, pl_module)
 
     def _open(self, trainer: L.Trainer, model: LitDiffusion) -> Comparison:
-        refuse_conditions(model)
         model.check_guidance(self.generation.guidance)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "examples"):
@@ -128,6 +132,8 @@ class FID(Periodic):
                 "FID: expected an ImageDataModule to compare samples with, got "
                 f"{type(data).__name__}: give the trainer one, or leave FID out."
             )
+        if model.conditions:
+            check_enough(data, data.train_split, self.generation.num_samples)
         return Comparison.open(
             model,
             data,
@@ -172,7 +178,8 @@ class FID(Periodic):
                 new.append(
                     Measurement("fid_baseline", comparison.baseline, None, step, stage, about)
                 )
-            add_measurements(folder, new)
+            with may_fail(folder / FILE):
+                add_measurements(folder, new)
         self.summary = self._sentence(
             f"{stage}/fid at step {trainer.global_step}", found, protocol, comparison.baseline
         )

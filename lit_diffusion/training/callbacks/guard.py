@@ -19,6 +19,7 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.saved_config import config_text
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval, output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
@@ -217,21 +218,22 @@ class Guard(L.Callback):
             return line
         path = self._folder / f"step-{step.number:07d}.json"
         if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            record = {
-                "step": step.number,
-                "not_finite": what,
-                "seed": pl_module.seed,
-                "world_size": trainer.world_size,
-                "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "device": device_name(pl_module.device),
-                "torch": torch.__version__,
-                "config": self._keep_config(trainer, path.with_suffix(".yaml")),
-                "checkpoint": self._keep_checkpoint(trainer, self._folder, step.number),
-                "batches": batches,
-            }
-            lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
-            write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
+            with may_fail(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                record = {
+                    "step": step.number,
+                    "not_finite": what,
+                    "seed": pl_module.seed,
+                    "world_size": trainer.world_size,
+                    "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                    "device": device_name(pl_module.device),
+                    "torch": torch.__version__,
+                    "config": self._keep_config(trainer, path.with_suffix(".yaml")),
+                    "checkpoint": self._keep_checkpoint(trainer, self._folder, step.number),
+                    "batches": batches,
+                }
+                rows = [f" {json.dumps(name)}: {json.dumps(v)}" for name, v in record.items()]
+                write_whole(path, "{\n" + ",\n".join(rows) + "\n}\n")
         trainer.strategy.barrier("non_finite")  # copying a checkpoint takes time
         return f"{line} `lit-diffusion replay {path}{_plugins(trainer)}` shows its cause."
 

@@ -16,8 +16,14 @@ from lit_diffusion.times import fixed_times
 from lit_diffusion.training import randomness
 from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.run.measurements import Measurement, add_measurements, versions
+from lit_diffusion.training.run.measurements import (
+    FILE,
+    Measurement,
+    add_measurements,
+    versions,
+)
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import all_callbacks, output_folder
 from lit_diffusion.training.run.weights import weights_in_use
 
@@ -249,7 +255,8 @@ class Likelihood(L.Callback):
             value = torch.tensor(one.value, device=pl_module.device)
             pl_module.log(f"{stage}/{one.name}", value, prog_bar=one.name == "bpd", sync_dist=True)
         if trainer.is_global_zero and folder is not None:
-            add_measurements(folder, measured)
+            with may_fail(folder / FILE):
+                add_measurements(folder, measured)
         self.summary = self._sentence(pl_module, stage, measured)
 
     def _sentence(self, model: LitDiffusion, stage: str, measured: list[Measurement]) -> str:

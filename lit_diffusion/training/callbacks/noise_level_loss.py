@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from lit_diffusion.training.run.noise_levels import (
     read_table,
     table_text,
 )
+from lit_diffusion.training.run.tolerance import may_fail, thinned
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["NoiseLevelLoss"]
+
+MOST = 100  # steps in the file and the figure
 
 
 class NoiseLevelLoss(Measures):
@@ -38,7 +42,8 @@ class NoiseLevelLoss(Measures):
 
     noise_levels.csv in the run folder has means and variances of ε-error and loss and the density
     of λ, for the training steps since the last validation and for the validation, which uses
-    fixed noise and the average weights of an `EMA`; noise_levels.png shows them. Non-finite losses
+    fixed noise and the average weights of an `EMA`; noise_levels.png shows them. Both keep at most
+    100 steps: of more, every second of the older half is left out. Non-finite losses
     are counted separately and reported. Between two validations nothing synchronises with the
     device, and training is bit-identical with and without this callback. Without validation data
     there is a record of the training steps at the end of each epoch, and at the end of the fit.
@@ -81,8 +86,9 @@ class NoiseLevelLoss(Measures):
         self._ends = (0.0, 1.0)
         self._sums = torch.zeros(11, 2 * bins, dtype=torch.float64)
         self._written = 0  # records in the file that the last checkpoint knows of
+        self._until: int | None = None  # the step of the last of them
         self._folder: Path | None = None
-        self._records: list[NoiseLevels] | None = None
+        self._records: list[tuple[NoiseLevels, str]] | None = None  # with their rows
         self._last_step = 0
         self._recorded_step = -1
         self._validates = True
@@ -101,7 +107,7 @@ class NoiseLevelLoss(Measures):
             )
         low, high = start.get("ends") or pl_module.loss.schedule.ends
         self._ends = low, high
-        self._written = start.get("written", 0)
+        self._written, self._until = start.get("written", 0), start.get("until")
         self._sums = torch.zeros(11, 2 * self.bins, dtype=torch.float64, device=pl_module.device)
         if start and trainer.is_global_zero:
             self._sums.copy_(start["sums"])
@@ -230,7 +236,7 @@ class NoiseLevelLoss(Measures):
         self._sums.zero_()
         self._recorded_step = trainer.global_step
         if trainer.is_global_zero and self._write(trainer, total):
-            self._written = len(self._records or ())
+            self._written, self._until = len(self._records or ()), trainer.global_step
 
     # The file --------------------------------------------------------------------------------
 
@@ -256,31 +262,38 @@ class NoiseLevelLoss(Measures):
         if not new or self._folder is None:
             return False
         path = self._folder / "noise_levels.csv"
-        text = table_text([], header=True)
         if self._records is None:
-            # Later records of a resumed run are removed now that there is one to replace them.
-            known = self._written if path.is_file() else 0
-            self._records = read_table(path)[:known] if known else []
-            if known:
-                lines = path.read_text().splitlines(keepends=True)
-                text = "".join(lines[: 1 + known * self.bins])
-        elif self._records:
-            text = path.read_text()
-        self._records += new
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text + table_text(new))
+            self._records = self._earlier(path)
+        every = [*self._records, *((record, table_text([record])) for record in new)]
+        kept = {*thinned(list(dict.fromkeys(record.step for record, _ in every)), MOST)}
+        self._records = [one for one in every if one[0].step in kept]
+        with may_fail(path):
+            text = "".join(text for _, text in self._records)
+            write_whole(path, table_text([], header=True) + text)
         picture = path.with_suffix(".png")
-        save_figure(plot_noise_levels(self._records), picture)
-        show(trainer, "noise_levels", picture)
+        with may_fail(picture):
+            save_figure(plot_noise_levels([record for record, _ in self._records]), picture)
+            show(trainer, "noise_levels", picture)
         return True
 
+    def _earlier(self, path: Path) -> list[tuple[NoiseLevels, str]]:
+        """The records that the checkpoint knows of; a resumed run makes the later ones again."""
+        if not path.is_file() or not self._written:
+            return []
+        lines = iter(path.read_text().splitlines(keepends=True)[1:])
+        every = [(record, "".join(islice(lines, self.bins))) for record in read_table(path)]
+        if self._until is None:  # of a checkpoint that counts them
+            return every[: self._written]
+        return [one for one in every if one[0].step <= self._until]
+
     def state_dict(self) -> dict[str, Any]:
-        """The bins, the sums over all ranks, and the number of written records."""
+        """The bins, the sums over all ranks, and the number and last step of written records."""
         return {
             "bins": self.bins,
             "ends": list(self._ends),
             "sums": self._total().cpu(),
             "written": self._written,
+            "until": self._until,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
 
@@ -219,9 +220,10 @@ class SampleGrid(Periodic):
             for name in (self._seen[0] if self._seen else ())
         }
         images = self.sample(pl_module, pl_module.watch(), seen)
-        save_grid(images, path, self.columns)
-        self.last_path = path
-        show(trainer, "samples", path)
+        with may_fail(path):
+            save_grid(images, path, self.columns)
+            self.last_path = path
+            show(trainer, "samples", path)
         return {}
 
     def _see_training_data(self, trainer: L.Trainer, model: LitDiffusion) -> None:

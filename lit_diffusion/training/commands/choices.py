@@ -18,7 +18,6 @@ from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.newest import LAST, last_checkpoint
 
 __all__ = [
-    "check_new_folder",
     "find_checkpoint",
     "find_device",
     "find_run",
@@ -132,21 +131,6 @@ def run_of(checkpoint: Path) -> Path | None:
     """
     folder = checkpoint.parent.parent
     return folder if checkpoint.parent.name == LAST.parent.name and folder.is_dir() else None
-
-
-def check_new_folder(out: Path) -> None:
-    """Reject a folder for results that has something in it, which would be mixed with them.
-
-    Args:
-        out: The value of --out.
-
-    Raises:
-        ValueError: If it is neither new nor empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"--out must be a new or empty folder, got {out}: remove it, or give another."
-        )
 
 
 def find_device(name: str) -> torch.device:

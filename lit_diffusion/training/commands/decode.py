@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,9 @@ from tqdm import tqdm
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.autoencoder import Autoencoder
-from lit_diffusion.training.commands.choices import check_new_folder, find_device
+from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.sample import write_images
-from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
+from lit_diffusion.training.evaluation.sample_files import ImageFolder
 
 __all__ = ["decode"]
 
@@ -37,13 +37,12 @@ def decode(
         out: A .png file for one grid, or a folder for one file per image.
 
     Raises:
-        ValueError: If the file does not contain latents of this autoencoder.
+        ValueError: If the file does not contain latents of this autoencoder, or out has images of
+            other latents.
     """
     out = Path(out)
     if out.suffix not in ("", ".png"):
         raise UsageError(f"--out must be a .png file or a folder, got {out}.")
-    if not out.suffix:
-        check_new_folder(out)
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if not Path(latents).is_file():
@@ -51,21 +50,29 @@ def decode(
             f"there is no file {latents}: give the one written by `sample --out latents.npy`."
         )
     autoencoder = Autoencoder(str(vae), find_device(device))
-    z = torch.from_numpy(np.load(latents, allow_pickle=False))
+    z = np.load(latents, mmap_mode="r", allow_pickle=False)
     channels = autoencoder.vae.config.latent_channels
     if z.ndim != 4 or z.shape[1] != channels:
         raise UsageError(
             f"{latents} must contain latents of shape (n, {channels}, height, width), got "
             f"{tuple(z.shape)}."
         )
-    firsts = tqdm(range(0, len(z), batch_size), desc="decoding")
-    batches = ((i, autoencoder.decode(z[i : i + batch_size]).cpu()) for i in firsts)
+    about = {
+        "latents": Path(latents).name,
+        "checksum": zlib.crc32(z[0].tobytes()),
+        "vae": str(vae),
+    }
+    files = None if out.suffix else ImageFolder(out, about)
+    images = []
+    for first in tqdm(range(0, len(z), batch_size), desc="decoding"):
+        index = range(first, min(first + batch_size, len(z)))
+        if files is not None and files.has(index):
+            continue
+        batch = autoencoder.decode(torch.from_numpy(np.array(z[index.start : index.stop]))).cpu()
+        if files is None:
+            images.append(batch)
+        else:
+            files.write(index, batch)
     if out.suffix:
-        images = torch.cat([batch for _, batch in batches])
-        save_grid(images, out, max(1, round(len(z) ** 0.5)))
-        return out
-    with unfinished_folder(out) as unfinished:
-        for first, batch in batches:
-            write_images(batch, unfinished, [""], first)
-        publish(unfinished, out, durable=False)
+        save_grid(torch.cat(images), out, max(1, round(len(z) ** 0.5)))
     return out

@@ -12,6 +12,7 @@ from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
 from lit_diffusion.training.commands.choices import find_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import (
+    CLASS_NAMES,
     WholeCheckpointIO,
     load_checkpoint,
     model_class,
@@ -224,6 +225,7 @@ def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
         checkpoint["epoch"],
         model_class(checkpoint),
     )
+    new |= {name: checkpoint[name] for name in (CLASS_NAMES,) if name in checkpoint}
     WholeCheckpointIO().save_checkpoint(new, out)
 
 

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from lit_diffusion.description import allowed_modules, missing_package
@@ -87,33 +88,42 @@ def _not_importable(path: str) -> str:
     """A class that may not be imported, or whose package is missing."""
     if missing := missing_package(path):
         return missing
+    if path == "lightning.Callback":  # the base class, where none is named
+        return "name the class first, as class_path and init_args."
     allowed = ", ".join(allowed_modules())
     return f"{path} may not be imported; allowed are {allowed}, and --plugins."
 
 
-def _unknown_argument(option: str, keys: list[str], message: str) -> str:
+def _meant(name: str, known: Sequence[str]) -> str:
+    """The known name that a wrong one resembles, as a question; empty if there is none."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _unknown_argument(option: str, owner: str, known: Sequence[str]) -> str:
     """A class does not take this argument."""
-    class_path = re.search(r"'?class_path'?[:=] ?'([\w.]+)'", message)
-    cls = class_path[1].rpartition(".")[2] if class_path else "the class"
-    key = ".".join(keys) or "model.weighting"
-    listed = f"`lit-diffusion fit --{key}.help CLASS` lists the arguments of a class."
-    return f"{cls} takes no argument {option!r}. {listed}"
+    listed = ", ".join(known) or "none"
+    return f"{owner} takes no argument {option!r}.{_meant(option, known)} It takes {listed}."
 
 
-def _unrecognized(word: str) -> str:
-    """A word of the command line that is not an argument."""
+def _unrecognized(word: str, known: Sequence[str]) -> str:
+    """A word of the command line, or a key of a config, that is not an argument."""
     if word.endswith(".ckpt"):
         return f"expected one checkpoint, got {word} as well. `last` is the newest."
-    if not word.startswith("-"):
-        return f"one argument too many: {word}."
-    return f"no argument is called {word}; --help lists them."
+    name = word.partition("=")[0]
+    if word.startswith("-"):
+        meant = _meant(name.lstrip("-"), known).replace("mean ", "mean --")
+        return f"no argument is called {name}.{meant or ' --help lists them.'}"
+    return f"one argument too many: {word}."
 
 
-def one_line(message: str) -> str:
+def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) -> str:
     '''The relevant sentence of a parser's message.
 
     Args:
         message: The message of jsonargparse.
+        owner: The class whose arguments were parsed.
+        known: The arguments that the parser knows.
 
     Example:
         >>> one_line("""Parser key "data.batch_size": Expected a <class 'int'>. Got value: abc""")
@@ -132,7 +142,11 @@ def one_line(message: str) -> str:
     if "Expected an instantiatable class" in message:
         return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
     if option := re.search(r"Option '([^']+)' is not accepted", message):
-        return where + _unknown_argument(option[1], keys, message)
+        return where + _unknown_argument(option[1], owner, known)
+    group = r"(?:Group '(\w+)'|Subcommand '\w+') does not accept (?:nested )?option '([\w.+-]+)'"
+    if key := re.search(group, message):
+        name = ".".join(filter(None, key.groups()))
+        return f"no argument is called {name}.{_meant(name, known) or ' --help lists them.'}"
     reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
     if reasons:
         return f"{where}{reasons[0]}"
@@ -141,5 +155,6 @@ def one_line(message: str) -> str:
     if kinds and given:
         return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-        return _unrecognized(unknown[1])
-    return " ".join(message.split())[:500]
+        return _unrecognized(unknown[1], known)
+    rest = re.sub(r'^Parser key "[^"]+":', "", message) if len(keys) == 1 else message
+    return (where if rest is not message else "") + " ".join(rest.split())[:500]

@@ -27,6 +27,7 @@ from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import (
     callback_arguments,
     evaluation_defaults,
+    own_data,
     read_experiment,
 )
 from lit_diffusion.training.commands.parsing import instantiate
@@ -35,8 +36,9 @@ from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
-from lit_diffusion.training.evaluation.generation import Generation, refuse_conditions
+from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.record import make_record, write_record
+from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import all_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
@@ -160,10 +162,9 @@ def evaluate(
         batch_size=batch_size,
     )
     _check(settings, out)
-    data = data or _own_data(experiment, path)
+    data = data or own_data(experiment, path)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
-    subject.model.check_guidance(settings.guidance)
     if compile:
         compile_in_place(subject.model, subject.model.device)
     comparison, rows = _compare(subject, data, settings)
@@ -190,16 +191,6 @@ def _settings(experiment: dict[str, Any], **given: Any) -> _Settings:
     return _Settings(**{"samplers": None, "steps": None} | found)
 
 
-def _own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
-    """The data of the experiment, which a checkpoint alone does not record."""
-    if path.is_file() and not experiment:
-        raise UsageError(
-            f"{path} is not in a run folder and does not record its data: give the config of its "
-            "run as --config, or --data.path."
-        )
-    return instantiate(ImageDataModule, experiment.get("data") or {})
-
-
 def _check(settings: _Settings, out: str | Path | None) -> None:
     """Reject arguments that are wrong for any checkpoint, before one is read."""
     if settings.num_samples < 2 or settings.batch_size < 1:
@@ -223,7 +214,6 @@ def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _
     """The model of a checkpoint, if it can be evaluated on these data."""
     checkpoint = load_checkpoint(path)
     model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
-    refuse_conditions(model)
     if model.image_shape != tuple(data.image_shape):
         raise UsageError(
             f"expected data of the model's shape {model.image_shape}, got "
@@ -257,6 +247,9 @@ def _compare(
     subject: _Model, data: ImageDataModule, settings: _Settings
 ) -> tuple[Comparison, list[SamplerScores]]:
     """Compute all scores that the feature network allows, for every way of sampling."""
+    subject.model.check_guidance(settings.guidance)
+    if subject.model.conditions:
+        check_enough(data, data.train_split, settings.num_samples)
     network = settings.features or InceptionFeatures()
     some = next(iter(data.examples(settings.split, batch_size=1)))["image"]
     comparison = Comparison.open(

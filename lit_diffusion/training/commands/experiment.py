@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.data.module import ImageDataModule
 
-__all__ = ["callback_arguments", "evaluation_defaults", "read_experiment"]
+__all__ = ["callback_arguments", "evaluation_defaults", "own_data", "read_experiment"]
 
 
 def read_experiment(config: str | Path | None, run: Path | None) -> dict[str, Any]:
@@ -73,3 +75,21 @@ def evaluation_defaults(experiment: Mapping[str, Any]) -> dict[str, Any]:
         "guidance_interval": fid.get("guidance_interval"),
         "batch_size": fid.get("batch_size", 256),
     }
+
+
+def own_data(experiment: dict[str, Any], path: Path) -> ImageDataModule:
+    """The data of an experiment, which a checkpoint alone does not record.
+
+    Args:
+        experiment: The config.
+        path: The checkpoint.
+
+    Raises:
+        ValueError: If there is no config.
+    """
+    if path.is_file() and not experiment:
+        raise UsageError(
+            f"{path} is not in a run folder and does not record its data: give the config of its "
+            "run as --config, or --data.path."
+        )
+    return instantiate(ImageDataModule, experiment.get("data") or {})

@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.choices import check_new_folder, find_checkpoint, run_of
+from lit_diffusion.training.commands.choices import find_checkpoint, run_of
+from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
-from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.checkpoints import CLASS_NAMES, load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
 from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
@@ -66,7 +67,10 @@ def export(
             empty.
     """
     out = Path(out)
-    check_new_folder(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"--out must be a new or empty folder, got {out}: remove it, or give another."
+        )
     path = find_checkpoint(run, name, root)
     inside = run_of(path)
     folder = path.parent if inside is None else inside
@@ -88,6 +92,8 @@ def export(
         "step": trained.step,
         "model": trained.described,
     }
+    if trained.model.class_names is not None:
+        about["class_names"] = trained.model.class_names
     _write(out, trained.model, about, card, picture)
     return out
 
@@ -108,6 +114,7 @@ def _read(path: Path) -> _Trained:
     }
     model: Pretrained = build(described, Pretrained)
     model.load_state_dict(checkpoint["state_dict"])
+    model.class_names = checkpoint.get(CLASS_NAMES)
     return _Trained(model.eval(), described, weights_name(checkpoint), checkpoint["global_step"])
 
 

@@ -19,18 +19,25 @@ from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
+from lit_diffusion.training.commands.differences import naming_differences
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
+from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.initial_weights import start_from
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.precision import settle_precision
+from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint, with_whole_checkpoints
+from lit_diffusion.training.run.checkpoints import (
+    load_checkpoint,
+    model_class,
+    with_whole_checkpoints,
+)
 from lit_diffusion.training.run.dashboard import Dashboard
 from lit_diffusion.training.run.environment import begin_session, end_session, outcome
 from lit_diffusion.training.run.folder import (
@@ -88,6 +95,7 @@ class DiffusionCLI(LightningCLI):
             model_class,
             data_class,
             parser_class=DiffusionParser,
+            trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
@@ -163,6 +171,7 @@ class DiffusionCLI(LightningCLI):
         path = resolve_checkpoint(path)
         config.ckpt_path = str(path)
         checkpoint = load_checkpoint(path)
+        refuse_other_class(self.trained_class, model_class(checkpoint))
         self.described = checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY]
         if self.config.subcommand == "fit":
             refuse_weights_alone(checkpoint)
@@ -265,7 +274,7 @@ class DiffusionCLI(LightningCLI):
 
         Only a folder that this process has created: one that was there before is another run's.
         """
-        kept = ("checkpoints/*", "samples/*", "metrics.csv", "non_finite/*")
+        kept = ("checkpoints/*", "samples/*", "predicted/*", "metrics.csv", "non_finite/*")
         if self.created is not None:
             folder = self.created.path
             if not any(any(folder.glob(pattern)) for pattern in kept):
@@ -291,7 +300,8 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
-        self._run(self._fit, arguments)
+        with naming_differences(self.described, self.model.hparams):
+            self._run(self._fit, arguments)
 
     def _fit(self, **arguments: Any) -> None:
         """Train, and measure the last weights even if there was nothing left to train."""
@@ -308,8 +318,8 @@ class DiffusionCLI(LightningCLI):
         self._run(self.trainer.test, arguments)
 
     def predict(self, **arguments: Any) -> None:
-        """Sample one image for each validation example."""
-        self._run(self.trainer.predict, arguments)
+        """Sample one image for each validation example; they are written, and not kept."""
+        self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:
         """Whether this process writes the report of a training run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +23,13 @@ T = TypeVar("T")
 class CommandParser(jsonargparse.ArgumentParser):
     """A parser that raises `UsageError`, of one line, instead of printing its usage."""
 
+    subcommands: Any = None
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the commands, whose parsers know the names that were meant."""
+        self.subcommands = super().add_subcommands(*args, **kwargs)
+        return self.subcommands
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.
 
@@ -31,7 +39,20 @@ class CommandParser(jsonargparse.ArgumentParser):
         """
         if os.environ.get("LIT_DIFFUSION_TRACEBACK"):
             raise ValueError(message) from ex
-        raise UsageError(one_line(str(message))) from ex
+        owner = next(iter(self.groups or ()), "the class")  # of the parser for one class
+        raise UsageError(one_line(str(message), owner, self._known(message))) from ex
+
+    def _known(self, message: str) -> list[str]:
+        """The names of all arguments, if the message is about an unknown one."""
+        if "accept" not in message and "unrecognized" not in message:
+            return []
+        parser = self
+        if self.subcommands is not None:
+            words = set(re.findall(r"'(\w+)'", message))
+            chosen = words & set(self.subcommands.choices)
+            parser = self.subcommands.choices[chosen.pop()] if chosen else self
+        leaves = list(parser.get_defaults().keys())
+        return sorted({*leaves, *(".".join(leaf.split(".")[:2]) for leaf in leaves)})
 
 
 def instantiate(cls: type[T], values: Mapping[str, Any] | str) -> T:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +15,17 @@ from tqdm import tqdm
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import (
-    check_new_folder,
-    find_checkpoint,
-    find_device,
-)
+from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.experiment import own_data, read_experiment
 from lit_diffusion.training.compilation import compile_in_place
-from lit_diffusion.training.evaluation.generation import to_bytes
+from lit_diffusion.training.evaluation.features import fingerprint
+from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
+from lit_diffusion.training.evaluation.sample_files import ArrayFile, ImageFolder
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.run.messages import warn
-from lit_diffusion.training.run.whole_file import replacing
-from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
+from lit_diffusion.training.run.messages import inform, warn
 
-__all__ = ["NO_GUIDANCE", "Samples", "sample", "write_images"]
+__all__ = ["NO_GUIDANCE", "Samples", "sample"]
 
 MANY = 64  # images by default
 NO_GUIDANCE = (
@@ -36,9 +34,9 @@ NO_GUIDANCE = (
 
 
 class Samples(NamedTuple):
-    """Sampled images, (n, C, H, W) in [−1, 1], and their file or folder."""
+    """Sampled images, (n, C, H, W), and their file or folder; a folder's images are in it only."""
 
-    images: Tensor
+    images: Tensor | None
     path: Path
 
     def __str__(self) -> str:
@@ -53,7 +51,9 @@ def sample(
     out: str | Path = "samples.png",
     sampler: Sampler | None = None,
     seed: int = 0,
-    label: int | list[int] | Literal["none"] | None = None,
+    config: str | Path | None = None,
+    split: str | None = None,
+    label: int | list[int | str] | str | None = None,
     per_class: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -63,17 +63,23 @@ def sample(
 ) -> Samples:
     """Sample images from a checkpoint.
 
+    A folder and a .npy file are written as the images are made, and a command that was stopped
+    goes on where it was.
+
     Args:
         ckpt_path: The checkpoint: a file, a run folder, or `last` for that of the newest run.
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
-        out: A .png file for one grid, a new or empty folder for one file per image,
-            or a .npy file.
+        out: A .png file for one grid, a folder for one file per image, or a .npy file.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
         seed: Image i is a function of (seed, i).
-        label: Class of all images; or a list such as [0,1,2] to cycle through, one per column of a
-            grid; none or -1 for no class. Sampled by default.
+        config: For a model with conditions besides the class: the config that describes the data;
+            the run's own by default.
+        split: The split of these data whose example i has the conditions of image i; by default
+            the validation split.
+        label: Class of all images, by number or name; or a list such as [0,1,2] to cycle through,
+            one per column of a grid; none or -1 for no class. Sampled by default.
         per_class: Number of images of each class, or of each in label: a grid with one column, or
             a folder with one subfolder, per class.
         guidance: Scale of classifier-free guidance; 1 for none.
@@ -84,7 +90,8 @@ def sample(
         compile: Whether to compile the network, which pays off for many images on a GPU.
 
     Raises:
-        ValueError: If an argument does not fit the model, or the checkpoint cannot be read.
+        ValueError: If an argument does not fit the model, the checkpoint cannot be read, or out
+            has samples of another command.
     """
     out = Path(out)
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
@@ -103,33 +110,125 @@ def sample(
     if per_class is not None:
         n = per_class * len(classes)
 
-    batches = []
-    for indices in torch.arange(n).split(batch_size):
-        first, last = int(indices[0]), int(indices[-1])
-        batch = model.sample(
-            len(indices),
-            randomness.generators(seed, "sample", indices.tolist()),
-            label=[classes[i % len(classes)] for i in indices.tolist()] if classes else None,
-            sampler=sampler,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            progress=partial(tqdm, desc=f"images {first}-{last}", disable=None),
-        )
-        batches.append(batch.cpu())
-    images = torch.cat(batches)
-    if out.suffix == ".npy":
-        _save(images, out)
-    elif out.suffix == ".png":
+    rows = _rows(model, path, config, split, n, batch_size)
+    about = _about(path, model, sampler, seed, classes, guidance, guidance_interval)
+    about |= {} if rows is None else {"config": str(config), "split": split}
+    files = _open(out, about, model, n, classes, per_class is not None)
+    sampling = {
+        "sampler": sampler,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+    }
+    kept = _sample_all(
+        model, files, rows, classes, torch.arange(n).split(batch_size), seed, sampling
+    )
+    if files is None:
         columns = max(1, round(n**0.5))
         if per_class is not None or len(classes) > 1:
             columns = len(classes)
-        save_grid(images, out, columns)
-    else:
-        with unfinished_folder(out) as unfinished:
-            folders = [_folder(c, model) for c in classes] if per_class else [""]
-            write_images(images, unfinished, folders)
-            publish(unfinished, out, durable=False)
-    return Samples(images, out)
+        save_grid(torch.cat(kept), out, columns)
+        return Samples(torch.cat(kept), out)
+    files.finish()
+    found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
+    return Samples(found, out)
+
+
+def _sample_all(
+    model: LitDiffusion,
+    files: ImageFolder | ArrayFile | None,
+    rows: RowConditions | None,
+    classes: list[int],
+    batches: Sequence[Tensor],
+    seed: int,
+    sampling: dict[str, Any],
+) -> list[Tensor]:
+    """Sample what is not in the files yet and write it; return it if there are no files."""
+    kept: list[Tensor] = []
+    there = 0
+    for number, index in enumerate(batches):
+        indices = index.tolist()
+        if files is not None and files.has(indices):
+            there += len(indices)
+            continue
+        cond = {} if rows is None else rows(number, len(indices))
+        label: Any = cond.pop("label", None)
+        if classes:
+            label = [classes[i % len(classes)] for i in indices]
+        images = model.sample(
+            len(indices),
+            randomness.generators(seed, "sample", indices),
+            label,
+            progress=partial(tqdm, desc=f"images {indices[0]}-{indices[-1]}", disable=None),
+            cond=cond,
+            **sampling,
+        ).cpu()
+        if files is None:
+            kept.append(images)
+        else:
+            files.write(indices, images)
+    if there:
+        inform(f"{there} of the images were there already.")
+    return kept
+
+
+def _rows(
+    model: LitDiffusion,
+    path: Path,
+    config: str | Path | None,
+    split: str | None,
+    n: int,
+    batch_size: int,
+) -> RowConditions | None:
+    """The conditions of the images, of a model that has more than classes."""
+    if not model.conditions:
+        if config is not None or split is not None:
+            raise UsageError(
+                "this model has no conditions besides the class, which it would take from data: "
+                "omit --config and --split."
+            )
+        return None
+    data = own_data(read_experiment(config, run_of(path)), path)
+    split = split or data.val_split or data.train_split
+    check_enough(data, split, n)
+    return RowConditions(model, data, split, batch_size)
+
+
+def _about(
+    path: Path,
+    model: LitDiffusion,
+    sampler: Sampler | None,
+    seed: int,
+    classes: list[int],
+    guidance: float,
+    guidance_interval: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """All that an image depends on besides its number, as plain data."""
+    return {
+        "checkpoint": path.name,
+        "weights": f"{model.weights}, {fingerprint(model.denoiser)}",
+        "sampler": repr(model.sampler_in_range(sampler)),
+        "seed": seed,
+        "label": classes or None,
+        "guidance": guidance,
+        "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+    }
+
+
+def _open(
+    out: Path,
+    about: dict[str, Any],
+    model: LitDiffusion,
+    n: int,
+    classes: list[int],
+    per_class: bool,
+) -> ImageFolder | ArrayFile | None:
+    """The files that take the images as they are made; None for a grid, which takes all."""
+    if out.suffix == ".png":
+        return None
+    if out.suffix == ".npy":
+        return ArrayFile(out, about, (n, *model.image_shape))
+    names = [_folder(c, model) for c in classes] if per_class else [""]
+    return ImageFolder(out, about | {"folders": names}, lambda i: names[i % len(names)])
 
 
 def _check(
@@ -151,20 +250,25 @@ def _check(
         raise UsageError(NO_GUIDANCE)
     if out.suffix not in ("", ".png", ".npy"):
         raise UsageError(f"--out must be a .png file, a .npy file or a folder, got {out}.")
-    if not out.suffix:
-        check_new_folder(out)
+
+
+def _number(model: LitDiffusion, label: int | str) -> int:
+    """The number of a class, given by number or name."""
+    if isinstance(label, int):
+        return label
+    names = model.class_names or []
+    if label not in names:
+        known = (
+            f"one of {', '.join(names[:20])}" if names else "a number: the data name no classes"
+        )
+        raise UsageError(f"--label must be {known}, got {label!r}.")
+    return names.index(label)
 
 
 def _classes(
-    model: LitDiffusion, label: int | list[int] | Literal["none"] | None, per_class: int | None
+    model: LitDiffusion, label: int | list[int | str] | str | None, per_class: int | None
 ) -> list[int]:
     """The classes to cycle through, −1 for none; an empty list if they are sampled."""
-    if model.conditions:
-        raise UsageError(
-            f"this model is conditioned on {', '.join(model.conditions)}, which is not in its "
-            "checkpoint: `lit-diffusion predict` takes it from the validation examples, and in "
-            "Python you can pass it to model.sample(cond=…)."
-        )
     known = model.num_classes
     if known is None:
         if label is not None or per_class is not None:
@@ -174,7 +278,8 @@ def _classes(
         return []
     if label is None:
         return [] if per_class is None else list(range(known))
-    classes = [-1] if label == "none" else label if isinstance(label, list) else [label]
+    given = label if isinstance(label, list) else [label]
+    classes = [-1 if one == "none" else _number(model, one) for one in given]
     if -1 in classes and model.label_dropout == 0:
         warn(
             "this model was trained with label_dropout=0, so it knows images without a class only "
@@ -188,29 +293,3 @@ def _classes(
 def _folder(label: int, model: LitDiffusion) -> str:
     """Name of a class's folder, zero-padded so that names sort like numbers."""
     return "none" if label < 0 else str(label).zfill(len(str((model.num_classes or 1) - 1)))
-
-
-def _save(numbers: Tensor, out: Path) -> None:
-    """Write the array, (n, C, H, W) float32, completely or not at all."""
-    with replacing(out) as unfinished, unfinished.open("wb") as file:
-        np.save(file, numbers.float().numpy())
-
-
-def write_images(images: Tensor, out: Path, folders: list[str], first: int = 0) -> None:
-    """Write each image as a PNG file named by its number, cycling through the folders.
-
-    Args:
-        images: In [−1, 1].
-        out: The folder.
-        folders: Names of subfolders, or "" for the folder itself.
-        first: Number of the first image.
-
-    Shapes:
-        images (n, C, H, W), C of 1 or 3.
-    """
-    from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
-
-    for i, image in enumerate(images, first):
-        folder = out / folders[i % len(folders)]
-        folder.mkdir(parents=True, exist_ok=True)
-        to_pil_image(to_bytes(image)).save(folder / f"{i:06d}.png")

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 
 from lit_diffusion.training.run.messages import logger
 from lit_diffusion.training.run.secrets import without_secrets
+from lit_diffusion.training.run.tolerance import may_fail
 
 FEW = 5  # named in warnings and errors; the file lists all
 ENOUGH = 10  # fewer bad examples than this are never too many
@@ -116,7 +117,8 @@ class BadExamples:
                     )
                 )
         if found and self.file is not None:
-            self._write(self.file, found)
+            with may_fail(self.file):
+                self._write(self.file, found)
 
     def judge(self, read: int, bad: int) -> None:
         """Raise an error if too many examples are bad.

@@ -13,7 +13,6 @@ example, which is skipped and reported, or an error. Floats, such as latents, re
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -21,13 +20,14 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
+from lit_diffusion.training.data.arguments import check_arguments
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
-from lit_diffusion.training.data.columns import BATCH, Columns
+from lit_diffusion.training.data.columns import Columns
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.lane import LaneBatches
-from lit_diffusion.training.data.loader import TrainLoader
+from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
 from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
-from lit_diffusion.training.data.order import ORDER_VERSION
+from lit_diffusion.training.data.resumption import settings_of
 from lit_diffusion.training.data.sources import Splits, find_splits, open_source
 from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
@@ -83,6 +83,8 @@ class ImageDataModule(L.LightningDataModule):
             or `raise` an error.
         max_bad_share: Largest share of the examples read that may be bad, from 0 to 1; more, and
             at least ten, end the run.
+        on_changed_data: What to do if a run is resumed and the training data are not those of the
+            checkpoint: `refuse`, or `continue` with them from the beginning of the next epoch.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -111,6 +113,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
+        on_changed_data: Literal["refuse", "continue"] = "refuse",
     ) -> None:
         super().__init__()
         self.path = path
@@ -134,7 +137,8 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
-        self._check_arguments()
+        self.on_changed_data = on_changed_data
+        check_arguments(self)
         self._forget()
 
     def _forget(self) -> None:
@@ -255,30 +259,6 @@ class ImageDataModule(L.LightningDataModule):
         if self._train_loader is not None:
             self._train_loader.close()
 
-    def _check_arguments(self) -> None:
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise ValueError(
-                "data.image_shape must be (channels, height, width), all positive, "
-                f"got {self.image_shape}"
-            )
-        taken = set(BATCH) & set(self.condition_keys)
-        if taken or len(set(self.condition_keys)) < len(self.condition_keys):
-            raise ValueError(
-                f"data.condition_keys must be different columns, none of them called "
-                f"{', '.join(BATCH)}, got {', '.join(self.condition_keys)}; the label's column is "
-                "data.label_key, any other column may be renamed"
-            )
-        least = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0}
-        least |= {"open_shards": 1, "steps_per_epoch": 1, "val_examples": 1}
-        for name, low in least.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise ValueError(f"data.{name} must be at least {low}, got {value}")
-        if self.on_bad_example not in ("skip", "raise"):
-            came = f"{self.on_bad_example!r}"
-            raise ValueError(f"data.on_bad_example must be skip or raise, got {came}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
-
     def _place(self) -> tuple[int, int]:
         """Return (rank, number of ranks)."""
         if self.trainer is not None:
@@ -350,9 +330,11 @@ class ImageDataModule(L.LightningDataModule):
             batches,
             steps,
             self.num_workers,
-            self._settings(split, world, total),
+            settings_of(self, split, world, total),
             self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             self._bad_examples(split.name),
+            self.on_changed_data,
+            batches_to_repeat(self.trainer, steps),
         )
 
     def _steps_per_epoch(self, split: Split, total: int | None, world: int) -> int:
@@ -378,22 +360,3 @@ class ImageDataModule(L.LightningDataModule):
             f"{STEPS_IF_UNKNOWN} batches; set data.steps_per_epoch to change that."
         )
         return STEPS_IF_UNKNOWN
-
-    def _settings(self, split: Split, world: int, total: int | None) -> dict[str, Any]:
-        """Return what must not change from a checkpoint to its resumption.
-
-        The path may change, since data may move; their size and their first image identify them.
-        """
-        names = ["num_workers", "batch_size", "streaming", "shuffle_window", "seed"]
-        names += ["open_shards", "on_bad_example", "horizontal_flip", "train_split", "label_key"]
-        first = split.decoder.like["image"]
-        return {
-            "the order of the data": ORDER_VERSION,
-            "the number of ranks": world,
-            **{f"data.{name}": getattr(self, name) for name in names},
-            "data.image_shape": list(self.image_shape),
-            "data.condition_keys": list(self.condition_keys) or None,
-            "the number of training examples": total,
-            "the number of shards": split.source.shards,
-            "the checksum of the first training image": zlib.crc32(first.tobytes()),
-        }

@@ -97,10 +97,10 @@ class ParquetSource(ShardSource):
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """Hash of the footers and of each file's size, time or tag as given by its storage."""
+        """Hash of the content, of the footers, and of what the storage says of each file."""
         import fsspec
 
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.content).encode())
         for file, footer in self.footers.items():
             try:
                 storage, path = fsspec.core.url_to_fs(file)
@@ -108,6 +108,15 @@ class ParquetSource(ShardSource):
             except (OSError, NotImplementedError):
                 return None
         return digest.hexdigest()
+
+    @functools.cached_property
+    def content(self) -> dict[str, str]:
+        """The digests of the files' content, and one of their footers, which have statistics."""
+        footers = [
+            {name: value for name, value in footer.to_dict().items() if name != "created_by"}
+            for footer in self.footers.values()
+        ]
+        return super().content | {"footers": hashlib.sha256(repr(footers).encode()).hexdigest()}
 
     def batches(self, shard: int, row: int) -> Iterator[list[Row]]:
         """Read a row group; rows before the first are skipped without being converted."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lit_diffusion.training.data.bad_examples import Bad
+from lit_diffusion.training.data.content import digests
 from lit_diffusion.training.data.order import Position, Window
 
 
@@ -30,12 +32,21 @@ class Source(ABC):
         total: Number of examples, None if only reading all of them would show it.
         shards: Number of parts in which the data are stored.
         lost: What was found unreadable when the source was opened.
+        files: Paths and URLs of the files that the split consists of.
+        named: Whether their names and folders are part of the data.
         fingerprint: Name of the content, the same for no other content; None if unknown.
     """
 
     total: int | None
     shards: int
     lost: tuple[Bad, ...] = ()
+    files: tuple[str, ...] = ()
+    named = False
+
+    @functools.cached_property
+    def content(self) -> dict[str, str]:
+        """Digests of the content, see `digests`; they depend on neither path nor time."""
+        return digests(self.files, self.named)
 
     @property
     def fingerprint(self) -> str | None:

@@ -7,12 +7,15 @@ Errors are reported in one line: what was expected, what was found, and what to 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from lit_diffusion.training.data.columns import Columns
+from lit_diffusion.training.data.content import digests
+from lit_diffusion.training.data.file_names import Files, files_of_folder, named_files
 from lit_diffusion.training.data.image_paths import ImagePaths, folders_of
 from lit_diffusion.training.data.parquet import ParquetSource, open_parquet
 from lit_diffusion.training.data.shards import SequentialSource
@@ -21,8 +24,6 @@ from lit_diffusion.training.data.table import TableSource
 from lit_diffusion.training.run.secrets import refuse_masked, without_secrets
 
 SHIPPED = Path(__file__).parents[2] / "data"
-
-Files = Mapping[str, str | list[str]]  # files of each split
 
 
 class Place(NamedTuple):
@@ -47,11 +48,21 @@ class Splits(dict[str, Any]):
 
     Args:
         splits: By name.
+        files: Paths and URLs of the files of each split.
+        listed: Whether the files are the images, and their names and folders part of the data.
         paths: Reads the images that rows of the data set name by paths.
     """
 
-    def __init__(self, splits: Mapping[Any, Any], paths: ImagePaths) -> None:
+    def __init__(
+        self,
+        splits: Mapping[Any, Any],
+        files: Mapping[str, tuple[str, ...]],
+        listed: bool,
+        paths: ImagePaths,
+    ) -> None:
         super().__init__({str(name): split for name, split in splits.items()})
+        self.files = files
+        self.listed = listed
         self.paths = paths
 
 
@@ -65,12 +76,16 @@ def locate(path: str, data_files: Files | None) -> Place:
 
     Raises:
         FileNotFoundError: If the path is local and there is nothing.
-        ValueError: If a single file is not parquet, or an address was masked.
+        ValueError: If the path is empty, a single file is not parquet, or an address was masked.
 
     Example:
         >>> locate("someone/something", {"train": "train.parquet"}).target
         'someone/something'
     """
+    if not path.strip():  # which would be the current folder
+        raise ValueError(
+            f"expected a folder, a file or the name of a data set, got {path!r}; set data.path"
+        )
     refuse_masked("data.path", path)
     refuse_masked("data.data_files", data_files)
     local, shipped = Path(path).expanduser(), SHIPPED / path
@@ -121,21 +136,29 @@ def find_splits(
         ValueError: If ``datasets`` cannot open it.
     """
     import datasets  # type: ignore[import-untyped]
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import (  # type: ignore[import-untyped]
+        FolderBasedBuilder,
+    )
     from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # or each pass ends with 5 idle seconds
     place = locate(path, data_files)
-    options: dict[str, Any] = {"name": config_name, "data_files": place.files}
     try:
+        options: dict[str, Any] = {"name": config_name, "data_files": _files(place)}
         builder = datasets.load_dataset_builder(place.target, **options)
-        paths = _image_paths(place, builder)
+        files, listed = _files_of(builder), isinstance(builder, FolderBasedBuilder)
+        paths = _image_paths(place, files, listed)
         if not streaming:
+            if folder := _table_folder(files, listed):
+                builder = datasets.load_dataset_builder(
+                    place.target, **options, cache_dir=str(folder)
+                )
             builder.download_and_prepare()
-            return Splits(builder.as_dataset(), paths)
+            return Splits(builder.as_dataset(), files, listed, paths)
         if isinstance(builder, Parquet):
-            files = builder.config.data_files or {}
-            return Splits({split: list(names) for split, names in files.items()}, paths)
-        return Splits(builder.as_streaming_dataset(), paths)
+            lists = {split: list(names) for split, names in files.items()}
+            return Splits(lists, files, listed, paths)
+        return Splits(builder.as_streaming_dataset(), files, listed, paths)
     except Exception as error:  # libraries raise anything here
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
         reason = without_secrets(" ".join(str(cause or error).split()))[:300]
@@ -146,24 +169,49 @@ def find_splits(
         ) from error
 
 
-def _image_paths(place: Place, builder: Any) -> ImagePaths:
+def _files(place: Place) -> Any:
+    """Return the files to be asked for, None to let ``datasets`` find them."""
+    local = Path(place.target).is_absolute()
+    if place.files is None:
+        return files_of_folder(Path(place.target)) if local else None
+    if not local and "/" in place.target:  # on the hub, and so are the files
+        return place.files
+    return named_files(place.files, Path(place.target) if local else Path.cwd())
+
+
+def _files_of(builder: Any) -> dict[str, tuple[str, ...]]:
+    found = builder.config.data_files or {}
+    return {str(split): tuple(map(str, names)) for split, names in found.items()}
+
+
+def _image_paths(place: Place, files: Mapping[str, tuple[str, ...]], listed: bool) -> ImagePaths:
     """Return what reads the images of a data set that are files of their own."""
     import datasets
-    from datasets.packaged_modules.folder_based_builder.folder_based_builder import (  # type: ignore[import-untyped]
-        FolderBasedBuilder,
-    )
     from huggingface_hub import constants
 
-    files = [name for names in (builder.config.data_files or {}).values() for name in names]
     folders = [place.target] if Path(place.target).is_absolute() else []
-    folders += folders_of(files)
-    if isinstance(builder, FolderBasedBuilder):  # whose files and archives may be downloaded
+    folders += folders_of(name for names in files.values() for name in names)
+    if listed:  # files and archives of images may be downloaded
         folders += [str(datasets.config.DOWNLOADED_DATASETS_PATH), constants.HF_HUB_CACHE]
     return ImagePaths(tuple(folders))
 
 
+def _table_folder(files: Mapping[str, tuple[str, ...]], listed: bool) -> Path | None:
+    """Return the cache of the tables that ``datasets`` makes of files on disk.
+
+    Its own would be in use again after a change that keeps a file's time.
+    """
+    import datasets
+
+    found = {split: digests(names, listed) for split, names in files.items()}
+    if not all("content" in one for one in found.values()):
+        return None
+    name = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]
+    return Path(datasets.config.HF_DATASETS_CACHE) / f"content-{name}"
+
+
 def open_source(
-    splits: Mapping[str, Any],
+    splits: Splits,
     split: str,
     columns: Columns,
     open_shards: int = 4,
@@ -181,21 +229,32 @@ def open_source(
     Raises:
         ValueError: If there is no such split or column, or no example.
     """
-    import datasets
-
     if split not in splits:
         raise ValueError(
             f"expected a split {split!r}, got {', '.join(splits)}; "
             "set data.train_split and data.val_split"
         )
     dataset, empty = splits[split], f"expected examples in split {split!r}, got none"
+    source: Source
     if isinstance(dataset, list):
         parquet = open_parquet(dataset, skip)
         columns.check(split, parquet.columns)
         source = ParquetSource(parquet, columns, open_shards)
         if not source.total:
             raise ValueError(f"{empty}; check the files")
-        return source
+        source.files = tuple(parquet.footers)
+    else:
+        source = _open_dataset(dataset, split, columns, open_shards, empty)
+        source.files, source.named = splits.files.get(split, ()), splits.listed
+    return source
+
+
+def _open_dataset(
+    dataset: Any, split: str, columns: Columns, open_shards: int, empty: str
+) -> Source:
+    """Return the source of what ``datasets`` has opened."""
+    import datasets
+
     if dataset.features is not None:
         # First of all, so that no other column is read, and nothing is decoded on the way.
         columns.check(split, list(dataset.features))

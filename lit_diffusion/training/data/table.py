@@ -31,12 +31,12 @@ class TableSource(Source):
     def fingerprint(self) -> str | None:
         """Hash of the table, whose path in the cache names the files' versions and the split.
 
-        The files enter by their names and times, those of the hub by their commit. A table in
-        memory enters as a whole.
+        The files enter by their names, times and content, those of the hub by their commit. A
+        table in memory enters as a whole.
         """
         from datasets.fingerprint import Hasher  # type: ignore[import-untyped]
 
-        return str(Hasher.hash(self.dataset))
+        return str(Hasher.hash((self.dataset, self.content)))
 
     def windows(
         self, lane: int, lanes: int, seed: int, size: int, start: Position

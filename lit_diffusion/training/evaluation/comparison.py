@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_diffusion.models import SamplingModel
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
+from lit_diffusion.training.evaluation.row_conditions import RowConditions
 from lit_diffusion.training.evaluation.scores import Score, ScoreFunction, Scores, frechet_distance
+from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import Measurement, versions
 
 __all__ = ["Comparison", "SamplerScores"]
@@ -37,6 +38,7 @@ class Comparison:
         shares: Relative frequency of each class in the samples; None for equal frequencies.
         others: Scores besides the Fréchet distance.
         baseline: Fréchet distance of the baseline split from the reference; None if there is none.
+        data: The data, whose training split has the conditions of the samples, if there are any.
     """
 
     network: nn.Module
@@ -44,11 +46,12 @@ class Comparison:
     shares: Tensor | None
     others: tuple[ScoreFunction, ...]
     baseline: float | None
+    data: ImageDataModule
 
     @classmethod
     def open(
         cls,
-        model: SamplingModel,
+        model: LitDiffusion,
         data: ImageDataModule,
         network: nn.Module,
         split: str,
@@ -80,11 +83,11 @@ class Comparison:
         if baseline_split is not None:
             other = open_reference(data, baseline_split, network, device)
             baseline = frechet_distance(other, reference)
-        return cls(network, reference, shares, others, baseline)
+        return cls(network, reference, shares, others, baseline, data)
 
     def scores(
         self,
-        model: SamplingModel,
+        model: LitDiffusion,
         generation: Generation,
         rank: int = 0,
         world: int = 1,
@@ -100,14 +103,17 @@ class Comparison:
             bar: A progress bar that counts samples.
         """
         found = Scores(self.network, self.reference, self.others)
-        for batch in generation.sample(model, self.shares, rank, world):
+        rows = None
+        if model.conditions:
+            rows = RowConditions(model, self.data, self.data.train_split, generation.batch_size)
+        for batch in generation.sample(model, self.shares, rank, world, rows):
             found.add(batch)
             if bar is not None:
                 bar.update(len(batch.index))
         return found.compute()
 
     def protocol(
-        self, model: SamplingModel, generation: Generation, weights: str
+        self, model: LitDiffusion, generation: Generation, weights: str
     ) -> dict[str, Any]:
         """Everything that the scores depend on besides the values of the weights, as plain data.
 
@@ -124,7 +130,7 @@ class Comparison:
         }
 
     def repeat(
-        self, model: SamplingModel, generation: Generation, seeds: list[int], weights: str
+        self, model: LitDiffusion, generation: Generation, seeds: list[int], weights: str
     ) -> SamplerScores:
         """The scores of one way of sampling, for each of several seeds, with a progress bar.
 

@@ -9,7 +9,7 @@ choose a batch size well below num_samples / ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lit_diffusion.models import SamplingModel
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training import randomness
 
-__all__ = ["Generation", "SampleBatch", "refuse_conditions", "to_bytes"]
+__all__ = ["Generation", "SampleBatch", "to_bytes"]
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -81,7 +81,12 @@ class Generation:
             )
 
     def sample(
-        self, model: SamplingModel, shares: Tensor | None = None, rank: int = 0, world: int = 1
+        self,
+        model: SamplingModel,
+        shares: Tensor | None = None,
+        rank: int = 0,
+        world: int = 1,
+        rows: Callable[[int, int], dict[str, Tensor]] | None = None,
     ) -> Iterator[SampleBatch]:
         """Generate the batches of this rank.
 
@@ -90,6 +95,8 @@ class Generation:
             shares: Relative frequency of each class; None for equal frequencies.
             rank: This process, from 0.
             world: Number of processes.
+            rows: The conditions of a batch, from its number and size, such as `RowConditions`, for
+                a model that has more than classes.
 
         Shapes:
             shares (K,).
@@ -98,13 +105,18 @@ class Generation:
             if number % world != rank:
                 continue
             classes = model.num_classes
+            cond = {} if rows is None else rows(number, len(index))
+            label = cond.pop("label", None)
+            if label is None and classes is not None:
+                label = labels(index, classes, shares, self.seed)
             x = model.sample(
                 len(index),
                 randomness.generators(self.seed, "sample", index.tolist()),
-                None if classes is None else labels(index, classes, shares, self.seed),
+                label,
                 sampler=self.sampler,
                 guidance=self.guidance,
                 guidance_interval=self.guidance_interval,
+                cond=cond,
             )
             yield SampleBatch(index, to_bytes(x))
 
@@ -117,6 +129,9 @@ class Generation:
         sampler = model.sampler_in_range(self.sampler)
         guided = self.guidance != 1
         precision = next(model.parameters()).dtype
+        classes = "none" if model.num_classes is None else "shares of the training split"
+        if model.conditions:
+            classes = f"of the training examples, as {', '.join(model.conditions)}"
         return {
             "samples": self.num_samples,
             "sampler": repr(sampler),
@@ -127,7 +142,7 @@ class Generation:
             "guidance interval": list(self.guidance_interval)
             if guided and self.guidance_interval
             else None,
-            "classes": "none" if model.num_classes is None else "shares of the training split",
+            "classes": classes,
             "seed": self.seed,
             "batch size": self.batch_size,
             "precision": str(precision).removeprefix("torch."),
@@ -160,20 +175,3 @@ def labels(index: Tensor, classes: int, shares: Tensor | None, seed: int) -> Ten
     place = (start + index.double() * ((5**0.5 - 1) / 2)) % 1
     found = torch.searchsorted(edges, place, right=True)
     return found.clamp(max=int(shares.nonzero().max()))
-
-
-def refuse_conditions(model: SamplingModel) -> None:
-    """Refuse models with conditions other than classes: nothing assigns those to sample i.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ValueError: If the model has other conditions.
-    """
-    if model.conditions:
-        raise ValueError(
-            f"expected a model conditioned on classes at most, got one with "
-            f"{', '.join(model.conditions)}: no rule assigns these to sample i. Sample with "
-            "`lit-diffusion predict` and give the images to torch-fidelity."
-        )

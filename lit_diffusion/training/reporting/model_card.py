@@ -30,6 +30,14 @@ SAMPLES = "samples.png"
 _UNKNOWN = "The model was trained elsewhere; its training objective is not known."
 
 
+def _named_classes(model: Pretrained) -> str:
+    """The number of the classes, and their names if there are few."""
+    if model.num_classes is None:
+        return "none"
+    names = model.class_names or []
+    return str(model.num_classes) + (f": {', '.join(names)}" if 0 < len(names) <= 20 else "")
+
+
 def model_card(
     model: Pretrained,
     described: dict[str, Any],
@@ -92,7 +100,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
     facts = [
         ("network", _text(f"{type(model.network).__name__}, {size:,} parameters")),
         ("shape", " × ".join(map(str, model.image_shape))),
-        ("classes", "none" if model.num_classes is None else str(model.num_classes)),
+        ("classes", _named_classes(model)),
         ("weights", _text(weights)),
         ("sampler", _code(repr(model.sampler)).replace("|", "\\|")),
     ]

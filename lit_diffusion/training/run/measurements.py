@@ -5,6 +5,10 @@
 Two numbers of one name may be compared if their protocols agree. A protocol contains everything
 that a value depends on beside the weights: the reference and its hash, the number of samples, the
 sampler and its steps, guidance, which average of the weights, seeds, versions.
+
+Of the validations of a long run the file keeps at most `MOST` records of each name: when there are
+more, every second of the older half is left out, except for the smallest and the largest value. So
+adding one stays fast. Other measurements, such as those of `lit-diffusion evaluate`, are all kept.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
+from lit_diffusion.training.run.tolerance import thinned
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
 ]
 
 FILE = "metrics.json"
+MOST = 200  # records of one name from validations
 
 
 class Measurement(NamedTuple):
@@ -72,24 +80,43 @@ def read_measurements(folder: Path) -> list[Measurement]:
 def add_measurements(folder: Path, new: Iterable[Measurement]) -> None:
     """Add measurements to a run; a repeated one replaces the earlier one.
 
+    Several processes may add to the same run at the same time.
+
     Args:
         folder: The run folder; it is created if it is missing.
         new: The measurements.
     """
     new = list(new)
-    same = {(one.name, one.step, one.stage, _key(one)) for one in new}
-    kept = [
-        one
-        for one in read_measurements(folder)
-        if (one.name, one.step, one.stage, _key(one)) not in same
-    ]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(one._asdict(), ensure_ascii=False) for one in kept + new]
-    write_whole(folder / FILE, "[\n" + ",\n".join(lines) + "\n]\n")
+    with FileLock(folder / f".{FILE}.lock"):
+        kept = [
+            one
+            for one in read_measurements(folder)
+            if not any(one._replace(value=0, error=None) == again for again in map(_settings, new))
+        ]
+        lines = [
+            json.dumps(one._asdict(), ensure_ascii=False) for one in _without_some(kept + new)
+        ]
+        write_whole(folder / FILE, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def _key(one: Measurement) -> str:
-    return json.dumps(one.protocol, sort_keys=True)
+def _settings(one: Measurement) -> Measurement:
+    """A measurement without its result, as it is read from the file."""
+    return one._replace(value=0, error=None, protocol=json.loads(json.dumps(one.protocol)))
+
+
+def _without_some(records: list[Measurement]) -> list[Measurement]:
+    """Thin out the validations of each name."""
+    groups: dict[str, list[int]] = {}
+    for i, one in enumerate(records):
+        if one.stage == "val":
+            groups.setdefault(one.name, []).append(i)
+    left_out: set[int] = set()
+    for members in groups.values():
+        values = [records[i].value for i in members]
+        extremes = {members[values.index(min(values))], members[values.index(max(values))]}
+        left_out |= {*members} - {*thinned(members, MOST)} - extremes
+    return [one for i, one in enumerate(records) if i not in left_out]
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["RunLogger"]
@@ -48,6 +52,7 @@ class RunLogger(Logger):
         self._resume_step = resume_step
         self._columns: list[str] | None = None  # None until the file has been opened
         self._last: Row = {}
+        self._waiting: list[Row] = []  # rows that are not in the file yet
 
     # Lightning joins save_dir, name and version to the folder of the run and its checkpoints,
     # except for its own loggers, so the first must be all of it.
@@ -88,12 +93,36 @@ class RunLogger(Logger):
         if row == self._last:
             return
         self._last = row
-        known = self._begin()
-        if new := row.keys() - set(known):
-            self._columns = known = sorted({*known, *new})
-            self._rewrite(self._read() if self._path.is_file() else [], known)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, known).writerow(row)
+        self._waiting.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        """Write the rows that wait; if that fails, they wait for the next one."""
+        with may_fail(self._path):
+            known = self._begin()
+            columns = sorted({*known}.union(*self._waiting))
+            if columns != known or not self._path.is_file():
+                rows = self._read() if self._path.is_file() else []
+                self._rewrite([*rows, *self._waiting], columns)
+                self._columns = columns
+            else:
+                self._append(columns)
+            self._waiting.clear()
+
+    def _append(self, columns: list[str]) -> None:
+        """Append the rows that wait, all of them or none."""
+        text = io.StringIO()
+        csv.DictWriter(text, columns).writerows(self._waiting)
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                whole = text.getvalue().encode()
+                if file.write(whole) < len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            raise
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml has them."""
@@ -101,7 +130,9 @@ class RunLogger(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Remove the rows that a resumed run logs again; Lightning calls this at the start."""
-        self._begin()
+        if self._columns is None:
+            with may_fail(self._path):
+                self._begin()
 
     @property
     def _path(self) -> Path:
@@ -112,11 +143,12 @@ class RunLogger(Logger):
         if self._columns is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = self._earlier_rows()
-            self._columns = sorted(set().union(*rows))
+            columns = sorted(set().union(*rows))
             if rows:
-                self._rewrite(rows, self._columns)
+                self._rewrite(rows, columns)
             else:
                 self._path.unlink(missing_ok=True)
+            self._columns = columns
         return self._columns
 
     def _earlier_rows(self) -> list[Row]:

@@ -65,8 +65,8 @@ class SaveConfig(SaveConfigCallback):
         self._resumes = self.config.get("ckpt_path") is not None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save the config, unless a run is resumed."""
-        if stage != "fit" or not self._resumes:
+        """Save the config, unless a run is resumed, or measured again where it ended."""
+        if not (self._resumes and (stage == "fit" or getattr(pl_module, "finishing", False))):
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

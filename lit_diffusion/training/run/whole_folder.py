@@ -1,7 +1,7 @@
 """Folders that are written whole or not at all.
 
 The files go into a folder with a temporary name beside the one to be made, which takes its name
-in one step once all of them are written. A program that is killed leaves the name free, and a
+in one step once all of them are on the disk. A program that is killed leaves the name free, and a
 reader who finds the folder finds all of it.
 """
 
@@ -47,26 +47,22 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone if it was published
 
 
-def publish(unfinished: Path, path: Path, durable: bool = True) -> None:
-    """Give a finished folder its name.
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a finished folder its name, after forcing all of its files onto the disk.
 
     Args:
-        unfinished: From `unfinished_folder`; if durable, without folders inside.
+        unfinished: From `unfinished_folder`, without folders inside.
         path: Its name: of nothing, or of an empty folder, whose place it takes.
-        durable: Whether to force all files onto the disk first, so that they survive a power cut.
-            Costs up to some milliseconds a file.
 
     Raises:
         OSError: If it cannot be written, or the name is taken; then nothing has changed.
     """
-    if durable:
-        for file in (*unfinished.iterdir(), unfinished):
-            sync(file)
+    for file in (*unfinished.iterdir(), unfinished):
+        sync(file)
     with contextlib.suppress(FileNotFoundError):
         path.rmdir()  # an error unless it is empty
     unfinished.rename(path)
-    if durable:
-        sync(path.parent)
+    sync(path.parent)
 
 
 def remove_unfinished(path: Path) -> None:

@@ -1,0 +1,49 @@
+"""The ranges of the arguments of `ImageDataModule`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_diffusion.training.data.columns import BATCH
+
+if TYPE_CHECKING:
+    from lit_diffusion.training.data.module import ImageDataModule
+
+LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
+LEAST |= {"steps_per_epoch": 1, "val_examples": 1}
+CHOICES = {"on_bad_example": ("skip", "raise"), "on_changed_data": ("refuse", "continue")}
+
+
+def check_arguments(data: ImageDataModule) -> None:
+    """Raise an error if an argument is out of its range.
+
+    Args:
+        data: Has the arguments.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if not data.path.strip():  # which would be the current folder
+        raise ValueError(
+            f"data.path must be a folder, a file or the name of a data set, got {data.path!r}"
+        )
+    if len(data.image_shape) != 3 or min(data.image_shape) < 1:
+        raise ValueError(
+            "data.image_shape must be (channels, height, width), all positive, "
+            f"got {data.image_shape}"
+        )
+    taken = set(BATCH) & set(data.condition_keys)
+    if taken or len(set(data.condition_keys)) < len(data.condition_keys):
+        raise ValueError(
+            f"data.condition_keys must be different columns, none of them called "
+            f"{', '.join(BATCH)}, got {', '.join(data.condition_keys)}; the label's column is "
+            "data.label_key, any other column may be renamed"
+        )
+    for name, low in LEAST.items():
+        if (value := getattr(data, name)) is not None and value < low:
+            raise ValueError(f"data.{name} must be at least {low}, got {value}")
+    for name, choices in CHOICES.items():
+        if (choice := getattr(data, name)) not in choices:
+            raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {choice!r}")
+    if not 0 <= data.max_bad_share <= 1:
+        raise ValueError(f"data.max_bad_share must be from 0 to 1, got {data.max_bad_share}")

@@ -1,0 +1,76 @@
+"""Names of classes: from the data into the checkpoint, the export and `sample --label`."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from test_own_data import trainer
+
+import lit_diffusion as ld
+from lit_diffusion.nn import UNet
+from lit_diffusion.training import ImageDataModule, LitDiffusion, sample
+from lit_diffusion.training.data.class_names import class_names
+
+NAMES = ["daisy", "roses", "tulips"]
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """Images in a folder of each class, and the same as parquet with a ClassLabel."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("flowers")
+    for split in ("train", "test"):
+        for i, name in enumerate(NAMES):
+            folder = root / "folder" / split / name
+            folder.mkdir(parents=True)
+            for k in range(2):
+                pixels = np.full((8, 8), 40 * i + k, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+        (root / "parquet").mkdir(exist_ok=True)
+        images = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(6)]
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+        made = datasets.Dataset.from_dict(
+            {"image": images, "label": [0, 0, 1, 1, 2, 2]}, datasets.Features(features)
+        )
+        made.to_parquet(root / "parquet" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_they_are_those_of_the_folders_or_of_the_column(flowers, kind, streaming):
+    data = ImageDataModule(str(flowers / kind), image_shape=(1, 8, 8), streaming=streaming)
+    assert class_names(data) == NAMES
+
+
+def test_numbers_are_no_names():
+    assert class_names(ImageDataModule()) is None
+    assert class_names(ImageDataModule(label_key=None)) is None
+    assert class_names(object()) is None
+
+
+def test_they_reach_the_checkpoint_the_export_and_sample(flowers, cli):
+    model = LitDiffusion(
+        UNet(channels=(8,), attention=(), num_classes=3), sampler=ld.DDIMSampler(steps=2)
+    )
+    run = trainer(Path.cwd(), max_steps=1, max_epochs=-1, use_distributed_sampler=False)
+    run.fit(model, ImageDataModule(str(flowers / "parquet"), image_shape=(1, 8, 8), batch_size=2))
+    run.save_checkpoint("x.ckpt")
+    assert LitDiffusion.load_from_checkpoint("x.ckpt").class_names == NAMES
+    by_name, by_number = (
+        sample("x.ckpt", num_samples=4, label=label, out="a.npy", device="cpu").images.clone()
+        for label in (["roses", "none"], [1, -1])
+    )
+    assert torch.equal(by_name, by_number)
+    code, _, err = cli("sample", "--ckpt_path=x.ckpt", "--label=roses", "--num_samples=1")
+    assert code == 0, err
+    code, _, err = cli("sample", "--ckpt_path=x.ckpt", "--label=lily")
+    assert code == 2
+    assert "one of daisy, roses, tulips, got 'lily'" in err
+    code, _, err = cli("export", "x.ckpt", "--out=exported")
+    assert code == 0, err
+    assert ld.load_pretrained("exported").class_names == NAMES
+    assert "3: daisy, roses, tulips" in Path("exported/README.md").read_text()
