@@ -24,6 +24,7 @@ from lit_diffusion.description import allow
 from lit_diffusion.training.commands.config_places import located
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.commands.shipped_configs import with_shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
 
@@ -50,6 +51,8 @@ def main(
     _quiet()
     try:
         with _messages_on_stderr():
+            argv = with_shipped_configs(argv)
+            sys.argv = [*sys.argv[:1], *argv]  # which Lightning reads, and passes to other ranks
             import_plugins(_plugins(argv))
             for cls in filter(None, (model_class, data_class)):
                 allow(cls.__module__)
