@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lit_diffusion.description import allow
-from lit_diffusion.training.commands.config_files import check_config, config_files
-from lit_diffusion.training.commands.config_places import located
+from lit_diffusion.training.commands.config_check import check_config
+from lit_diffusion.training.commands.config_places import config_files, located
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line, unexpected
 from lit_diffusion.training.commands.output import lasting_output
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.commands.shipped_configs import with_shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
 
@@ -52,6 +53,8 @@ def main(
     _quiet()
     try:
         with lasting_output(), _messages_on_stderr():
+            argv = with_shipped_configs(argv)
+            sys.argv = [*sys.argv[:1], *argv]  # which Lightning reads, and passes to other ranks
             for path in config_files(argv):
                 check_config(path)
             import_plugins(_plugins(argv))

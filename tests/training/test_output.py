@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lit_diffusion import SAMPLERS
-from lit_diffusion.training.commands.config_files import check_config
+from lit_diffusion.training.commands.config_check import check_config
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.output import lasting_output
 

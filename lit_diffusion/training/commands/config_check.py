@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from lit_diffusion.training.commands.errors import UsageError
 
-__all__ = ["check_config", "config_files"]
+__all__ = ["check_config"]
 
 LARGEST = 100_000  # values of a config, with its aliases unfolded
-
-
-def config_files(words: Sequence[str]) -> list[Path]:
-    """The files that the words of a command name as configs.
-
-    Args:
-        words: Of the command line.
-
-    Example:
-        >>> [path.name for path in config_files(["--config=a.yaml", "-c", "b.yaml"])]
-        ['a.yaml', 'b.yaml']
-    """
-    found = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    found += [value for flag, value in itertools.pairwise(words) if flag in ("--config", "-c")]
-    return [Path(name) for name in found]
 
 
 def check_config(path: Path) -> None:
