@@ -167,7 +167,7 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
     if named := re.search(
         r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M
     ):
-        return where + _not_importable(cls[1])
+        return where + _not_importable(named[1])
     if "Expected an instantiatable class" in message:
         return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
     if option := re.search(r"Option '([^']+)' is not accepted", message):
