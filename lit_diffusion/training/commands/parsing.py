@@ -32,9 +32,10 @@ class CommandParser(jsonargparse.ArgumentParser):
         self.subcommands = super().add_subcommands(*args, **kwargs)
         return self.subcommands
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help, in which only our own classes and those of plug-ins are listed."""
-        return re.sub(r"known\s+subclasses:([^()]+)", _own_classes, super().format_help())
+        whole = super().format_help(*args, **kwargs)
+        return re.sub(r"known\s+subclasses:([^()]+)", _own_classes, whole)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.
