@@ -1,0 +1,321 @@
+"""The command `new`: from a folder of images to a configuration that trains.
+
+    lit-diffusion new photos        →  what is in it, a contact sheet, photos.yaml
+    lit-diffusion fit --config photos.yaml
+
+It reads the data as training will, and changes nothing in them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import textwrap
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.commands.choices import find_device
+from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.commands.proposal import (
+    Recipe,
+    Shape,
+    data_arguments,
+    propose_classes,
+    propose_recipe,
+    propose_shape,
+)
+from lit_diffusion.training.commands.proposed_config import config_text
+from lit_diffusion.training.commands.trial_steps import Trial, try_steps
+from lit_diffusion.training.data.layout import Layout, count_labels, find_layout
+from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.source import Example
+from lit_diffusion.training.data.survey import (
+    Files,
+    Pixels,
+    sample_of,
+    survey_files,
+    survey_pixels,
+)
+from lit_diffusion.training.reporting.survey import Survey, survey_lines
+from lit_diffusion.training.run.whole_file import write_whole
+
+__all__ = ["Proposed", "new"]
+
+ARRAYS = (".npy", ".npz")
+
+
+class Proposed(NamedTuple):
+    """A written configuration, and what it is based on.
+
+    Attributes:
+        config: The file.
+        contact_sheet: A picture of some examples as training sees them.
+        survey: What was found in the data.
+        trial: The measured steps.
+        text: All of it for a reader.
+    """
+
+    config: Path
+    contact_sheet: Path
+    survey: Survey
+    trial: Trial
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def new(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    size: int | None = None,
+    horizontal_flip: bool = False,
+    looks: int = 1000,
+) -> Proposed:
+    """Look at a data set of images and write a configuration that trains on it.
+
+    It reports what is in the data and what training could not use, writes a contact sheet of
+    images as training will see them, proposes network, objective and length, and measures a few
+    steps of the proposed training on this machine.
+
+    Args:
+        path: A folder of images or of parquet or tar files, one such file, a shipped data set, or
+            a name on the Hugging Face hub.
+        out: The config to write, a new .yaml file; by default named after the data, in the working
+            directory. The contact sheet is a PNG of the same name.
+        size: Side of the images in training; by default chosen from their sizes.
+        horizontal_flip: Mirror each training image with probability one half.
+        looks: Number of examples to look at, in random order, at least 1.
+
+    Raises:
+        ValueError: If there are no usable images, or out is not a new .yaml file.
+    """
+    if looks < 1 or (size is not None and size < 1):
+        raise UsageError(f"--looks and --size must be at least 1, got {looks} and {size}.")
+    where = _where(str(path))
+    title = Path(str(path)).expanduser().resolve().stem if Path(str(path)).exists() else str(path)
+    name = re.sub(r"[^\w.-]+", "-", title.rpartition("/")[2]).strip("-.") or "images"
+    config, sheet = _outputs(out, name, where["path"])
+    layout = find_layout(**where)
+    source = layout.open()
+    examples = sample_of(source, looks)
+    total = source.total if source.total is not None or len(examples) == looks else len(examples)
+    files = survey_files(examples, layout.splits.paths)
+    _check_images(files, str(path), len(examples))
+    fast = find_device("auto").type != "cpu"
+    shape = propose_shape(files, fast, size)
+    counted = None if layout.label is None else count_labels(source, layout.label)
+    known = counted or Counter(one.label for one in examples if isinstance(one, Example))
+    labels = Counter({k: n for k, n in known.items() if isinstance(k, int)})
+    num_classes = propose_classes(labels, layout.class_names, total or len(examples))
+    label = None if num_classes is None else layout.label
+    data = where | _named(layout) | data_arguments(shape, label, layout.val, total)
+    if horizontal_flip:
+        data["horizontal_flip"] = True
+    pixels = _pixels(data, layout.train, examples)
+    if share := _bad_share(pixels):
+        data["max_bad_share"] = share
+    survey = Survey(
+        title=title,
+        total=total,
+        train=layout.train,
+        val=layout.val,
+        files=files,
+        pixels=pixels,
+        labels=labels,
+        label=layout.label,
+        num_classes=num_classes,
+        class_names=layout.class_names,
+        ignored=_ignored(where["path"], layout),
+    )
+    recipe = propose_recipe(shape, pixels, total, fast)
+    write = partial(
+        config_text,
+        title=title,
+        file=str(config),
+        name=name,
+        data=data,
+        shape=shape,
+        recipe=recipe,
+        num_classes=num_classes,
+        total=total,
+    )
+    trial = _try(yaml.safe_load(write(remarks=[])), pixels, recipe.batch_size)
+    estimate = (
+        f"Measured here: {trial}: {_duration(trial.seconds * recipe.steps)} for {recipe.steps:,} "
+        "steps, validations and samples not counted."
+    )
+    write_whole(config, write(remarks=textwrap.wrap(estimate, 98)))
+    save_grid(pixels.images.float() / 127.5 - 1, sheet, columns=8)
+    text = "\n".join(
+        [
+            *survey_lines(survey),
+            "",
+            f"proposal  {_proposal(shape, recipe)}",
+            f"          {estimate}",
+            "",
+            f"Contact sheet: {sheet}",
+            f"Config: {config}",
+            f"Next: lit-diffusion fit --config {shlex.quote(str(config))}",
+        ]
+    )
+    return Proposed(config, sheet, survey, trial, text)
+
+
+# Before anything is read -------------------------------------------------------------------------
+
+
+def _where(path: str) -> dict[str, Any]:
+    """The data module's arguments that name the data.
+
+    Raises:
+        UsageError: If nothing there can be images.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        found = [file for _, _, names in os.walk(local) for file in names]
+        if not found:
+            raise UsageError(f"{path} is an empty folder: put images into it, or name another.")
+        if all(Path(file).suffix in ARRAYS for file in found):
+            raise _arrays(path)
+        return {"path": str(local.resolve())}
+    if local.is_file() and local.suffix in ARRAYS:
+        raise _arrays(path)
+    kinds = {".tar": "webdataset", ".zip": "imagefolder"}
+    if local.is_file() and local.suffix in kinds:
+        return {"path": kinds[local.suffix], "data_files": {"train": str(local.resolve())}}
+    return {"path": str(local.resolve()) if local.is_file() else path}
+
+
+def _arrays(path: str) -> UsageError:
+    return UsageError(
+        f"{path} holds numpy arrays, which are not read as a data set: save each image as a PNG "
+        "file, or train from Python with a DataLoader of your own (docs/guide/data.md)."
+    )
+
+
+def _outputs(out: str | Path | None, name: str, data: str) -> tuple[Path, Path]:
+    """The paths of the config and of the contact sheet, neither of which exists.
+
+    Raises:
+        UsageError: If one does, or if they or the runs would become part of the data.
+    """
+    config = Path(f"{name}.yaml" if out is None else out)
+    if config.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--out must be a .yaml file, got {config}.")
+    sheet = config.with_suffix(".png")
+    for file in (config, sheet):
+        if file.exists():
+            raise UsageError(f"{file} exists already: remove it, or give another name as --out.")
+    folder = Path(data)
+    for place in (config.resolve().parent, Path.cwd()):
+        if folder.is_dir() and place.is_relative_to(folder):
+            raise UsageError(
+                f"{place} is in the folder of the images, to which the contact sheet and the "
+                "samples of a run would be added: start from another folder."
+            )
+    return config, sheet
+
+
+# What is in the data -----------------------------------------------------------------------------
+
+
+def _check_images(files: Files, path: str, looked: int) -> None:
+    """Raise an error unless there is an image."""
+    if files.floats is not None:
+        raise UsageError(
+            f"{path} holds arrays of floats of shape {files.floats}, such as latents, not images: "
+            "begin with --config imagenet256-latent (docs/guide/networks.md)."
+        )
+    if not files.read:
+        raise UsageError(
+            f"none of the {looked:,} examples of {path} looked at is an image that can be read."
+        )
+
+
+def _named(layout: Layout) -> dict[str, Any]:
+    """The arguments that name splits and columns, where they are not the default ones."""
+    found = {"train_split": layout.train, "image_key": layout.image}
+    usual = {"train_split": "train", "image_key": "image"}
+    return {key: value for key, value in found.items() if value != usual[key]}
+
+
+def _pixels(data: dict[str, Any], train: str, examples: list[Any]) -> Pixels:
+    """Look at examples through the data module of the proposal.
+
+    Raises:
+        UsageError: If none can be used.
+    """
+    data = {key: value for key, value in data.items() if key != "val_share"}  # look at all
+    module = instantiate(ImageDataModule, data | {"streaming": True})
+    pixels = survey_pixels(module.open_split(train), examples)
+    if not len(pixels.images):
+        name, reason = pixels.bad[0]
+        raise UsageError(
+            f"none of the {pixels.looked:,} images looked at can be used; {name}: {reason}"
+        )
+    return pixels
+
+
+def _bad_share(pixels: Pixels) -> float | None:
+    """The share of bad examples to allow, if the usual hundredth would end the run."""
+    share = pixels.lost / max(pixels.looked, pixels.lost)
+    return None if share <= 0.005 else min(1.0, round(2 * share + 0.01, 2))
+
+
+def _ignored(path: str, layout: Layout) -> tuple[str, ...]:
+    """The names of files in a local folder that are no part of the data set."""
+    if not Path(path).is_dir():
+        return ()
+    used = {file for files in layout.splits.files.values() for file in files}
+    suffixes = {Path(file).suffix.lower() for file in used}
+    found = (
+        Path(folder, name) for folder, _, names in sorted(os.walk(path)) for name in sorted(names)
+    )
+    return tuple(
+        str(file.relative_to(path))
+        for file in found
+        if str(file) not in used or file.suffix.lower() not in suffixes
+    )
+
+
+# The proposal ------------------------------------------------------------------------------------
+
+
+def _try(config: dict[str, Any], pixels: Pixels, batch_size: int) -> Trial:
+    """Measure steps of a proposed training on the examples looked at."""
+    model, trainer = config["model"], config["trainer"]
+    shape = config["data"]["image_shape"]
+    model["network"]["init_args"]["image_shape"] = shape
+    rows = torch.arange(batch_size) % len(pixels.images)
+    batch = {"image": pixels.images[rows]}
+    if config["data"]["label_key"] is not None:
+        assert pixels.image_labels is not None
+        batch["label"] = pixels.image_labels[rows]
+    return try_steps(model, trainer, batch)
+
+
+def _proposal(shape: Shape, recipe: Recipe) -> str:
+    channels, height, width = shape.image_shape
+    objective = "sigmoid weighting" if recipe.levels is None else "the bound, with a decoder"
+    fit = "" if shape.fit is None else f", {shape.fit.replace('_', ' ')}"
+    return (
+        f"{channels} × {height} × {width}{fit} ({shape.why}); UNet {list(recipe.channels)}, "
+        f"batches of {recipe.batch_size}, {objective}, {recipe.steps:,} steps"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.3g} {unit}"
+    return f"about {seconds:.2g} seconds"
