@@ -86,7 +86,8 @@ def try_steps(
             enable_model_summary=False,
             callbacks=[clock],
         )
-        runner.fit(lit, DataLoader([dict(batch)] * steps, batch_size=None))
+        batches: Any = [dict(batch)] * steps
+        runner.fit(lit, DataLoader(batches, batch_size=None))
     times = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][-MEASURED:]
     device = runner.strategy.root_device
     where = (

@@ -146,7 +146,8 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
     lost = 0
     count = np.zeros(256, dtype=np.int64)
     labels: Counter[int] = Counter()
-    images, shown_labels = [], []
+    images: list[Tensor] = []
+    shown_labels: list[int | None] = []
     for begin in range(0, len(examples), CHUNK):
         some = examples[begin : begin + CHUNK]
         for example, one in zip(some, split.decode(some), strict=True):
@@ -172,7 +173,7 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
         std=float(np.sqrt(share @ (x - mean) ** 2)),
         labels=labels,
         images=torch.stack(images) if images else torch.empty(0),
-        image_labels=torch.tensor(shown_labels) if labels else None,
+        image_labels=torch.tensor(shown_labels) if labels and images else None,
     )
 
 
