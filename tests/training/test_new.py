@@ -175,7 +175,7 @@ def test_what_is_reported(tmp_path, quick):
     (folder := tmp_path / "photos").mkdir()
     text = str(new(mixed(folder)))
     assert "39 examples in split 'train'" in text
-    assert "sizes     30 × 40 (9), " in text
+    assert "sizes     40 × 30 (9), " in text
     assert "formats   JPEG 31, PNG 6, GIF 1" in text
     assert "modes     RGB 32, L 6" in text
     assert "2 of 39 cannot be used" in text

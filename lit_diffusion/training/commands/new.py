@@ -34,9 +34,10 @@ from lit_diffusion.training.commands.proposal import (
 )
 from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial, try_steps
+from lit_diffusion.training.data.bad_examples import Bad
 from lit_diffusion.training.data.layout import Layout, count_labels, find_layout
 from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.source import Example
+from lit_diffusion.training.data.source import Example, Source
 from lit_diffusion.training.data.survey import (
     Files,
     Pixels,
@@ -106,17 +107,18 @@ def new(
     name = re.sub(r"[^\w.-]+", "-", title.rpartition("/")[2]).strip("-.") or "images"
     config, sheet = _outputs(out, name, where["path"])
     layout = find_layout(**where)
-    source = layout.open()
+    source = layout.open(layout.train)
     examples = sample_of(source, looks)
     total = source.total if source.total is not None or len(examples) == looks else len(examples)
     files = survey_files(examples, layout.splits.paths)
     _check_images(files, str(path), len(examples))
     fast = find_device("auto").type != "cpu"
     shape = propose_shape(files, fast, size)
-    counted = None if layout.label is None else count_labels(source, layout.label)
-    known = counted or Counter(one.label for one in examples if isinstance(one, Example))
-    labels = Counter({k: n for k, n in known.items() if isinstance(k, int)})
-    num_classes = propose_classes(labels, layout.class_names, total or len(examples))
+    labels = _labels(layout, source, examples)
+    validated = Counter[int]()
+    if layout.label is not None and layout.val is not None:
+        validated = count_labels(layout.open(layout.val), layout.label) or validated
+    num_classes = propose_classes(labels + validated, layout.class_names, total or len(examples))
     label = None if num_classes is None else layout.label
     data = where | _named(layout) | data_arguments(shape, label, layout.val, total)
     if horizontal_flip:
@@ -240,6 +242,17 @@ def _check_images(files: Files, path: str, looked: int) -> None:
         raise UsageError(
             f"none of the {looked:,} examples of {path} looked at is an image that can be read."
         )
+
+
+def _labels(layout: Layout, source: Source, examples: list[Example | Bad]) -> Counter[int]:
+    """Count the labels of all examples, or of those looked at if reading all is the only way."""
+    if layout.label is None:
+        return Counter()
+    known = count_labels(source, layout.label)
+    if known is None:
+        found = [one.label for one in examples if isinstance(one, Example)]
+        known = Counter(label for label in found if isinstance(label, int))
+    return known
 
 
 def _named(layout: Layout) -> dict[str, Any]:

@@ -43,9 +43,13 @@ class Layout(NamedTuple):
     label: str | None
     class_names: tuple[str, ...]
 
-    def open(self) -> Source:
-        """Open the training split."""
-        return open_source(self.splits, self.train, Columns(self.image, self.label), skip=True)
+    def open(self, split: str) -> Source:
+        """Open a split.
+
+        Args:
+            split: Its name.
+        """
+        return open_source(self.splits, split, Columns(self.image, self.label), skip=True)
 
 
 def find_layout(path: str, data_files: Files | None = None) -> Layout:
