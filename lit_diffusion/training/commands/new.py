@@ -45,7 +45,7 @@ from lit_diffusion.training.data.survey import (
     survey_files,
     survey_pixels,
 )
-from lit_diffusion.training.reporting.survey import Survey, survey_lines
+from lit_diffusion.training.reporting.survey import Survey, subject_lines, survey_lines
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Proposed", "new"]
@@ -162,8 +162,7 @@ def new(
         [
             *survey_lines(survey),
             "",
-            f"proposal  {_proposal(shape, recipe)}",
-            f"          {estimate}",
+            *subject_lines("proposal", f"{_proposal(shape, recipe)}\n{estimate}"),
             "",
             f"Contact sheet: {sheet}",
             f"Config: {config}",

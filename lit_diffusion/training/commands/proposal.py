@@ -180,7 +180,7 @@ def propose_recipe(shape: Shape, pixels: Pixels, total: int | None, fast: bool) 
     if levels is not None:
         gap = float(level_values(levels).diff().min())
     steps = 100_000 if fast else 2500 if side <= 8 else 10_000
-    batch = 64 if fast or side <= 32 else 32 if side <= LARGEST else 16
+    batch = 64 if fast or side <= 16 else 32 if side <= LARGEST else 16
     return Recipe(
         channels=channels[: len(sides)],
         blocks=2 if fast else 1,

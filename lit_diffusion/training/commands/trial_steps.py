@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import time
 import warnings
@@ -34,18 +35,21 @@ class Trial(NamedTuple):
             system does not report it.
         parameters: Number of parameters of the network.
         device: On which it was measured.
+        load: The system's load in the last minute, if it exceeds the number of CPUs; else 0.
     """
 
     seconds: float
     memory: float | None
     parameters: int
     device: str
+    load: float = 0.0
 
     def __str__(self) -> str:
         memory = "" if self.memory is None else f", {self.memory:.2f} GiB"
+        busy = f"; the machine was busy, with a load of {self.load:.1f}" if self.load else ""
         return (
             f"{self.seconds:.3g} s a step{memory} on {self.device} "
-            f"({MEASURED} steps after {WARM_UP}, {self.parameters / 1e6:.1f} M parameters)"
+            f"({MEASURED} steps after {WARM_UP}, {self.parameters / 1e6:.1f} M parameters{busy})"
         )
 
 
@@ -89,12 +93,20 @@ def try_steps(
         batches: Any = [dict(batch)] * steps
         runner.fit(lit, DataLoader(batches, batch_size=None))
     times = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][-MEASURED:]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     device = runner.strategy.root_device
     where = (
         f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device_name(device)
     )
+    cpus = os.cpu_count() or 1
     parameters = sum(p.numel() for p in lit.denoiser.network.parameters())
-    return Trial(statistics.median(times), peak_memory(device), parameters, where)
+    return Trial(
+        statistics.median(times),
+        peak_memory(device),
+        parameters,
+        where,
+        load if load > cpus else 0.0,
+    )
 
 
 @contextmanager

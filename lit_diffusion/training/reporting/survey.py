@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lit_diffusion.training.data.survey import Files, Pixels
 from lit_diffusion.training.run.secrets import without_secrets
 
-__all__ = ["Survey", "survey_lines"]
+__all__ = ["Survey", "subject_lines", "survey_lines"]
 
 FEW = 5
 WIDTH = 100
@@ -69,10 +69,16 @@ def survey_lines(survey: Survey) -> list[str]:
     if survey.ignored:
         shown = ", ".join(survey.ignored[:FEW]) + (", …" if len(survey.ignored) > FEW else "")
         lines.append(("ignored", f"{len(survey.ignored)} other files: {shown}"))
-    return [line for subject, text in lines for line in _wrapped(subject, text)]
+    return [line for subject, text in lines for line in subject_lines(subject, text)]
 
 
-def _wrapped(subject: str, text: str) -> list[str]:
+def subject_lines(subject: str, text: str) -> list[str]:
+    """A subject with what is said of it, as lines of at most 100 characters.
+
+    Args:
+        subject: A word.
+        text: One sentence or several lines.
+    """
     begin = f"{subject:<10}"
     lines = [
         textwrap.fill(part, WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12)
@@ -91,10 +97,10 @@ def _sizes(files: Files) -> str:
     if len(files.sizes) <= FEW:
         return ", ".join(few) + ", height × width"
     by_area = sorted(files.sizes, key=lambda size: size[0] * size[1])
-    return (
-        f"{', '.join(few)}, … height × width: {len(files.sizes):,} sizes from "
-        f"{_size(by_area[0])} to {_size(by_area[-1])}"
-    )
+    whole = f"{len(files.sizes):,} sizes from {_size(by_area[0])} to {_size(by_area[-1])}"
+    if max(files.sizes.values()) == 1:
+        return f"{whole}, height × width"
+    return f"{', '.join(few)}, …: {whole}, height × width"
 
 
 def _size(size: tuple[int, int]) -> str:
