@@ -4,18 +4,24 @@ import importlib
 import io
 import shutil
 import tarfile
+from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from image_files import encode, write_parquet
 from PIL import Image
 
+from lit_diffusion.nn import UNet
 from lit_diffusion.training import ImageDataModule, LitDiffusion, new
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.commands.proposal import data_arguments, propose_recipe, propose_shape
+from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial
+from lit_diffusion.training.data.survey import Files, Pixels
 from lit_diffusion.training.run.folder import check_name
 
 module = importlib.import_module("lit_diffusion.training.commands.new")
@@ -370,3 +376,39 @@ def test_the_config_trains_without_an_edit(kind, tmp_path, cli, quick):
     code, out, err = cli("fit", "--config", "my.yaml", "--trainer.max_steps", 2)
     assert code == 0, err
     assert list(tmp_path.glob("runs/my-images/*/samples/step-0000002.png"))
+
+
+def test_an_address_with_a_secret_is_not_written(tmp_path, quick):
+    with pytest.raises(UsageError, match="would be written into the config") as error:
+        new("https://me:hunter2@example.org/train.parquet")
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("levels", [tuple(range(256)), (0, 255), (0, 3, 255)])
+@pytest.mark.parametrize("side", [1, 4, 7, 8, 15, 28, 48, 64, 100])
+def test_every_size_has_a_network_with_attention(side, levels, fast):
+    files = Files(Counter(PNG=9), Counter({(side, side): 9}), Counter(RGB=9), False, None, 9)
+    shape = propose_shape(files, fast, side)
+    pixels = Pixels(9, [], 0, levels, 0.0, 1.0, Counter(), torch.empty(0), None)
+    recipe = propose_recipe(shape, pixels, 9, fast)
+    text = config_text(
+        title="t",
+        file="f",
+        name="n",
+        remarks=[],
+        data=data_arguments(shape, None, None, 9),
+        shape=shape,
+        recipe=recipe,
+        num_classes=3,
+        total=9,
+    )
+    config = yaml.safe_load(text)["model"]
+    config["network"]["init_args"]["image_shape"] = [*shape.image_shape]
+    with torch.device("meta"):
+        network = UNet(**config["network"]["init_args"])
+    assert any("Attention" in type(part).__name__ for part in network.modules())
+    assert ("decoder" in config) == (len(levels) < 256)
+    of_many = "ShiftedSchedule" if side > 64 else "CosineSchedule"
+    expected = of_many if len(levels) == 256 else "LinearSchedule"
+    assert config["schedule"]["class_path"] == expected

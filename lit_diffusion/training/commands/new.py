@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import textwrap
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,29 +22,19 @@ import yaml
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.commands.look import look
 from lit_diffusion.training.commands.proposal import (
     Recipe,
     Shape,
-    data_arguments,
-    propose_classes,
     propose_recipe,
-    propose_shape,
 )
 from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial, try_steps
-from lit_diffusion.training.data.bad_examples import Bad
-from lit_diffusion.training.data.layout import Layout, count_labels, find_layout
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.source import Example, Source
 from lit_diffusion.training.data.survey import (
-    Files,
     Pixels,
-    sample_of,
-    survey_files,
-    survey_pixels,
 )
 from lit_diffusion.training.reporting.survey import Survey, subject_lines, survey_lines
+from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Proposed", "new"]
@@ -103,43 +92,15 @@ def new(
     if looks < 1 or (size is not None and size < 1):
         raise UsageError(f"--looks and --size must be at least 1, got {looks} and {size}.")
     where = _where(str(path))
-    title = Path(str(path)).expanduser().resolve().stem if Path(str(path)).exists() else str(path)
-    name = re.sub(r"[^\w.-]+", "-", title.rpartition("/")[2]).strip("-.") or "images"
+    title = _title(str(path))
+    name = re.sub(r"[^\w.-]+", "-", title).strip("-.") or "images"
     config, sheet = _outputs(out, name, where["path"])
-    layout = find_layout(**where)
-    source = layout.open(layout.train)
-    examples = sample_of(source, looks)
-    total = source.total if source.total is not None or len(examples) == looks else len(examples)
-    files = survey_files(examples, layout.splits.paths)
-    _check_images(files, str(path), len(examples))
     fast = find_device("auto").type != "cpu"
-    shape = propose_shape(files, fast, size)
-    labels = _labels(layout, source, examples)
-    validated = Counter[int]()
-    if layout.label is not None and layout.val is not None:
-        validated = count_labels(layout.open(layout.val), layout.label) or validated
-    num_classes = propose_classes(labels + validated, layout.class_names, total or len(examples))
-    label = None if num_classes is None else layout.label
-    data = where | _named(layout) | data_arguments(shape, label, layout.val, total)
+    found = look(where, title, looks, fast, size)
+    survey, shape, data = found.survey, found.shape, found.data
     if horizontal_flip:
         data["horizontal_flip"] = True
-    pixels = _pixels(data, layout.train, examples)
-    if share := _bad_share(pixels):
-        data["max_bad_share"] = share
-    survey = Survey(
-        title=title,
-        total=total,
-        train=layout.train,
-        val=layout.val,
-        files=files,
-        pixels=pixels,
-        labels=labels,
-        label=layout.label,
-        num_classes=num_classes,
-        class_names=layout.class_names,
-        ignored=_ignored(where["path"], layout),
-    )
-    recipe = propose_recipe(shape, pixels, total, fast)
+    recipe = propose_recipe(shape, survey.pixels, survey.total, fast)
     write = partial(
         config_text,
         title=title,
@@ -148,16 +109,16 @@ def new(
         data=data,
         shape=shape,
         recipe=recipe,
-        num_classes=num_classes,
-        total=total,
+        num_classes=survey.num_classes,
+        total=survey.total,
     )
-    trial = _try(yaml.safe_load(write(remarks=[])), pixels, recipe.batch_size)
+    trial = _try(yaml.safe_load(write(remarks=[])), survey.pixels, recipe.batch_size)
     estimate = (
         f"Measured here: {trial}: {_duration(trial.seconds * recipe.steps)} for {recipe.steps:,} "
         "steps, validations and samples not counted."
     )
     write_whole(config, write(remarks=textwrap.wrap(estimate, 98)))
-    save_grid(pixels.images.float() / 127.5 - 1, sheet, columns=8)
+    save_grid(survey.pixels.images.float() / 127.5 - 1, sheet, columns=8)
     text = "\n".join(
         [
             *survey_lines(survey),
@@ -181,6 +142,11 @@ def _where(path: str) -> dict[str, Any]:
     Raises:
         UsageError: If nothing there can be images.
     """
+    if without_secrets(path) != path:
+        raise UsageError(
+            "an address with a password or key would be written into the config: write a config "
+            "by hand, and give the address as --data.path (docs/guide/data.md)."
+        )
     local = Path(path).expanduser()
     if local.is_dir():
         found = [file for _, _, names in os.walk(local) for file in names]
@@ -195,6 +161,14 @@ def _where(path: str) -> dict[str, Any]:
     if local.is_file() and local.suffix in kinds:
         return {"path": kinds[local.suffix], "data_files": {"train": str(local.resolve())}}
     return {"path": str(local.resolve()) if local.is_file() else path}
+
+
+def _title(path: str) -> str:
+    """What the data are called: the last part of their path or name."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local.resolve().stem if local.is_file() else local.resolve().name
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _arrays(path: str) -> UsageError:
@@ -225,79 +199,6 @@ def _outputs(out: str | Path | None, name: str, data: str) -> tuple[Path, Path]:
                 "samples of a run would be added: start from another folder."
             )
     return config, sheet
-
-
-# What is in the data -----------------------------------------------------------------------------
-
-
-def _check_images(files: Files, path: str, looked: int) -> None:
-    """Raise an error unless there is an image."""
-    if files.floats is not None:
-        raise UsageError(
-            f"{path} holds arrays of floats of shape {files.floats}, such as latents, not images: "
-            "begin with --config imagenet256-latent (docs/guide/networks.md)."
-        )
-    if not files.read:
-        raise UsageError(
-            f"none of the {looked:,} examples of {path} looked at is an image that can be read."
-        )
-
-
-def _labels(layout: Layout, source: Source, examples: list[Example | Bad]) -> Counter[int]:
-    """Count the labels of all examples, or of those looked at if reading all is the only way."""
-    if layout.label is None:
-        return Counter()
-    known = count_labels(source, layout.label)
-    if known is None:
-        found = [one.label for one in examples if isinstance(one, Example)]
-        known = Counter(label for label in found if isinstance(label, int))
-    return known
-
-
-def _named(layout: Layout) -> dict[str, Any]:
-    """The arguments that name splits and columns, where they are not the default ones."""
-    found = {"train_split": layout.train, "image_key": layout.image}
-    usual = {"train_split": "train", "image_key": "image"}
-    return {key: value for key, value in found.items() if value != usual[key]}
-
-
-def _pixels(data: dict[str, Any], train: str, examples: list[Any]) -> Pixels:
-    """Look at examples through the data module of the proposal.
-
-    Raises:
-        UsageError: If none can be used.
-    """
-    data = {key: value for key, value in data.items() if key != "val_share"}  # look at all
-    module = instantiate(ImageDataModule, data | {"streaming": True})
-    pixels = survey_pixels(module.open_split(train), examples)
-    if not len(pixels.images):
-        name, reason = pixels.bad[0]
-        raise UsageError(
-            f"none of the {pixels.looked:,} images looked at can be used; {name}: {reason}"
-        )
-    return pixels
-
-
-def _bad_share(pixels: Pixels) -> float | None:
-    """The share of bad examples to allow, if the usual hundredth would end the run."""
-    share = pixels.lost / max(pixels.looked, pixels.lost)
-    return None if share <= 0.005 else min(1.0, round(2 * share + 0.01, 2))
-
-
-def _ignored(path: str, layout: Layout) -> tuple[str, ...]:
-    """The names of files in a local folder that are no part of the data set."""
-    if not Path(path).is_dir():
-        return ()
-    used = {file for files in layout.splits.files.values() for file in files}
-    suffixes = {Path(file).suffix.lower() for file in used}
-    found = (
-        Path(folder, name) for folder, _, names in sorted(os.walk(path)) for name in sorted(names)
-    )
-    return tuple(
-        str(file.relative_to(path))
-        for file in found
-        if str(file) not in used or file.suffix.lower() not in suffixes
-    )
 
 
 # The proposal ------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def grey_levels(levels: tuple[int, ...], all_seen: bool) -> int | tuple[float, .
         all_seen: Whether all examples have been looked at.
 
     Example:
-        >>> grey_levels((0, 255), False), grey_levels((0, 10, 255), False), grey_levels((7,), True)
+        >>> grey_levels((0, 255), False), grey_levels((0, 3, 255), False), grey_levels((7,), True)
         (2, None, None)
     """
     if not 2 <= len(levels) <= FEW_LEVELS:
@@ -181,10 +181,12 @@ def propose_recipe(shape: Shape, pixels: Pixels, total: int | None, fast: bool) 
         gap = float(level_values(levels).diff().min())
     steps = 100_000 if fast else 2500 if side <= 8 else 10_000
     batch = 64 if fast or side <= 16 else 32 if side <= LARGEST else 16
+    limit = 16 if fast else 8  # attention costs the square of the number of pixels
+    attended = [height for height in heights if height <= limit] or heights[-1:]
     return Recipe(
         channels=channels[: len(sides)],
         blocks=2 if fast else 1,
-        attention=tuple(height for height in heights if height <= (16 if fast else 8))[:2],
+        attention=tuple(attended[:2]),
         dropout=0.1 if known < 10_000 and fast else 0.0,
         levels=levels,
         logsnr_max=round(min(13.3, 2 * math.log(16 / gap)), 1),
