@@ -26,6 +26,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 BEAT = 1.0  # seconds between two signs of life
+SILENCE = 30  # seconds without one after which a worker counts as stopped
+START = 300.0  # seconds in which a worker may begin, for which it may have to import everything
 GRACE = 1.0  # seconds in which a worker that was asked to end may do so by itself
 
 #: Left to the parent: what ends a job early, see `LastCheckpoint`, and Ctrl-C.
@@ -56,7 +58,7 @@ class Workers:
         """
         begin = functools.partial(_begin, self._end, self._beats)
         loader: DataLoader[Any] = DataLoader(
-            num_workers=len(self._beats), worker_init_fn=begin, **arguments
+            num_workers=len(self._beats), worker_init_fn=begin, timeout=SILENCE, **arguments
         )
         before = set(multiprocessing.active_children())
         with _held(SIGNALS):  # until the workers ignore them
@@ -83,9 +85,43 @@ class Workers:
         self.processes = []
         self._at_exit.cancel()
 
-    def beats(self) -> list[int]:
-        """Return how often each worker has given a sign of life."""
-        return list(self._beats)
+    def next(self, stream: Iterator[Any]) -> Any:
+        """Return what the workers deliver next, however long that takes, if all are alive.
+
+        Args:
+            stream: From `start`.
+
+        Raises:
+            OSError: If one of them has ended, or has given no sign of life for a while.
+        """
+        begun = time.monotonic()
+        while True:
+            before = list(self._beats)
+            try:
+                return next(stream)
+            except RuntimeError as error:  # torch's, after so long a time or if one has ended
+                late = "timed out" in str(error)
+                starts = time.monotonic() - begun < START
+                self._raise_if_silent([starts and not one for one in before], before, late, error)
+                if not late:
+                    raise
+
+    def _raise_if_silent(
+        self, starting: list[bool], before: list[int], late: bool, error: RuntimeError
+    ) -> None:
+        for number, process in enumerate(self.processes):
+            name = f"data worker {number} (process {process.pid})"
+            if not process.is_alive():
+                raise OSError(
+                    f"expected a batch from {name}, which has ended with code {process.exitcode}; "
+                    "if it was killed, memory may have run out: lower data.num_workers, and "
+                    "resume from the last checkpoint"
+                ) from error
+            if late and not starting[number] and before[number] == self._beats[number]:
+                raise OSError(
+                    f"expected a batch from {name}, got no sign of life for {SILENCE} seconds: "
+                    "it has been stopped, or its machine hangs; resume from the last checkpoint"
+                ) from error
 
 
 def _begin(end: Any, beats: Any, number: int) -> None:
