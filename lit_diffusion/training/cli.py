@@ -264,7 +264,7 @@ def _plugins(argv: list[str]) -> list[str]:
 
 def _explanation(error: BaseException, command: str) -> str | None:
     """One line for an error of PyTorch or Lightning that a user can act on; None for others."""
-    from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
+    from lit_diffusion.training.step.batch_fit import lacks_memory, say_what_fits
 
     if lacks_memory(error):
         return say_what_fits(error, command)

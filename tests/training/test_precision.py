@@ -23,8 +23,8 @@ from lit_diffusion.training import (
     SampleGrid,
     precision,
 )
-from lit_diffusion.training.precision import has_bfloat16
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.step.precision import has_bfloat16
 
 QUICK = (
     "--trainer.max_steps=2", "--data.steps_per_epoch=2", "--trainer.accelerator=cpu",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
+from lit_diffusion.training.step import randomness
 
 __all__ = ["SampleGrid", "save_grid"]
 
