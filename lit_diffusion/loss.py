@@ -25,9 +25,17 @@ from lit_diffusion.gaussian import Generators, broadcast_to_data, diffuse, noise
 from lit_diffusion.predictions import Denoised
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import sample_times
-from lit_diffusion.weightings import ELBOWeighting, Weighting
+from lit_diffusion.weightings import ELBOWeighting, SigmoidWeighting, Weighting
 
-__all__ = ["DiffusionLoss", "Estimate", "LossTerms", "estimate", "noise_error", "weighted_error"]
+__all__ = [
+    "DiffusionLoss",
+    "Estimate",
+    "LossTerms",
+    "default_weighting",
+    "estimate",
+    "noise_error",
+    "weighted_error",
+]
 
 
 class LossTerms(NamedTuple):
@@ -87,6 +95,22 @@ def estimate(
     z = diffuse(x, eps, logsnr)
     denoised = denoiser(z, logsnr, **cond)
     return Estimate((denoised.eps - eps).square().flatten(1).mean(1), z, denoised)
+
+
+def default_weighting(decoder: Decoder | None = None) -> Weighting:
+    """The weighting of a loss that is given none: one that fits the default schedule, the cosine.
+
+    Under the cosine the loss of a single sample has a standard deviation of 0.85 times its mean
+    with this weighting, and of 20 times with w = 1 (Gaussian data, exact denoiser).
+
+    Args:
+        decoder: With a decoder the loss is the bound, which requires w = 1.
+
+    Example:
+        >>> default_weighting()
+        SigmoidWeighting(bias=2.0)
+    """
+    return SigmoidWeighting() if decoder is None else ELBOWeighting()
 
 
 def noise_error(
@@ -184,7 +208,8 @@ class DiffusionLoss(nn.Module):
     Args:
         schedule: Density p that λ is sampled from; None means `CosineSchedule()`. Learned ends
             require a decoder and w = 1.
-        weighting: Weight w on the squared error of ε; None means `ELBOWeighting()`.
+        weighting: Weight w on the squared error of ε; None means `SigmoidWeighting()`, which fits
+            the cosine, or with a decoder `ELBOWeighting()`, the bound.
         num_timesteps: Number T of steps of a discrete chain, at least 1; λ is then one of its
             levels, and T·expm1(λ_s − λ) replaces 1/p. None means continuous time.
         decoder: Adds the other two terms of the bound, prior and reconstruction; None omits them.
@@ -215,7 +240,7 @@ class DiffusionLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = CosineSchedule() if schedule is None else schedule
-        self.weighting = ELBOWeighting() if weighting is None else weighting
+        self.weighting = default_weighting(decoder) if weighting is None else weighting
         self.num_timesteps = num_timesteps
         self.decoder = decoder
         self._compiled: dict[bool, Callable[..., Tensor | Estimate]] | None = None

@@ -288,7 +288,8 @@ def test_ddim_draws_the_same_images(tmp_path, spacing, kind):
         num_train_timesteps=200, timestep_spacing=spacing, prediction_type=kind, **CHAINS["linear"]
     )
     unet = pipeline(tmp_path, scheduler)
-    model = ld.from_diffusers(tmp_path)
+    with pytest.warns(UserWarning, match="clip_sample=True"):
+        model = ld.from_diffusers(tmp_path)
     scheduler.set_timesteps(50)
     visited = model.network.timestep(model.sampler.levels())
     assert torch.allclose(visited, scheduler.timesteps.float(), rtol=0, atol=1e-4)
@@ -296,6 +297,37 @@ def test_ddim_draws_the_same_images(tmp_path, spacing, kind):
         return  # there theirs moves by 200 // 50 timesteps, and then asks at another one
     theirs = walk(in_double(scheduler), unet, NOISE, use_clipped_model_output=True)
     assert torch.allclose(ours(model, NOISE), theirs, rtol=0, atol=1e-5)
+
+
+def test_ddim_without_differences_draws_the_pipelines_own_images(tmp_path):
+    """As diffusers' pipeline steps, without further arguments: no warning, no difference."""
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=200, clip_sample=False, **CHAINS["linear"]
+    )
+    unet = pipeline(tmp_path, scheduler)
+    model = ld.from_diffusers(tmp_path)
+    scheduler.set_timesteps(50)
+    theirs = walk(in_double(scheduler), unet, NOISE)
+    scale = max(1.0, float(theirs.abs().max()))
+    assert float((ours(model, NOISE) - theirs).abs().max()) < 1e-5 * scale
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"clip_sample": True}, "clip_sample=True"),
+        ({"set_alpha_to_one": False}, "set_alpha_to_one=False"),
+    ],
+)
+def test_a_setting_that_is_not_followed_is_named_and_matters(tmp_path, setting, named):
+    settings = {"clip_sample": False, **setting}
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=200, **settings, **CHAINS["linear"])
+    unet = pipeline(tmp_path, scheduler)
+    with pytest.warns(UserWarning, match=named) as caught:
+        model = ld.from_diffusers(tmp_path)
+    assert len(caught) == 1
+    scheduler.set_timesteps(50)
+    assert not torch.allclose(ours(model, NOISE), walk(scheduler, unet, NOISE), rtol=0, atol=1e-3)
 
 
 def test_another_sampler_of_the_same_chain_becomes_ddim(tmp_path):

@@ -11,12 +11,18 @@ trained on together with a sampler. Each part has its equivalent here::
     DDIMScheduler, use_clipped_model_output          DDIMSampler
     clip_sample                                      clip_denoised
 
-From the same noise both sample the same images, up to rounding.
+From the same noise both sample the same images, up to rounding, where the pipeline's settings are
+those of the table. Three settings of a DDIMScheduler are not followed, and a warning at import
+names them: with clip_sample, diffusers keeps the ε̂ of the network beside the clipped x̂, and ours
+is recomputed from it (their use_clipped_model_output=True); with set_alpha_to_one=False their
+last step ends at the first level of the chain, and ours in x̂; with timestep_spacing "linspace"
+theirs steps to other levels than those of the next call.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,7 @@ from lit_diffusion.models.pretrained import Pretrained
 from lit_diffusion.predictions import EpsPrediction, Prediction, VPrediction, XPrediction
 from lit_diffusion.samplers import AncestralSampler, DDIMSampler, Sampler
 from lit_diffusion.schedules import BetaSchedule, NoiseSchedule, TableSchedule, chain_levels
+from lit_diffusion.weightings import ELBOWeighting
 
 __all__ = ["from_diffusers"]
 
@@ -47,7 +54,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
     any sampler. The weighting is that of the bound, w = 1, because a pipeline does not record the
     weighting of its training. A `DDPMScheduler` becomes an `AncestralSampler` over all levels; any
     other scheduler of a chain becomes a `DDIMSampler` over the 50 levels that diffusers' DDIM
-    visits.
+    visits; a warning names the settings of a `DDIMScheduler` that it does not follow.
 
     Args:
         folder: The folder of a pipeline, with unet/ and scheduler/ in it or with both configs at
@@ -86,6 +93,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
     return Pretrained(
         network=network,
         schedule=schedule,
+        weighting=ELBOWeighting(),
         prediction=_prediction(scheduler),
         sampler=_sampler(scheduler, schedule),
         num_timesteps=len(scheduler.betas) - 1,
@@ -163,9 +171,28 @@ def _sampler(scheduler: Any, schedule: NoiseSchedule) -> Sampler:
             )
         return AncestralSampler(length, schedule, _VARIANCES[kind])
     ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+    if isinstance(scheduler, diffusers.DDIMScheduler):
+        _name_differences(scheduler.config)
     ddim.set_timesteps(min(_DDIM_STEPS, length))
     t = ddim.timesteps.flip(0).double() / (length - 1)
     return DDIMSampler(len(t), TableSchedule(tuple(schedule.logsnr(t).tolist())))
+
+
+def _name_differences(config: Any) -> None:
+    """Warn of the settings of a DDIMScheduler that our sampler does not follow."""
+    differences = {
+        "clip_sample=True (here ε̂ is recomputed from the clipped x̂)": config.clip_sample,
+        "set_alpha_to_one=False (here the last step ends in x̂)": not config.set_alpha_to_one,
+        "timestep_spacing='linspace' (here a step ends at the level of the next call)": (
+            config.timestep_spacing == "linspace"
+        ),
+    }
+    if found := [name for name, holds in differences.items() if holds]:
+        warnings.warn(
+            "The imported DDIMSampler will not sample quite the images of the pipeline: it does "
+            f"not follow {'; '.join(found)}.",
+            stacklevel=4,
+        )
 
 
 def _clip(scheduler: Any) -> bool:

@@ -47,7 +47,8 @@ class Pretrained(SamplingModel):
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape, by default (1, 8, 8).
         schedule: Density p(λ) of training, which also defines the range of λ; None means cosine.
-        weighting: Weighting w(λ) of training; None means `ELBOWeighting()`.
+        weighting: Weighting w(λ) of training; None means `SigmoidWeighting()`, or with a decoder
+            `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
         sampler: The sampler of images; None means `DDIMSampler()`.
         num_timesteps: Number of steps of a discrete chain; None means continuous time.

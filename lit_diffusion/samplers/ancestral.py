@@ -62,6 +62,7 @@ class AncestralSampler(Sampler):
     variance: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.variance <= 1:
             raise ValueError(
                 f"AncestralSampler: variance must be in [0, 1], from the posterior's to that of "

@@ -97,6 +97,14 @@ class Sampler(ABC):
     steps: int
     schedule: NoiseSchedule | None
 
+    def __post_init__(self) -> None:
+        """Refuse a number of steps that is none; a subclass with checks of its own calls this."""
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected a whole number of at least 1 step, "
+                f"got steps={self.steps}."
+            )
+
     @property
     def calls(self) -> int:
         """Number of calls of the denoiser for one batch, including one at the last level.

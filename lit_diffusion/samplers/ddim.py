@@ -51,6 +51,7 @@ class DDIMSampler(Sampler):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise ValueError(f"DDIMSampler: eta must be in [0, 1], got {self.eta}.")
 

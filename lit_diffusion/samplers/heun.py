@@ -70,6 +70,7 @@ class HeunSampler(Sampler):
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.s_churn >= 0:
             raise ValueError(
                 f"HeunSampler: s_churn must be 0, for no churn, or above, got {self.s_churn}."

@@ -38,7 +38,7 @@ _MODULES = {
     "ImageDataModule": "data.module",
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
-    "WarmupDecayLR": "learning_rates",
+    "WarmupDecayLR": "step.learning_rates",
     "WholeCheckpointIO": "run.checkpoints",
 }
 

@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lit_diffusion.description import allow
-from lit_diffusion.training.commands.config_places import located
-from lit_diffusion.training.commands.errors import UsageError, fail, one_line
+from lit_diffusion.training.commands.config_check import check_config
+from lit_diffusion.training.commands.config_places import config_files, located
+from lit_diffusion.training.commands.errors import UsageError, fail, one_line, unexpected
+from lit_diffusion.training.commands.output import lasting_output
 from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.commands.shipped_configs import with_shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
 
@@ -49,7 +52,11 @@ def main(
     trace = bool(os.environ.get("LIT_DIFFUSION_TRACEBACK"))
     _quiet()
     try:
-        with _messages_on_stderr():
+        with lasting_output(), _messages_on_stderr():
+            argv = with_shipped_configs(argv)
+            sys.argv = [*sys.argv[:1], *argv]  # which Lightning reads, and passes to other ranks
+            for path in config_files(argv):
+                check_config(path)
             import_plugins(_plugins(argv))
             for cls in filter(None, (model_class, data_class)):
                 allow(cls.__module__)
@@ -62,8 +69,7 @@ def main(
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         if trace:
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        fail(f"{one_line(str(text))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
+        fail(f"{one_line(unexpected(error))} (LIT_DIFFUSION_TRACEBACK=1 shows where.)")
     except Exception as error:
         if (sentence := _explanation(error, command)) is None or trace:
             raise

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
 from lit_diffusion.description import find_class, public_path
-from lit_diffusion.loss import DiffusionLoss, LossTerms
+from lit_diffusion.loss import DiffusionLoss, LossTerms, default_weighting
 from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction, VPrediction
@@ -62,7 +62,7 @@ from lit_diffusion.training.step.parts import (
     turn_on_training,
 )
 from lit_diffusion.training.step.precision import settle_precision
-from lit_diffusion.weightings import ELBOWeighting, Weighting
+from lit_diffusion.weightings import Weighting
 
 __all__ = ["LitDiffusion"]
 
@@ -78,7 +78,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
             image_shape, by default (1, 8, 8).
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
-        weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
+        weighting: Weight w(λ) on the squared error of ε; None means `SigmoidWeighting()`, or with
+            a decoder `ELBOWeighting()`.
         num_timesteps: Number T of steps of a discrete chain, which then has the only noise levels;
             None means continuous time.
         decoder: Makes the loss the full bound, with prior and reconstruction; None omits them. A
@@ -143,7 +144,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         if network is None:
             network = UNet(image_shape=find_image_shape(None, image_shape) or (1, 8, 8))
         schedule = CosineSchedule() if schedule is None else schedule
-        weighting = ELBOWeighting() if weighting is None else weighting
+        weighting = default_weighting(decoder) if weighting is None else weighting
         prediction = VPrediction() if prediction is None else prediction
         sampler = DDIMSampler() if sampler is None else sampler
         check_parts(network, schedule, weighting, prediction, sampler)

@@ -213,7 +213,7 @@ def bad_images():
     return {
         "size": (
             stored(picture("RGB", (6, 5))),
-            r"height × width 5 × 7, got 5 × 6; set data.image_shape",
+            r"height × width 5 × 7, got 5 × 6; set data.image_shape to .channels, height, width.",
         ),
         "grey": (stored(picture("L")), r"3 × 5 × 7, got 1 × 5 × 7 \(mode L\)"),
         "transparent": (
@@ -256,7 +256,10 @@ def one(tmp_path, **columns):
         ({"label_key": "class"}, "expected a column 'class' .* set data.label_key; null for no"),
         ({"image_key": "label"}, "expected an image, got int; set data.image_key"),
         ({"val_split": "test"}, "expected a split 'test', got train; set data.train_split"),
-        ({"image_shape": (3, 8, 8)}, "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.image_shape"),
+        (
+            {"image_shape": (3, 8, 8)},
+            "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.image_shape to .channels, height, width.",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

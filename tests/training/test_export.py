@@ -194,7 +194,7 @@ def test_the_hub_can_read_the_card(cli, run):
 def test_the_card_says_what_the_model_is(cli, run):
     text = card_of(cli, run)
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "unknown"
-    assert "ELBOWeighting(), sampled from CosineSchedule" in text
+    assert "SigmoidWeighting(bias=2), sampled from CosineSchedule" in text
     assert "Nearest published objective: " in text
     assert "| classes | 10 |" in text
     assert "![Samples](samples.png)" in text

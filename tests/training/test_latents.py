@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from lit_diffusion.training import ImageDataModule, LitDiffusion
 from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.run.whole_file import unfinished_path
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imagenet256-latent.yaml"
 SHAPE = (4, 6, 2)  # channels, height and width all differ
@@ -276,8 +278,11 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
 def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkeypatch):
     from pyarrow import parquet
 
-    Path(".latents.1.tmp").mkdir()
-    Path(".latents.1.tmp/train-00000.parquet").write_bytes(b"of a process that was killed")
+    # What a process left that was killed; no process has so large an id.
+    mine = unfinished_path(Path("latents")).name
+    left = Path(mine.replace(f".{os.getpid()}.", ".999999999."))
+    left.mkdir()
+    (left / "train-00000.parquet").write_bytes(b"half")
 
     def full(*words, **options):
         raise OSError(28, "No space left on device")

@@ -44,8 +44,8 @@ class SlowCheckpoint(LastCheckpoint):
         super().__init__(every_n_steps)
         self.clock = clock
 
-    def _save(self, trainer, required=False):
-        super()._save(trainer, required)
+    def _save(self, *arguments, **options):
+        super()._save(*arguments, **options)
         self.clock[0] += 1000.0
 
 

@@ -178,7 +178,7 @@ def _reconstructed(
     if not stored:
         raise UsageError(
             f"there are no snapshots in {folder_of(run)}: they are written by the callback "
-            "Averages, which --config configs/with/ema.yaml adds to a run."
+            "Averages, which --config with/ema adds to a run."
         )
     steps = [one.step for one in stored if upto is None or one.step <= upto]
     if not steps:

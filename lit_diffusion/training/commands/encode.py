@@ -4,7 +4,7 @@ A latent model is trained on the latents of images under an autoencoder, about f
 numbers that are still arranged as an image. They are fixed, so they are computed once:
 
     lit-diffusion encode --vae FOLDER --data.path NAME --data.image_shape [3,256,256] --out LATENTS
-    lit-diffusion fit --config configs/imagenet256-latent.yaml --data.path LATENTS
+    lit-diffusion fit --config imagenet256-latent --data.path LATENTS
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
 

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from lit_diffusion.description import allowed_modules, missing_package
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.run.secrets import without_secrets
 
-__all__ = ["UsageError", "fail", "one_line"]
+__all__ = ["UsageError", "fail", "one_line", "unexpected"]
 
 _PLUGINS = (
     "`lit-diffusion plugins` lists the known classes; for a class of your own use --plugins, and "
@@ -39,6 +40,32 @@ def fail(message: str) -> NoReturn:
     sys.stderr.write(f"lit-diffusion: error: {line}\n")
     sys.stderr.flush()
     raise SystemExit(2)
+
+
+def unexpected(error: BaseException) -> str:
+    """The message of an error that was not made for a user: its type, and where it was raised.
+
+    The text of a `KeyError` is a key, and that of many others a word, which alone says nothing.
+
+    Args:
+        error: Any, with its traceback.
+
+    Example:
+        >>> try:
+        ...     {}["step"]
+        ... except KeyError as error:
+        ...     print(unexpected(error))  # doctest: +ELLIPSIS
+        KeyError 'step', raised in ...
+    """
+    text = str(error).strip()
+    if not isinstance(error, KeyError) and len(text.split()) > 2:
+        return text
+    kind = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return f"{kind} {text}".strip()
+    place = frames[-1]
+    return f"{kind} {text}".strip() + f", raised in {place.name} ({place.filename}:{place.lineno})"
 
 
 def _families() -> dict[str, type]:
@@ -137,16 +164,18 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
         return f"{where}{extra[1]}"  # a class that lacks an optional package names it
     if inner := re.search(r"^\s*- ([\w.]+: expected .+, got .+)$", message, re.MULTILINE):
         return where + inner[1]  # of a nested argument, in one line already
-    if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
-        return where + _not_importable(path[1])
+    if named := re.search(
+        r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M
+    ):
+        return where + _not_importable(named[1])
     if "Expected an instantiatable class" in message:
         return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
     if option := re.search(r"Option '([^']+)' is not accepted", message):
         return where + _unknown_argument(option[1], owner, known)
     group = r"(?:Group '(\w+)'|Subcommand '\w+') does not accept (?:nested )?option '([\w.+-]+)'"
     if key := re.search(group, message):
-        name = ".".join(filter(None, key.groups()))
-        return f"no argument is called {name}.{_meant(name, known) or ' --help lists them.'}"
+        path = ".".join(filter(None, key.groups()))
+        return f"no argument is called {path}.{_meant(path, known) or ' --help lists them.'}"
     reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
     if reasons:
         return f"{where}{reasons[0]}"

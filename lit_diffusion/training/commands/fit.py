@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
@@ -25,6 +25,7 @@ from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, ta
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.commands.trainer import RunTrainer
+from lit_diffusion.training.commands.without_config import with_default_words
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
@@ -130,17 +131,16 @@ class DiffusionCLI(LightningCLI):
         )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the words of the command; a checkpoint comes in, too, as far as it is asked for.
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words of the command, with what a checkpoint that they name says of the model.
 
-        LightningCLI would now load the checkpoint's hyper-parameters over the config, in `fit` as
-        well, so its path is out of the config until that is past.
+        Its path leaves the config until LightningCLI is past loading hyper-parameters from it.
 
         Args:
             parser: Knows the arguments.
             args: The words; None means those of the process.
         """
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(with_default_words(args))
         if self.config.get("subcommand"):
             check_name(self.config[self.config.subcommand].name)
             self._resolve_checkpoint()

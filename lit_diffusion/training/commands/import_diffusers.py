@@ -1,7 +1,7 @@
 """The command `import`: convert a published model of diffusers to a checkpoint.
 
     lit-diffusion import ddpm-cifar10 --out ddpm-cifar10.ckpt
-    lit-diffusion test --ckpt_path ddpm-cifar10.ckpt --config configs/cifar10.yaml
+    lit-diffusion test --ckpt_path ddpm-cifar10.ckpt --config cifar10
 
 The checkpoint can be tested, evaluated, sampled and exported like any other, and training in
 Python can start from it.

@@ -53,7 +53,8 @@ def objective(
 
     Args:
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
-        weighting: Weight w(λ) on the squared error of ε; None means `ELBOWeighting()`.
+        weighting: Weight w(λ) on the squared error of ε; None means `SigmoidWeighting()`, or with
+            a decoder `ELBOWeighting()`.
         prediction: What the network outputs; None means `VPrediction()`.
         num_timesteps: Number T of steps of a discrete chain; None means continuous time.
         decoder: The decoder, if the loss is the full bound.

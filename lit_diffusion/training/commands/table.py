@@ -35,7 +35,7 @@ class Command(NamedTuple):
 _RESUME = "--ckpt_path X --config C"
 
 COMMANDS = {
-    "fit": Command("train", "--config configs/digits.yaml"),
+    "fit": Command("train", "--config digits"),
     "validate": Command("validation loss", _RESUME),
     "test": Command("test loss", _RESUME),
     "predict": Command("one sample per validation example", _RESUME),

@@ -24,7 +24,7 @@ def class_names(data: Any) -> list[str] | None:
         return [str(name) for name in own]
     if getattr(data, "label_key", None) is None or not hasattr(data, "data_files"):
         return None
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     splits = find_splits(data.path, data.data_files, data.config_name, data.streaming)
     split = splits.get(data.train_split)

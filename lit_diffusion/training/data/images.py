@@ -54,6 +54,9 @@ class Decoded:
     conditions: list[npt.NDArray[Any]]
 
 
+_REMEDY = "set data.image_shape to (channels, height, width), or convert the data"
+
+
 class ImageDecoder:
     """Turns undecoded examples into tensors, or states why one does not fit.
 
@@ -174,7 +177,7 @@ class ImageDecoder:
         if array.shape != self.shape:
             raise MisfitError(
                 f"an array of channels × height × width {_times(self.shape)}, got "
-                f"{_times(array.shape)}; set data.image_shape, or convert the data"
+                f"{_times(array.shape)}; {_REMEDY}"
             )
         half = array.dtype.itemsize == 2
         with np.errstate(over="ignore"):  # what overflows is found below
@@ -211,7 +214,7 @@ class ImageDecoder:
         if (height, width) not in (self.shape[1:], self.shape[:0:-1]):
             raise MisfitError(
                 f"an image of height × width {_times(self.shape[1:])}, got "
-                f"{height} × {width}; set data.image_shape, or convert the data"
+                f"{height} × {width}; {_REMEDY}"
             )
 
     def _fit(self, array: npt.NDArray[Any], kind: str) -> Tensor:
@@ -228,7 +231,7 @@ class ImageDecoder:
         if array.shape != self.shape:
             raise MisfitError(
                 f"an image of channels × height × width {_times(self.shape)}, got "
-                f"{_times(array.shape)} ({kind}); set data.image_shape, or convert the data"
+                f"{_times(array.shape)} ({kind}); {_REMEDY}"
             )
         return torch.from_numpy(array.astype(np.uint8))
 

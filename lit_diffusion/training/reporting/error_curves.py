@@ -34,7 +34,7 @@ def last_records(folder: Path) -> LastRecords:
     if not path.is_file():
         raise ValueError(
             f"{folder} has no noise_levels.csv: expected the folder of a run with the callback "
-            "NoiseLevelLoss (added by --config configs/with/noise-levels.yaml) after its first "
+            "NoiseLevelLoss (added by --config with/noise-levels) after its first "
             "validation."
         )
     last = {record.stage: record for record in read_table(path)}

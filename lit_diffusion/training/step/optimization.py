@@ -96,7 +96,7 @@ class OptimizedModule(L.LightningModule):
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self.optimizer = functools.partial(self.optimizer, lr=value)
+        self.optimizer = functools.partial(self.optimizer, lr=value)  # type: ignore[call-arg]
         remember(self, {"optimizer": self.optimizer})
 
     def configure_optimizers(self) -> Any:
