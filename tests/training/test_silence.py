@@ -17,7 +17,8 @@ pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
 
 def test_a_stopped_worker_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "SILENCE", 3)
+    monkeypatch.setattr(workers, "SILENCE", 2.0)
+    monkeypatch.setattr(workers, "BEAT", 0.2)
     write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(60)])
     loader = module(tmp_path / "x.parquet", val_split=None, num_workers=2).train_dataloader()
     take(loader, 1)
