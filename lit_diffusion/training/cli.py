@@ -125,7 +125,7 @@ def _classes(
 
     With them come the other classes that a config may name without their module.
     """
-    for room in ("callbacks", "evaluation.features", "learning_rates"):
+    for room in ("callbacks", "evaluation.features", "step.learning_rates"):
         importlib.import_module(f"lit_diffusion.training.{room}")
     from lit_diffusion.training.data.module import ImageDataModule
     from lit_diffusion.training.module import LitDiffusion

@@ -21,9 +21,9 @@ from lit_diffusion.training import (
     LitDiffusion,
     NoiseLevelLoss,
     SampleGrid,
-    precision,
 )
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.step import precision
 from lit_diffusion.training.step.precision import has_bfloat16
 
 QUICK = (
