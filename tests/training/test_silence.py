@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "SILENCE", 2.0)
     monkeypatch.setattr(workers, "BEAT", 0.2)
@@ -29,6 +30,7 @@ def test_a_stopped_worker_is_named(tmp_path, monkeypatch):
     assert not other.is_alive()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named(tmp_path):
     write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(60)])
     loader = module(tmp_path / "x.parquet", val_split=None, num_workers=2).train_dataloader()
