@@ -17,7 +17,7 @@ import torch
 from lit_diffusion import BoundTerms, SoftmaxDecoder, variational_bound
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
-from lit_diffusion.training.randomness import generators
+from lit_diffusion.training.step.randomness import generators
 
 
 @torch.inference_mode()

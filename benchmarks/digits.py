@@ -23,7 +23,7 @@ from lit_diffusion import DDIMSampler
 from lit_diffusion.gaussian import noise_like
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
-from lit_diffusion.training.randomness import generators
+from lit_diffusion.training.step.randomness import generators
 
 
 class Classifier(nn.Module):

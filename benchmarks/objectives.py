@@ -38,7 +38,7 @@ from lit_diffusion.loss import weighted_error
 from lit_diffusion.times import fixed_times
 from lit_diffusion.training import ImageDataModule, LitDiffusion
 from lit_diffusion.training.cli import main as lit_diffusion
-from lit_diffusion.training.randomness import generators
+from lit_diffusion.training.step.randomness import generators
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"

@@ -37,7 +37,7 @@ from torch import Tensor
 from lit_diffusion import SAMPLERS
 from lit_diffusion.samplers import AncestralSampler, Sampler
 from lit_diffusion.training import LitDiffusion
-from lit_diffusion.training.randomness import generators
+from lit_diffusion.training.step.randomness import generators
 
 
 def samplers(steps: Sequence[int]) -> Iterator[tuple[Sampler, str]]:

@@ -49,7 +49,7 @@ def learn(
 ) -> ld.LearnedSchedule:
     """A schedule whose shape has followed the gradient of the variance."""
     schedule = ld.LearnedSchedule(*ends)
-    loss = ld.DiffusionLoss(schedule)
+    loss = ld.DiffusionLoss(schedule, ld.ELBOWeighting())
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -67,7 +67,7 @@ def moments(
     denoiser: Any, schedule: ld.NoiseSchedule, examples: Examples, samples: int, batch: int = 256
 ) -> dict[str, float]:
     """Mean and variance of one sample, in bits per dimension, with their standard errors."""
-    loss = ld.DiffusionLoss(schedule.requires_grad_(False))
+    loss = ld.DiffusionLoss(schedule.requires_grad_(False), ld.ELBOWeighting())
     means, variances, spread = [], [], []
     x, cond = examples
     for i in range(len(x)):

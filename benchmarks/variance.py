@@ -39,7 +39,7 @@ def fitted(
     with torch.no_grad():
         for _ in range(batches):
             x, cond = data(64)
-            terms = ld.DiffusionLoss(adaptive)(denoiser, x, **cond)
+            terms = ld.DiffusionLoss(adaptive, ld.ELBOWeighting())(denoiser, x, **cond)
             adaptive.update(terms.logsnr, weighting(terms.logsnr) * terms.eps_mse)
     learned = ld.LearnedSchedule(*ends)
     loss = ld.DiffusionLoss(learned, weighting)

@@ -82,7 +82,7 @@ def test_the_mean_does_not_depend_on_the_shape():
     moments = []
     for _ in range(2):
         with torch.no_grad():
-            loss = ld.DiffusionLoss(schedule)(network, x, t=t, eps=eps).loss
+            loss = ld.DiffusionLoss(schedule, ld.ELBOWeighting())(network, x, t=t, eps=eps).loss
             moments.append((float(loss.mean()), float(loss.var())))
             schedule.height += 4 * torch.sin(torch.arange(1024) / 160)
     assert moments[0][0] == pytest.approx(moments[1][0], rel=1e-5)
@@ -161,7 +161,7 @@ def test_a_plugin_learns_its_shape(draws):
 def test_a_plugin_reduces_the_variance():
     generator = torch.Generator().manual_seed(0)
     denoiser, schedule = ld.GaussianDenoiser(0.5), ExponentialSchedule(rate=-1.5)
-    loss, x = ld.DiffusionLoss(schedule), torch.full((256, 16), 0.5, dtype=F64)
+    loss, x = ld.DiffusionLoss(schedule, ld.ELBOWeighting()), torch.full((256, 16), 0.5, dtype=F64)
 
     def moments():
         with torch.no_grad():
@@ -263,11 +263,13 @@ def test_the_variance_falls_and_the_mean_stays():
     def moments(schedule, n=40_000):
         with torch.no_grad():
             t = torch.rand(n, dtype=F64, generator=torch.Generator().manual_seed(7))
-            loss = ld.DiffusionLoss(schedule)(denoiser, x.expand(n, -1), t=t).loss
+            loss = ld.DiffusionLoss(schedule, ld.ELBOWeighting())(
+                denoiser, x.expand(n, -1), t=t
+            ).loss
         return float(loss.mean()), float(loss.var())
 
     schedule = ld.LearnedSchedule(-5.0, 13.3)
-    loss = ld.DiffusionLoss(schedule)
+    loss = ld.DiffusionLoss(schedule, ld.ELBOWeighting())
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.02)
     for _ in range(250):
         optimizer.zero_grad()

@@ -54,7 +54,7 @@ class Expected(nn.Module):
 def without_noise(c, schedule, num_timesteps=None, n=20_000):
     x = torch.zeros(n, 1, dtype=F64)
     t = (torch.arange(n, dtype=F64) + 0.5) / n
-    loss = ld.DiffusionLoss(schedule, num_timesteps=num_timesteps).requires_grad_(False)
+    loss = ld.DiffusionLoss(schedule, ld.ELBOWeighting(), num_timesteps).requires_grad_(False)
     return float(loss(Expected(c), x, t=t, eps=torch.zeros_like(x)).loss.mean())
 
 
@@ -158,7 +158,7 @@ def test_fresh_network(scale, bits):
     t = ((torch.arange(n, dtype=F64) + 0.5) / n).repeat_interleave(4)
     x = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=F64).repeat(n)[:, None]
     eps = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=F64).repeat(n)[:, None]
-    loss = ld.DiffusionLoss(ld.LinearSchedule(-5.0, 13.3))
+    loss = ld.DiffusionLoss(ld.LinearSchedule(-5.0, 13.3), ld.ELBOWeighting())
     found = float(loss(Says(scale), x, t=t, eps=eps).loss.mean()) / LN2
     assert found == pytest.approx(bits, abs=0.006)
 
@@ -210,7 +210,7 @@ def test_a_chain_of_one_step_is_written_out():
     low, high = torch.tensor([-2.0, 3.0], dtype=F64)
     x, eps = gaussian_data(0.5, n=5, dims=3), gaussian_data(1.0, n=5, dims=3, seed=1)
     denoiser = ld.GaussianDenoiser(std=0.8)
-    loss = ld.DiffusionLoss(ld.LinearSchedule(-2.0, 3.0), num_timesteps=1)
+    loss = ld.DiffusionLoss(ld.LinearSchedule(-2.0, 3.0), ld.ELBOWeighting(), 1)
     found = loss(denoiser, x, eps=eps).loss
     levels = low.expand(5), high.expand(5)
     z = diffuse(x, eps, levels[0])
@@ -229,7 +229,7 @@ def test_times_of_a_chain_are_stratified():
         return ld.GaussianDenoiser()(z, logsnr)
 
     schedule = ld.LinearSchedule(-5.0, 5.0)
-    ld.DiffusionLoss(schedule, num_timesteps=10)(spy, torch.zeros(20, 1))
+    ld.DiffusionLoss(schedule, ld.ELBOWeighting(), 10)(spy, torch.zeros(20, 1))
     index = (schedule.time(seen[0]) * 10).round().long()
     assert index.bincount(minlength=11).tolist() == [0] + [2] * 10
 

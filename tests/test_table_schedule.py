@@ -43,7 +43,7 @@ def test_the_default_is_improved_ddpm():
 
 def test_a_chain_of_the_table_visits_its_levels_only():
     levels = (4.0, 2.5, 1.0, -3.0, -4.0)
-    loss = ld.DiffusionLoss(ld.TableSchedule(levels), num_timesteps=4)
+    loss = ld.DiffusionLoss(ld.TableSchedule(levels), ld.ELBOWeighting(), 4)
     terms = loss(ld.GaussianDenoiser(), torch.zeros(100, 2), generator=torch.Generator())
     drawn = terms.logsnr.unique().tolist()
     assert drawn == pytest.approx(sorted(levels[1:]))

@@ -16,6 +16,7 @@ import torch
 from lit_diffusion import (
     CosineSchedule,
     DiffusionLoss,
+    ELBOWeighting,
     GaussianDenoiser,
     LearnedSchedule,
     LinearSchedule,
@@ -46,7 +47,7 @@ def sample_data(n):
 # them needs no change. The ends are fixed.
 
 schedule = LearnedSchedule(LOW, HIGH)
-loss = DiffusionLoss(schedule)
+loss = DiffusionLoss(schedule, ELBOWeighting())
 before = schedule.log_prob(logsnr).exp()
 optimizer = torch.optim.Adam(schedule.parameters(), lr=3e-2)
 decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 - i / 300))
@@ -105,7 +106,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for i, (name, (each, colour)) in enumerate(schedules.items()):
     x = sample_data(40_000)
     with torch.no_grad():
-        losses = DiffusionLoss(each)(denoiser, x, t=torch.rand(len(x))).loss
+        losses = DiffusionLoss(each, ELBOWeighting())(denoiser, x, t=torch.rand(len(x))).loss
     mean, std = float(losses.mean()), float(losses.std())
     two = 2 * std / len(x) ** 0.5
     axes[0].errorbar(i, mean, two, marker="o", color=colour, capsize=4, markersize=6)

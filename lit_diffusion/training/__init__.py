@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.sample import sample
     from lit_diffusion.training.data.module import ImageDataModule
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
-    from lit_diffusion.training.learning_rates import WarmupDecayLR
     from lit_diffusion.training.module import LitDiffusion
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
+    from lit_diffusion.training.step.learning_rates import WarmupDecayLR
 
 #: Where a name is defined; all others are callbacks.
 _MODULES = {
@@ -38,7 +38,7 @@ _MODULES = {
     "ImageDataModule": "data.module",
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
-    "WarmupDecayLR": "learning_rates",
+    "WarmupDecayLR": "step.learning_rates",
     "WholeCheckpointIO": "run.checkpoints",
 }
 

@@ -125,7 +125,7 @@ def _classes(
 
     With them come the other classes that a config may name without their module.
     """
-    for room in ("callbacks", "evaluation.features", "learning_rates"):
+    for room in ("callbacks", "evaluation.features", "step.learning_rates"):
         importlib.import_module(f"lit_diffusion.training.{room}")
     from lit_diffusion.training.data.module import ImageDataModule
     from lit_diffusion.training.module import LitDiffusion
@@ -270,7 +270,7 @@ def _plugins(argv: list[str]) -> list[str]:
 
 def _explanation(error: BaseException, command: str) -> str | None:
     """One line for an error of PyTorch or Lightning that a user can act on; None for others."""
-    from lit_diffusion.training.batch_fit import lacks_memory, say_what_fits
+    from lit_diffusion.training.step.batch_fit import lacks_memory, say_what_fits
 
     if lacks_memory(error):
         return say_what_fits(error, command)

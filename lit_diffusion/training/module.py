@@ -31,23 +31,10 @@ from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times, stratified_times
-from lit_diffusion.training import randomness
-from lit_diffusion.training.accumulation import micro_batch
-from lit_diffusion.training.batch_fit import BatchFit
-from lit_diffusion.training.batches import BatchReader, FirstBatch, Numbered
-from lit_diffusion.training.conditions import named_conditions
 from lit_diffusion.training.data.class_names import class_names
 from lit_diffusion.training.last_weights import MeasuredModule
-from lit_diffusion.training.optimization import OptimizedModule
-from lit_diffusion.training.parts import (
-    check_numbers,
-    check_parts,
-    keep_schedule,
-    turn_on_training,
-)
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.rebuild import own_arguments, rebuild, remember
-from lit_diffusion.training.resume import Resume
+from lit_diffusion.training.restore.rebuild import own_arguments, rebuild, remember
+from lit_diffusion.training.restore.resume import Resume
 from lit_diffusion.training.run.checkpoints import (
     CLASS_NAMES,
     MODEL_CLASS,
@@ -62,6 +49,19 @@ from lit_diffusion.training.run.weights import (
     use_raw_weights,
     weights_name,
 )
+from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.accumulation import micro_batch
+from lit_diffusion.training.step.batch_fit import BatchFit
+from lit_diffusion.training.step.batches import BatchReader, FirstBatch, Numbered
+from lit_diffusion.training.step.conditions import named_conditions
+from lit_diffusion.training.step.optimization import OptimizedModule
+from lit_diffusion.training.step.parts import (
+    check_numbers,
+    check_parts,
+    keep_schedule,
+    turn_on_training,
+)
+from lit_diffusion.training.step.precision import settle_precision
 from lit_diffusion.weightings import Weighting
 
 __all__ = ["LitDiffusion"]

@@ -55,7 +55,8 @@ class Steps(L.Callback):
     def on_fit_start(self, trainer, pl_module):
         def keep(module, args, kwargs):
             if torch.is_grad_enabled() and module.training:
-                self.calls.append((args[1], kwargs))
+                tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+                self.calls.append((args[1], tensors))
 
         self.hook = pl_module.loss.register_forward_pre_hook(keep, with_kwargs=True)
 

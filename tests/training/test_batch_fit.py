@@ -17,7 +17,7 @@ from torch import nn
 
 from lit_diffusion.nn import DiT, UNet
 from lit_diffusion.training import Guard, LastCheckpoint, LitDiffusion, SampleGrid
-from lit_diffusion.training.batch_fit import (
+from lit_diffusion.training.step.batch_fit import (
     BatchFit,
     lacks_memory,
     largest_that_fits,
@@ -217,7 +217,7 @@ def test_what_takes_less_memory(tmp_path, monkeypatch):
 
 def test_the_moments_of_the_first_step_are_kept_free(tmp_path, monkeypatch):
     """Memory that an optimizer has not taken yet is not there for the batch."""
-    from lit_diffusion.training import batch_fit
+    from lit_diffusion.training.step import batch_fit
 
     taken = []
 

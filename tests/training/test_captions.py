@@ -14,18 +14,12 @@ from test_own_data import trainer
 import lit_diffusion as ld
 from lit_diffusion import load_pretrained
 from lit_diffusion.nn import ByteTransformer, UNet, bytes_text, text_bytes
-from lit_diffusion.training import (
-    ImageDataModule,
-    LitDiffusion,
-    SampleGrid,
-    export,
-    randomness,
-    sample,
-)
+from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid, export, sample
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.data.columns import MisfitError, caption
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.grid_texts import texts_of
+from lit_diffusion.training.step import randomness
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
 

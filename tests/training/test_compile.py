@@ -12,8 +12,8 @@ from torch._inductor import config as inductor
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import Compile
-from lit_diffusion.training.compilation import compile_cache_folder, compile_in_place, why_not
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.step.compilation import compile_cache_folder, compile_in_place, why_not
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,11 @@ from torch import nn
 import lit_diffusion as ld
 from lit_diffusion.description import build, describe
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid, randomness
-from lit_diffusion.training.conditions import RESERVED
+from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid
 from lit_diffusion.training.data import memory
 from lit_diffusion.training.data.columns import MisfitError, numbers
+from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.conditions import RESERVED
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -11,7 +11,7 @@ from test_module import fit, tiny_model
 
 from lit_diffusion.nn import UNet
 from lit_diffusion.schedules import AdaptiveSchedule
-from lit_diffusion.training.initial_weights import initialize, weights_of
+from lit_diffusion.training.restore.initial_weights import initialize, weights_of
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]

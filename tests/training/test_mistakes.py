@@ -131,3 +131,14 @@ def test_models_of_other_classes_differ_by_their_class():
         in another_model(one, other)
     )
     assert "so the class has changed" in another_model(one, one)
+
+
+def test_the_help_lists_our_classes_and_those_of_plug_ins_alone(cli):
+    code, out, _ = cli("fit", "--help")
+    assert code == 0
+    words = set(out.replace(",", " ").split())
+    ours = {"lit_diffusion.UNet", "lit_diffusion.DiT", "lit_diffusion.SigmoidWeighting"}
+    assert ours < words
+    assert not {word for word in words if word.startswith(("torch.nn.", "torchvision."))}
+    assert "torch.optim.SGD" in words  # we have no optimizer of our own
+    assert len(out.splitlines()) < 800

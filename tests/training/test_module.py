@@ -225,7 +225,7 @@ def perturbed(model):
 
 
 def test_samples_do_not_depend_on_the_batch():
-    from lit_diffusion.training.randomness import generators
+    from lit_diffusion.training.step.randomness import generators
 
     model = perturbed(tiny_model(sampler=ld.AncestralSampler(steps=4)))
     whole = model.sample(4, generators(0, "sample", [0, 1, 2, 3]))

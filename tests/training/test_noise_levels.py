@@ -343,7 +343,7 @@ def test_the_probe_is_the_gradient_and_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
 
-    from lit_diffusion.training.randomness import generators
+    from lit_diffusion.training.step.randomness import generators
 
     x, logsnr = batch["image"][:5], torch.full((5,), 2.5, dtype=torch.float64)
     eps = ld.noise_like(x, generators(model.seed, "probe", list(range(5))))

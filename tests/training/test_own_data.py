@@ -15,7 +15,7 @@ import lit_diffusion as ld
 from lit_diffusion import description
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import Likelihood, LitDiffusion, NoiseLevelLoss, SampleGrid
-from lit_diffusion.training.batches import Numbered, standard
+from lit_diffusion.training.step.batches import Numbered, standard
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 
@@ -124,7 +124,9 @@ def test_a_batch_that_a_loader_gives_twice_has_other_numbers_each_time(tmp_path)
 def test_ranks_share_no_number(monkeypatch):
     found = []
     for rank in range(3):
-        monkeypatch.setattr("lit_diffusion.training.batches.place", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(
+            "lit_diffusion.training.step.batches.place", lambda rank=rank: (rank, 3)
+        )
         numbered = Numbered()
         found += [numbered.next(x, {"image": x})["index"] for x in X.split(5)]
     assert torch.cat(found).sort().values.tolist() == list(range(36))

@@ -2,7 +2,7 @@
 
 import torch
 
-from lit_diffusion.training.randomness import fraction, generators, mix, reseed
+from lit_diffusion.training.step.randomness import fraction, generators, mix, reseed
 
 
 def test_keys_do_not_collide():

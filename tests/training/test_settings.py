@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from lit_diffusion.training import WarmupDecayLR
-from lit_diffusion.training.settings import (
+from lit_diffusion.training.restore.settings import (
     changes,
     continue_schedule,
     merged,

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from lit_diffusion.training.compilation import compile_in_place
+from lit_diffusion.training.step.compilation import compile_in_place
 
 __all__ = ["Compile"]
 

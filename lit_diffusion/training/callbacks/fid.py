@@ -16,11 +16,11 @@ from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import Score
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.ranks import place
 from lit_diffusion.training.run.measurements import FILE, Measurement, add_measurements
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.weights import weights_in_use
+from lit_diffusion.training.step.ranks import place
 
 __all__ = ["FID"]
 

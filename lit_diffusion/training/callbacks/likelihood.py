@@ -13,7 +13,6 @@ from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
-from lit_diffusion.training import randomness
 from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import (
@@ -26,6 +25,7 @@ from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import all_callbacks, output_folder
 from lit_diffusion.training.run.weights import weights_in_use
+from lit_diffusion.training.step import randomness
 
 __all__ = ["Likelihood"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.gaussian import diffuse, noise_like
-from lit_diffusion.training import randomness
 from lit_diffusion.training.last_weights import Measures, has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
@@ -26,6 +25,7 @@ from lit_diffusion.training.run.noise_levels import (
 from lit_diffusion.training.run.tolerance import may_fail, thinned
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import write_whole
+from lit_diffusion.training.step import randomness
 
 __all__ = ["NoiseLevelLoss"]
 

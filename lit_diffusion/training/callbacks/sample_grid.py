@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.nn.text import bytes_text
-from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.periodic import Periodic
-from lit_diffusion.training.conditions import prompt_bytes
 from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.dashboard import show
@@ -22,6 +20,8 @@ from lit_diffusion.training.run.grid_texts import text_chunk
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
+from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.conditions import prompt_bytes
 
 __all__ = ["SampleGrid", "save_grid"]
 

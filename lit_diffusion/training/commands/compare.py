@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.choices import find_checkpoint, find_device, find_run
 from lit_diffusion.training.commands.errors import UsageError
@@ -33,6 +32,7 @@ from lit_diffusion.training.run.figures import save_figure
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.newest import LAST
 from lit_diffusion.training.run.whole_file import write_whole
+from lit_diffusion.training.step import randomness
 
 __all__ = ["Comparison", "compare"]
 

@@ -48,8 +48,8 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         else:
             for key in dict.fromkeys([*before, *now]):
                 inner = name if key == "init_args" else f"{name}.{key}".lstrip(".")
-                pair = (one.get(key, "not given") for one in (before, now))
-                yield from differences(*pair, inner)
+                one, other = (part.get(key, "not given") for part in (before, now))
+                yield from differences(one, other, inner)
             return
     if before != now:
         yield f"{name}: {before} in the checkpoint, {now} now"

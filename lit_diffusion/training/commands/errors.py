@@ -164,16 +164,18 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
         return f"{where}{extra[1]}"  # a class that lacks an optional package names it
     if inner := re.search(r"^\s*- ([\w.]+: expected .+, got .+)$", message, re.MULTILINE):
         return where + inner[1]  # of a nested argument, in one line already
-    if path := re.search(r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M):
-        return where + _not_importable(path[1])
+    if named := re.search(
+        r"Problem with given class_path '([^']+)':?\s*(?:- .*)?$", message, re.M
+    ):
+        return where + _not_importable(named[1])
     if "Expected an instantiatable class" in message:
         return f"{where}name the class first, as in --sampler DDIMSampler --sampler.steps 20."
     if option := re.search(r"Option '([^']+)' is not accepted", message):
         return where + _unknown_argument(option[1], owner, known)
     group = r"(?:Group '(\w+)'|Subcommand '\w+') does not accept (?:nested )?option '([\w.+-]+)'"
     if key := re.search(group, message):
-        name = ".".join(filter(None, key.groups()))
-        return f"no argument is called {name}.{_meant(name, known) or ' --help lists them.'}"
+        path = ".".join(filter(None, key.groups()))
+        return f"no argument is called {path}.{_meant(path, known) or ' --help lists them.'}"
     reasons = re.findall(r"^\s*- (?!Expected a |Does not|Parser key)(.+)$", message, re.MULTILINE)
     if reasons:
         return f"{where}{reasons[0]}"

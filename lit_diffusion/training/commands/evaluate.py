@@ -32,7 +32,6 @@ from lit_diffusion.training.commands.experiment import (
 )
 from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.sample import NO_GUIDANCE
-from lit_diffusion.training.compilation import compile_in_place
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
@@ -45,6 +44,7 @@ from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, add_measurements
 from lit_diffusion.training.run.weights import weights_name
+from lit_diffusion.training.step.compilation import compile_in_place
 
 __all__ = ["Evaluation", "evaluate"]
 

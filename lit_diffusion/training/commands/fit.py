@@ -27,13 +27,12 @@ from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.commands.trainer import RunTrainer
 from lit_diffusion.training.commands.without_config import with_default_words
 from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.initial_weights import start_from
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.precision import settle_precision
-from lit_diffusion.training.rebuild import refuse_other_class
 from lit_diffusion.training.reporting.objective import headline
 from lit_diffusion.training.reporting.write import write_report
+from lit_diffusion.training.restore.initial_weights import start_from
+from lit_diffusion.training.restore.rebuild import refuse_other_class
 from lit_diffusion.training.run.checkpoints import (
     load_checkpoint,
     model_class,
@@ -54,6 +53,7 @@ from lit_diffusion.training.run.newest import last_checkpoint
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
+from lit_diffusion.training.step.precision import settle_precision
 
 __all__ = ["DiffusionCLI", "DiffusionParser"]
 

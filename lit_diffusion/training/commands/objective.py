@@ -18,8 +18,8 @@ from lit_diffusion.schedules import NoiseSchedule
 from lit_diffusion.training.commands.choices import find_checkpoint
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.module import LitDiffusion
-from lit_diffusion.training.parts import check_data_std
 from lit_diffusion.training.reporting.objective import objective_text, save_objective
+from lit_diffusion.training.step.parts import check_data_std
 from lit_diffusion.weightings import Weighting
 
 __all__ = ["Described", "objective"]

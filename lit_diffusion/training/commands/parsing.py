@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ from lit_diffusion.training.commands.errors import UsageError, one_line
 __all__ = ["CommandParser", "import_plugins", "instantiate"]
 
 T = TypeVar("T")
+LIBRARIES = {"torch", "torchvision", "torchmetrics", "torch_fidelity", "lightning", "diffusers"}
 
 
 class CommandParser(jsonargparse.ArgumentParser):
@@ -29,6 +31,11 @@ class CommandParser(jsonargparse.ArgumentParser):
         """Add the commands, whose parsers know the names that were meant."""
         self.subcommands = super().add_subcommands(*args, **kwargs)
         return self.subcommands
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help, in which only our own classes and those of plug-ins are listed."""
+        whole = super().format_help(*args, **kwargs)
+        return re.sub(r"known\s+subclasses:([^()]+)", _own_classes, whole)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.
@@ -53,6 +60,17 @@ class CommandParser(jsonargparse.ArgumentParser):
             parser = self.subcommands.choices[chosen.pop()] if chosen else self
         leaves = list(parser.get_defaults().keys())
         return sorted({*leaves, *(".".join(leaf.split(".")[:2]) for leaf in leaves)})
+
+
+def _own_classes(listed: re.Match[str]) -> str:
+    """A list of classes in a help without the hundreds of libraries, if it has any of ours."""
+    names = re.sub(r"\s+", "", listed[1]).split(",")  # long ones are broken in two
+    own = [name for name in names if name.partition(".")[0] not in LIBRARIES]
+    others = sorted({name.partition(".")[0] for name in names} & LIBRARIES)
+    if not own or not others:
+        return listed[0]
+    text = f"known subclasses: {', '.join(own)}, and those of {' and '.join(others)}"
+    return textwrap.fill(text, 55, break_long_words=False).replace("\n", "\n" + 24 * " ")
 
 
 def instantiate(cls: type[T], values: Mapping[str, Any] | str) -> T:

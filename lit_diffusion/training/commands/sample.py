@@ -13,19 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training import randomness
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import own_data, read_experiment
-from lit_diffusion.training.compilation import compile_in_place
-from lit_diffusion.training.conditions import prompt_bytes
 from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.evaluation.features import fingerprint
 from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
 from lit_diffusion.training.evaluation.sample_files import ArrayFile, ImageFolder
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.messages import inform, warn
+from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.compilation import compile_in_place
+from lit_diffusion.training.step.conditions import prompt_bytes
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample"]
 

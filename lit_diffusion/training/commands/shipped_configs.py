@@ -13,7 +13,6 @@ from pathlib import Path
 
 import lit_diffusion
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.run.messages import inform
 
 __all__ = ["shipped_configs", "with_shipped_configs"]
 
@@ -57,6 +56,8 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
 
 def _path(name: str) -> str:
     """The path that a value of --config means."""
+    from lit_diffusion.training.run.messages import inform  # imports Lightning: seconds
+
     shipped = shipped_configs().get(name)
     if Path(name).is_file():
         if shipped is not None:

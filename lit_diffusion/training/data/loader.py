@@ -190,7 +190,7 @@ def batches_to_repeat(trainer: L.Trainer | None, steps: int) -> int:
         trainer: Has `overfit_batches`, a number of batches or a share of them.
         steps: Batches in an epoch.
     """
-    asked: int | float = 0 if trainer is None else trainer.overfit_batches
+    asked: int | float = getattr(trainer, "overfit_batches", 0)
     return asked if isinstance(asked, int) else int(asked * steps)
 
 

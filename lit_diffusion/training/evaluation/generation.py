@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training import randomness
+from lit_diffusion.training.step import randomness
 
 __all__ = ["Generation", "SampleBatch", "to_bytes"]
 

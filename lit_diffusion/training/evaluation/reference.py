@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.training import ranks
 from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.tensor_file import open_tensors, write_tensors
+from lit_diffusion.training.step import ranks
 
 __all__ = ["Reference", "class_shares", "open_reference"]
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.training import ranks
 from lit_diffusion.training.evaluation.features import Features, extract
 from lit_diffusion.training.evaluation.generation import SampleBatch
 from lit_diffusion.training.evaluation.reference import Reference
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.step import ranks
 
 __all__ = [
     "Score",

@@ -109,7 +109,7 @@ class _Sizes(pickle.Unpickler):
         self._folder, self._sizes, self._length = folder, sizes, length
         for code, argument, _ in pickletools.genops(structure):
             # Python makes room for as many objects as such an index names.
-            if code.name in ("PUT", "LONG_BINPUT") and int(argument) > len(structure):
+            if code.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(structure):
                 raise ValueError("the structure names more objects than it holds")
 
     def find_class(self, module: str, name: str) -> Any:

@@ -31,8 +31,8 @@ class MicroBatch(NamedTuple):
         last: Whether the optimizer step follows it.
     """
 
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
     last: bool
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.models.image_shape import find_image_shape
-from lit_diffusion.training.conditions import check_labels, from_batch
-from lit_diffusion.training.ranks import largest, place
-from lit_diffusion.training.rebuild import remember
+from lit_diffusion.training.restore.rebuild import remember
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.step.conditions import check_labels, from_batch
+from lit_diffusion.training.step.ranks import largest, place
 
 __all__ = ["BatchReader", "FirstBatch", "Numbered", "standard"]
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_diffusion.training.lightning_internals import count_steps, validate_before_training
-from lit_diffusion.training.run.messages import inform
-from lit_diffusion.training.run.trainer import all_callbacks
-from lit_diffusion.training.settings import (
+from lit_diffusion.training.restore.settings import (
     Settings,
     changes,
     continue_schedule,
@@ -22,6 +20,8 @@ from lit_diffusion.training.settings import (
     settings_of,
     with_own_settings,
 )
+from lit_diffusion.training.run.messages import inform
+from lit_diffusion.training.run.trainer import all_callbacks
 
 __all__ = ["Resume"]
 

@@ -22,10 +22,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lit_diffusion.training.batches import standard
-from lit_diffusion.training.precision import has_bfloat16
 from lit_diffusion.training.run.environment import device_name
 from lit_diffusion.training.run.trainer import all_callbacks
+from lit_diffusion.training.step.batches import standard
+from lit_diffusion.training.step.precision import has_bfloat16
 
 __all__ = [
     "BatchFit",

@@ -11,14 +11,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_diffusion.loss import DiffusionLoss, LossTerms
-from lit_diffusion.training.accumulation import MicroBatch, StepMean, scale_gradients
-from lit_diffusion.training.optimizers import (
+from lit_diffusion.training.restore.rebuild import remember
+from lit_diffusion.training.run.trainer import log_interval
+from lit_diffusion.training.step.accumulation import MicroBatch, StepMean, scale_gradients
+from lit_diffusion.training.step.optimizers import (
     clip_each_group,
     parameter_groups,
     with_learning_rates,
 )
-from lit_diffusion.training.rebuild import remember
-from lit_diffusion.training.run.trainer import log_interval
 
 __all__ = ["OptimizedModule"]
 
@@ -96,7 +96,7 @@ class OptimizedModule(L.LightningModule):
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self.optimizer = functools.partial(self.optimizer, lr=value)
+        self.optimizer = functools.partial(self.optimizer, lr=value)  # type: ignore[call-arg]
         remember(self, {"optimizer": self.optimizer})
 
     def configure_optimizers(self) -> Any:

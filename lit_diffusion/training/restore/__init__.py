@@ -1,0 +1,1 @@
+"""What is made from a checkpoint: a model, a resumed run, or the first weights of another run."""
