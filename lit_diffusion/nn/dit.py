@@ -365,9 +365,10 @@ class DiT(ConditionalNetwork):
         return unpatchify(out, self.patch, sides).to(z.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
-            "positions, fourier, conditions, activation_checkpointing"
+            "positions, fourier, conditions, text, activation_checkpointing"
         )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+        plain = [name for name in names.split(", ") if name != "text" or self.text is None]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)

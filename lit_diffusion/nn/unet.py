@@ -305,10 +305,11 @@ class UNet(ConditionalNetwork):
         return self.conv_out(F.silu(self.norm_out(h))).to(z.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "image_shape, channels, blocks, attention, num_classes, dropout, downsample, "
-            "embedding_features, head_channels, fourier, conditions, activation_checkpointing, "
-            "channels_last"
+            "embedding_features, head_channels, fourier, conditions, text, "
+            "activation_checkpointing, channels_last"
         )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+        plain = [name for name in names.split(", ") if name != "text" or self.text is None]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)
