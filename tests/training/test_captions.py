@@ -289,7 +289,7 @@ def test_prompts_on_the_command_line(cli, model, given, expected):
 def test_a_grid_keeps_its_texts(tmp_path):
     path, texts = tmp_path / "x.png", ["a <b>", "é\n", "三", "d", "e"]
     images = torch.rand(5, 1, 8, 8)
-    picture = save_grid(images, path, 3, texts)
+    picture = save_grid(images, path, 3, texts=texts)
     assert texts_of(path) == [texts[:3], texts[3:]]
     assert torch.equal(save_grid(images, path, 3), picture)
     assert texts_of(path) == []
@@ -305,10 +305,11 @@ def test_grids_in_training_have_prompts_or_captions(tmp_path, folder, prompts):
     data = ImageDataModule(str(folder), **SETTINGS)
     trainer(tmp_path, max_steps=2, callbacks=[grid]).fit(model, data)
     (path,) = (tmp_path / "samples").glob("step-*.png")
-    expected = [["a", "b", "a"]] * 2 if prompts else [CAPTIONS[:3], CAPTIONS[3:6]]
+    expected = [] if prompts else [CAPTIONS[:3], CAPTIONS[3:6]]
     assert texts_of(path) == expected
     page = html.unescape(write_report(tmp_path).read_text())
-    assert ("Prompts, by column" in page) == bool(prompts)
+    assert ("<li>a</li><li>b</li><li>a</li>" in page) == bool(prompts)
+    assert ("Captions, by row and column" in page) != bool(prompts)
     missing = [text for row in expected for text in row if text not in page]
     assert missing == []
 

@@ -4,6 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from lit_diffusion.training.reporting.parts import picture
 from lit_diffusion.training.run.grid_texts import texts_of
 
 SHIPPED = Path(__file__).parents[2] / "lit_diffusion" / "data"
@@ -35,7 +36,7 @@ def test_the_config_trains_and_prompts(cli):
     assert code == 0, err
     folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     (path,) = (folder / "samples").glob("step-*.png")
-    assert texts_of(path)[0][:2] == ["a zero", "the digit one"]
+    assert picture(path, "", "").columns[:2] == ["a zero", "the digit one"]
     words = ["--ckpt_path=last", "--num_samples=2", "--device=cpu", "--guidance=2"]
     code, _, err = cli("sample", *words, "--prompt=a three", "--out=three.png")
     assert code == 0, err

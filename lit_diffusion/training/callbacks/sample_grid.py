@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.run.dashboard import show
-from lit_diffusion.training.run.grid_texts import text_chunk
+from lit_diffusion.training.run.grid_texts import add_texts
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
@@ -31,7 +33,11 @@ COLOUR = torch.tensor([0.09, 0.24, 0.47])  # of bars and points
 
 
 def save_grid(
-    images: Tensor, path: Path, columns: int, texts: Sequence[str] | None = None
+    images: Tensor,
+    path: Path,
+    columns: int,
+    names: Sequence[str] = (),
+    texts: Sequence[str] | None = None,
 ) -> Tensor:
     """Write images as one PNG, whole or not at all; small ones are enlarged.
 
@@ -43,12 +49,13 @@ def save_grid(
         images: Images in [−1, 1], or latents of standard deviation 1.
         path: The PNG file.
         columns: Images per row; ignored for plots.
-        texts: The text of each image, which is stored in the file, see `texts_of`.
+        names: What each column shows; the report reads them from the file.
+        texts: The text of each image; the report reads them from the file, too.
 
     Shapes:
         images (n, C, H, W); result, the picture, (3, H', W'), uint8.
     """
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
     images, channels = images.float().cpu(), images.shape[1]
@@ -62,10 +69,14 @@ def save_grid(
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
         picture = make_grid(pixels, nrow=columns, padding=max(2, scale // 2), pad_value=255)
-    chunk = None if texts is None else text_chunk(texts, columns)
+    note = PngImagePlugin.PngInfo()
+    if names and images[0].numel() > 2:
+        note.add_itxt(COLUMNS, json.dumps(list(names), ensure_ascii=False))
+    if texts:
+        add_texts(note, texts, columns)
     with replacing(path) as unfinished:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(
-            unfinished, format="PNG", pnginfo=chunk
+            unfinished, format="PNG", pnginfo=note
         )
     return picture
 
@@ -106,10 +117,11 @@ def _points(points: Tensor) -> Tensor:
 class SampleGrid(Periodic):
     """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
-    With classes, each column is one class, and with prompts, one of these. With further
-    conditions, the images have the conditions of the first validation examples, or training
-    examples if there is no validation; if rank 0 has fewer than rows · columns of them, there are
-    fewer images. The starting noise is
+    With classes, each column is one class; the file has their names, if the data name them, and
+    the report shows them. With prompts, each column is one of these. With further conditions, the
+    images have the conditions of the first validation examples, or training examples if there is
+    no validation; if rank 0 has fewer than rows · columns of them, there are fewer images. The
+    starting noise is
     always the same, so that the grids differ only by the model. With an `EMA` the samples are
     those of the average. The last weights of a fit always have a grid; without validation data,
     epochs of training count as validations. Sampling with more than 100 noise levels shows a
@@ -240,12 +252,22 @@ class SampleGrid(Periodic):
             for name in (self._seen[0] if self._seen else ())
         }
         images = self.sample(pl_module, pl_module.watch(), seen)
+        names = self._names(pl_module) if self.prompts or not seen else []
+        captions = _captions(trainer, seen)
         with may_fail(path):
-            texts = self._texts(len(images)) or _captions(trainer, seen)
-            save_grid(images, path, self.columns, texts)
+            save_grid(images, path, self.columns, names, None if self.prompts else captions)
             self.last_path = path
-            show(trainer, "samples", path)
+            show(trainer, "samples", path, f"columns: {', '.join(names)}" if names else "")
         return {}
+
+    def _names(self, model: LitDiffusion) -> list[str]:
+        """The prompt or the class of each column; empty if the data name no classes."""
+        if self.prompts:
+            return self._texts(self.columns)
+        classes, names = model.num_classes, model.class_names or []
+        if classes is None or len(names) < min(classes, self.columns):
+            return []
+        return [names[column % classes] for column in range(self.columns)]
 
     def _see_training_data(self, trainer: L.Trainer, model: LitDiffusion) -> None:
         """Take the conditions of the first training examples, where there is no validation."""
@@ -283,7 +305,7 @@ class SampleGrid(Periodic):
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
             self.last_path = folder / "samples" / name
             texts = _captions(trainer, batch if isinstance(batch, dict) else {})
-            save_grid(outputs, self.last_path, self.columns, texts)
+            save_grid(outputs, self.last_path, self.columns, texts=texts)
 
 
 def _captions(trainer: L.Trainer, seen: dict[str, Tensor]) -> list[str] | None:

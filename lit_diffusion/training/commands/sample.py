@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ def sample(
         label: Class of all images, by number or name; or a list such as [0,1,2] to cycle through,
             one per column of a grid; none or -1 for no class. Sampled by default.
         per_class: Number of images of each class, or of each in label: a grid with one column, or
-            a folder with one subfolder, per class.
+            a folder with one subfolder, such as 3-roses, per class.
         prompt: Text of all images, such as "a three"; or a list such as ["a three","a six"] to
             cycle through, one per column of a grid. Without one, a model that reads texts is given
             the captions of examples.
@@ -131,10 +132,11 @@ def sample(
         model, files, rows, classes, prompts, torch.arange(n).split(batch_size), seed, sampling
     )
     if files is None:
-        columns = len(classes) if per_class is not None or len(classes) > 1 else len(prompts)
-        columns = columns if per_class or columns > 1 else max(1, round(n**0.5))
-        shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else None
-        save_grid(torch.cat(kept), out, columns, shown)
+        per_column = len(classes) if per_class is not None or len(classes) > 1 else len(prompts)
+        columns = per_column if per_class or per_column > 1 else max(1, round(n**0.5))
+        names = [_name(c, model) for c in classes] if columns == len(classes) else []
+        shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else []
+        save_grid(torch.cat(kept), out, columns, names, shown)
         return Samples(torch.cat(kept), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
@@ -315,5 +317,15 @@ def _prompts(model: LitDiffusion, prompt: list[str] | str | None) -> list[str]:
 
 
 def _folder(label: int, model: LitDiffusion) -> str:
-    """Name of a class's folder, zero-padded so that names sort like numbers."""
-    return "none" if label < 0 else str(label).zfill(len(str((model.num_classes or 1) - 1)))
+    """The folder of a class: its number, zero-padded so that names sort like numbers; its name."""
+    if label < 0:
+        return "none"
+    number = str(label).zfill(len(str((model.num_classes or 1) - 1)))
+    name = re.sub(r"[^\w ,.()-]", "_", _name(label, model))[:80].rstrip(" .")
+    return number if name == str(label) else f"{number}-{name}"
+
+
+def _name(label: int, model: LitDiffusion) -> str:
+    """The name of a class; its number if the data name no classes."""
+    names = model.class_names or []
+    return "none" if label < 0 else names[label] if label < len(names) else str(label)

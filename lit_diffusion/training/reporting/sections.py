@@ -94,13 +94,11 @@ def _grid(path: Path, kind: str = "") -> Picture:
 
 
 def _texts(grid: Path) -> list[Part]:
-    """The texts of a grid, in its form: one row if the texts of all rows are the same."""
+    """The texts of a grid, in its form."""
     rows = texts_of(grid)
-    if len(rows) > 1 and all(row == rows[0][: len(row)] for row in rows):
-        rows = rows[:1]
     heads = [str(k) for k in range(1, len(rows[0]) + 1)] if rows else []
     rows = [row + [""] * (len(heads) - len(row)) for row in rows]
-    title = "Prompts, by column" if len(rows) == 1 else "Captions, by row and column"
+    title = "Captions, by row and column"
     return [Fold(title, [Table(title, heads, rows)])] if rows else []
 
 
@@ -326,8 +324,8 @@ def _problems(run: Run) -> list[Part]:
 
 
 def _config(run: Run) -> list[Part]:
-    files = _first_and_last(run.configs)
-    return [Fold(p.name, [Code(p.read_text(encoding="utf-8"))]) for p in reversed(files)]
+    files = [*reversed(_first_and_last(run.configs)), *run.folder.glob("class_names.json")]
+    return [Fold(p.name, [Code(p.read_text(encoding="utf-8"))]) for p in files]
 
 
 def _first_and_last(found: list[Any]) -> list[Any]:

@@ -10,24 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["text_chunk", "texts_of"]
+__all__ = ["add_texts", "texts_of"]
 
-NAME = "Texts"
+TEXTS = "Texts"
 
 
-def text_chunk(texts: Sequence[str], columns: int) -> Any:
-    """The chunk with the texts of a grid, as PIL's argument `pnginfo`.
+def add_texts(note: Any, texts: Sequence[str], columns: int) -> None:
+    """Add the texts of a grid to the chunks of its file.
 
     Args:
+        note: A `PngInfo` of PIL.
         texts: The text of each image, row by row.
         columns: Images per row.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     rows = [list(texts[i : i + columns]) for i in range(0, len(texts), columns)]
-    chunk = PngInfo()
-    chunk.add_itxt(NAME, json.dumps(rows, ensure_ascii=False))
-    return chunk
+    note.add_itxt(TEXTS, json.dumps(rows, ensure_ascii=False))
 
 
 def texts_of(path: Path) -> list[list[str]]:
@@ -40,5 +37,5 @@ def texts_of(path: Path) -> list[list[str]]:
 
     with Image.open(path) as picture:
         picture.load()  # a chunk may follow the pixels
-        rows: list[list[str]] = json.loads(picture.info.get(NAME, "[]"))
+        rows: list[list[str]] = json.loads(picture.info.get(TEXTS, "[]"))
     return rows
