@@ -1,5 +1,6 @@
 """Real processes, killed or told to leave at any moment, and what they leave behind."""
 
+import contextlib
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resume
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.whole_file import unfinished_path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
@@ -104,10 +106,24 @@ def start(folder, *words):
     folder.mkdir(exist_ok=True)
     words = [*resume.command(list(words), folder), "--trainer.max_steps=100000"]
     with (folder / "log.txt").open("w") as log:
-        return warm.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "lit_diffusion", *words],
             cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+    STARTED.append(process.pid)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """End what a test has started, also if it fails: each would run for hours."""
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop(), signal.SIGKILL)
 
 
 def wait_for(condition, process, seconds=120):
@@ -157,10 +173,6 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     wait_for(lambda: step_of(tmp_path) > 0, process)
     members = group(process)
     if name == "SIGINT":
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-            pytest.skip(
-                "this process ignores Ctrl-C, as a job in the background, and so do others"
-            )
         os.killpg(process.pid, signal.SIGINT)  # as a terminal: to all ranks and workers
     else:
         os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told
@@ -356,13 +368,16 @@ def test_the_command_line_hands_the_plugin_to_the_trainer(cli, configs, monkeypa
 
 
 def test_orphans_are_cleaned(tmp_path):
-    orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    orphan, other = (unfinished_path(tmp_path / f"{name}.ckpt") for name in ("last", "best"))
+    orphan = orphan.with_name(orphan.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
     orphan.write_bytes(b"half")
-    other.write_bytes(b"of another checkpoint, perhaps being written")
+    other.write_bytes(b"of another checkpoint, being written")
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
     WholeCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.ckpt.99.tmp", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "last.ckpt"]
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

@@ -45,14 +45,14 @@ class ImageDataModule(L.LightningDataModule):
     device and from there on float32 in [−1, 1], or float64 with `trainer.precision: 64-true`
     (floats in .npy format, such as latents, are used unchanged); indices are those of the examples
     in the split. Each further condition is an entry of its own name, (B, *), int64 if it is
-    integers and float32 otherwise. In validation batches the index counts the examples in use, and
-    "total" is their number. The training order is a function of the data and the seed alone and
-    continues exactly from a checkpoint.
+    integers and float32 otherwise, and captions are "text", their bytes. In validation batches the
+    index counts the examples in use, and "total" is their number. The training order is a
+    function of the data and the seed alone and continues exactly from a checkpoint.
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
-            lit_diffusion (digits8x8, swirl, toy1d), or a name on the Hugging Face hub; looked up
-            in that order. Or the URL of a parquet file.
+            lit_diffusion (digits8x8, digits_text, swirl, toy1d), or a name on the Hugging Face
+            hub; looked up in that order. Or the URL of a parquet file.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
@@ -61,6 +61,9 @@ class ImageDataModule(L.LightningDataModule):
         label_key: Column of the integer labels, null for none.
         condition_keys: Columns of further conditions, each a number or nested lists of numbers of
             the same shape in all examples. Name them in `model.conditions` to use them.
+        text_key: Column of captions, strings, null for none. They become the entry `text` of a
+            batch: (B, text_length) bytes in UTF-8, int64, 0 for padding.
+        text_length: Longest caption in bytes; a longer one is a bad example.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none.
         batch_size: Examples in a batch, on each rank.
@@ -78,9 +81,9 @@ class ImageDataModule(L.LightningDataModule):
         horizontal_flip: Mirror each training image with probability one half.
         seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
-            one of another size or mode, a missing label, a shard that cannot be read): `skip` it,
-            report it in a warning and in bad_examples.csv in the run folder, and take the next;
-            or `raise` an error.
+            one of another size or mode, a missing label or caption, a shard that cannot be read):
+            `skip` it, report it in a warning and in bad_examples.csv in the run folder, and take
+            the next; or `raise` an error.
         max_bad_share: Largest share of the examples read that may be bad, from 0 to 1; more, and
             at least ten, end the run.
         on_changed_data: What to do if a run is resumed and the training data are not those of the
@@ -99,6 +102,8 @@ class ImageDataModule(L.LightningDataModule):
         image_key: str = "image",
         label_key: str | None = "label",
         condition_keys: tuple[str, ...] = (),
+        text_key: str | None = None,
+        text_length: int = 256,
         train_split: str = "train",
         val_split: str | None = "test",
         batch_size: int = 64,
@@ -123,6 +128,8 @@ class ImageDataModule(L.LightningDataModule):
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
+        self.text_key = text_key
+        self.text_length = text_length
         self.train_split = train_split
         self.val_split = val_split
         self.batch_size = batch_size
@@ -282,7 +289,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _open_split(self, splits: Splits, name: str, like: ImageDecoder | None = None) -> Split:
         """Open a split; its examples must look as another decoder expects, or like its first."""
-        columns = Columns(self.image_key, self.label_key, self.condition_keys)
+        columns = Columns(self.image_key, self.label_key, self.condition_keys, self.text_key)
         source = open_source(splits, name, columns, self.open_shards, self._skip)
         decoder = ImageDecoder(
             self.image_shape,
@@ -290,6 +297,7 @@ class ImageDataModule(L.LightningDataModule):
             conditions=self.condition_keys,
             like=None if like is None else like.like,
             paths=splits.paths,
+            text=None if self.text_key is None else (self.text_key, self.text_length),
         )
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
         if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
@@ -309,6 +317,8 @@ class ImageDataModule(L.LightningDataModule):
         }
         if self.condition_keys:
             identity["condition_keys"] = self.condition_keys
+        if self.text_key is not None:
+            identity |= {"text_key": self.text_key, "text_length": self.text_length}
         identity["fingerprint"] = split.source.fingerprint
         memory = open_map(split, identity, cache_folder(self.cache_dir), self._allowed_share)
         self._bad_examples(split.name).add(memory.bad if self._place()[0] == 0 else [])
