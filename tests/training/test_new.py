@@ -183,7 +183,7 @@ def test_what_is_reported(tmp_path, quick):
     assert "39 examples in split 'train'" in text
     assert "sizes     40 × 30 (9), " in text
     assert "formats   JPEG 31, PNG 6, GIF 1" in text
-    assert "modes     RGB 32, L 6" in text
+    assert "modes     RGB 31, L 6, P 1" in text
     assert "2 of 39 cannot be used" in text
     assert "broken.jpg: expected an image that can be decoded" in text
     assert "moving.gif: expected one image, got an animation of 3" in text

@@ -180,8 +180,8 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
 def _name(example: Example | Bad, bad: Bad) -> str:
     """Of an image that is a file, its path; else the row of its file."""
     image = None if isinstance(example, Bad) else example.image
-    path = image.get("path") if isinstance(image, dict) else None
-    return bad.name if bad.file or not path else str(path)
+    listed = isinstance(image, dict) and image.get("bytes") is None and image.get("path")
+    return str(image["path"]) if listed else bad.name
 
 
 class _Header(NamedTuple):
