@@ -1,17 +1,13 @@
 """`lit-diffusion new`: any folder gives a config that trains, or one sentence."""
 
 import importlib
-import io
 import shutil
-import tarfile
 from collections import Counter
 
-import datasets
-import numpy as np
+import image_folders as make
 import pytest
 import torch
 import yaml
-from image_files import encode, write_parquet
 from PIL import Image
 
 from lit_diffusion.nn import UNet
@@ -46,106 +42,18 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "try_steps", lambda *arguments: trial)
 
 
-def photograph(i, size=(24, 24), mode="RGB"):
-    """A picture of smooth waves, different for each number, of a size (width, height)."""
-    x, y = np.meshgrid(np.arange(size[0]) / 7, np.arange(size[1]) / 5)
-    waves = np.stack([np.sin(x + i), np.cos(y - i), np.sin(x * y / 4 + i)], axis=-1)
-    return Image.fromarray(np.uint8(np.round((waves + 1) * 127.5))).convert(mode)
-
-
-def save(folder, pictures, suffix="png"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i:03d}.{suffix}")
-    return folder
-
-
-# Kinds of data that a user may have: each is a function of an empty folder that returns the path.
-
-
-def mixed(folder):
-    """JPEG and PNG of many sizes, some grey, one broken, rubbish of two systems, an animation."""
-    sizes = [(40, 30), (30, 40), (64, 48), (33, 57)]
-    save(folder, [photograph(i, sizes[i % 4]) for i in range(30)], "jpg")
-    save(folder, [photograph(i, (50, 41), "L") for i in range(30, 36)])
-    (folder / "broken.jpg").write_bytes((folder / "000.jpg").read_bytes()[:200])
-    (folder / "Thumbs.db").write_bytes(b"\0rubbish")
-    (folder / ".DS_Store").write_bytes(b"\0rubbish")
-    (folder / "a picture of Zoë, größer.JPG").write_bytes((folder / "001.jpg").read_bytes())
-    frames = [photograph(i) for i in range(3)]
-    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    return folder
-
-
-def classes(folder):
-    for k, name in enumerate(["cat", "großer Hund"]):
-        save(folder / name, [photograph(10 * k + i) for i in range(8 + 4 * k)])
-    return folder
-
-
-def splits(folder):
-    for split, n in (("train", 6), ("test", 3)):
-        for k, name in enumerate("ab"):
-            save(folder / split / name, [photograph(10 * k + i) for i in range(n)])
-    return folder
-
-
-def nested(folder):
-    save(folder / "2021" / "summer", [photograph(i) for i in range(5)])
-    save(folder / "2022", [photograph(i) for i in range(5, 12)])
-    return folder
-
-
-def labelled_parquet(folder):
-    images = [encode(np.asarray(photograph(i)).transpose(2, 0, 1)) for i in range(24)]
-    write_parquet(folder / "train.parquet", images, labels=[i % 3 for i in range(24)])
-    return folder
-
-
-def plain_parquet(folder):
-    images = [{"bytes": encode(np.asarray(photograph(i, mode="L"))[None])} for i in range(24)]
-    table = datasets.Dataset.from_dict({"picture": images, "note": ["-"] * 24})
-    table.to_parquet(folder / "rows.parquet")
-    return folder / "rows.parquet"
-
-
-def single_bits(folder):
-    return save(folder, [photograph(i, (16, 16), "1") for i in range(12)])
-
-
-def one_image(folder):
-    return save(folder, [photograph(0)])
-
-
-def grey_in_colour(folder):
-    return save(folder, [photograph(i, mode="L").convert("RGB") for i in range(12)], "jpg")
-
-
-def tar(folder):
-    with tarfile.open(folder / "shard-0.tar", "w") as archive:
-        for i in range(24):
-            for suffix, data in (
-                (".png", encode(np.asarray(photograph(i)).transpose(2, 0, 1))),
-                (".cls", b"%d" % (i % 2)),
-            ):
-                entry = tarfile.TarInfo(f"{i:04d}{suffix}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    return folder / "shard-0.tar"
-
-
 #: What the config of each must say.
 TRAINS = {
-    mixed: {"image_shape": [3, 24, 24], "mode": "RGB", "val_share": 0.1},
-    classes: {"label_key": "label", "image_shape": [3, 24, 24], "val_share": 0.1},
-    splits: {"label_key": "label", "val_split": "test"},
-    nested: {"label_key": None, "image_shape": [3, 24, 24], "val_split": None},
-    labelled_parquet: {"label_key": "label"},
-    plain_parquet: {"label_key": None, "image_key": "picture", "image_shape": [1, 24, 24]},
-    single_bits: {"image_shape": [1, 16, 16]},
-    one_image: {"val_split": None, "batch_size": 8},
-    grey_in_colour: {"image_shape": [1, 24, 24], "mode": "L"},
-    tar: {"label_key": "cls", "image_key": "png", "path": "webdataset"},
+    make.mixed: {"image_shape": [3, 24, 24], "mode": "RGB", "val_share": 0.1},
+    make.classes: {"label_key": "label", "image_shape": [3, 24, 24], "val_share": 0.1},
+    make.splits: {"label_key": "label", "val_split": "test"},
+    make.nested: {"label_key": None, "image_shape": [3, 24, 24], "val_split": None},
+    make.labelled_parquet: {"label_key": "label"},
+    make.plain_parquet: {"label_key": None, "image_key": "picture", "image_shape": [1, 24, 24]},
+    make.single_bits: {"image_shape": [1, 16, 16]},
+    make.one_image: {"val_split": None, "batch_size": 8},
+    make.grey_in_colour: {"image_shape": [1, 24, 24], "mode": "L"},
+    make.tar: {"label_key": "cls", "image_key": "png", "path": "webdataset"},
 }
 
 
@@ -179,11 +87,11 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
 
 def test_what_is_reported(tmp_path, quick):
     (folder := tmp_path / "photos").mkdir()
-    text = str(new(mixed(folder)))
+    text = " ".join(str(new(make.mixed(folder))).split())  # without its breaks of lines
     assert "39 examples in split 'train'" in text
-    assert "sizes     40 × 30 (9), " in text
-    assert "formats   JPEG 31, PNG 6, GIF 1" in text
-    assert "modes     RGB 31, L 6, P 1" in text
+    assert "sizes 40 × 30 (9), 30 × 40 (8), " in text
+    assert "formats JPEG 31, PNG 6, GIF 1" in text
+    assert "modes RGB 31, L 6, P 1" in text
     assert "2 of 39 cannot be used" in text
     assert "broken.jpg: expected an image that can be decoded" in text
     assert "moving.gif: expected one image, got an animation of 3" in text
@@ -193,91 +101,26 @@ def test_what_is_reported(tmp_path, quick):
 
 def test_classes_are_named_and_their_balance_is_stated(tmp_path, quick):
     (tmp_path / "pets").mkdir()
-    text = str(new(classes(tmp_path / "pets")))
+    text = str(new(make.classes(tmp_path / "pets")))
     assert "2 (column 'label'), the largest is 1.5 times the smallest" in text
     assert "großer Hund 12, cat 8" in text
 
 
-def nothing(folder):
-    return folder
-
-
-def missing(folder):
-    return folder / "nowhere"
-
-
-def text_file(folder):
-    (folder / "notes.txt").write_text("no image")
-    return folder / "notes.txt"
-
-
-def texts(folder):
-    text_file(folder)
-    return folder
-
-
-def arrays(folder):
-    np.save(folder / "images.npy", np.zeros((5, 8, 8), np.uint8))
-    return folder
-
-
-def an_array(folder):
-    return arrays(folder) / "images.npy"
-
-
-def archive(folder):
-    np.savez(folder / "images.npz", images=np.zeros((5, 8, 8), np.uint8))
-    return folder / "images.npz"
-
-
-def deep(folder):
-    for i in range(3):
-        picture = Image.fromarray(np.full((8, 8), 1000 * i, np.uint16))
-        picture.save(folder / f"{i}.png")
-    return folder
-
-
-def animations(folder):
-    frames = [photograph(i) for i in range(3)]
-    for i in range(3):
-        frames[0].save(folder / f"{i}.gif", save_all=True, append_images=frames[1:])
-    return folder
-
-
-def all_broken(folder):
-    for i in range(3):
-        (folder / f"{i}.jpg").write_bytes(b"\xff\xd8\xff no image")
-    return folder
-
-
-def latents(folder):
-    rows = []
-    for _ in range(3):
-        np.save(file := io.BytesIO(), np.zeros((4, 8, 8), np.float16))
-        rows.append(file.getvalue())
-    datasets.Dataset.from_dict({"latent": rows}).to_parquet(folder / "train.parquet")
-    return folder
-
-
-def numbers(folder):
-    datasets.Dataset.from_dict({"age": [1, 2]}).to_parquet(folder / "train.parquet")
-    return folder
-
-
 #: What the sentence about each must contain.
 REFUSED = {
-    nothing: "is an empty folder",
-    missing: "found none",
-    text_file: "expected a parquet file or a folder",
-    texts: "expected a column of images",
-    arrays: "numpy arrays",
-    an_array: "numpy arrays",
-    archive: "numpy arrays",
-    deep: "16 bit",
-    animations: "an animation of 3",
-    all_broken: "none of the 3",
-    latents: "such as latents",
-    numbers: "expected a column of images",
+    make.nothing: "is an empty folder",
+    make.missing: "found none",
+    make.text_file: "expected a parquet file or a folder",
+    make.texts: "expected a column of images",
+    make.arrays: "numpy arrays",
+    make.an_array: "numpy arrays",
+    make.archive: "numpy arrays",
+    make.deep: "16 bit",
+    make.animations: "an animation of 3",
+    make.all_broken: "none of the 3",
+    make.latents: "such as latents",
+    make.on_the_hub: "cannot be opened",
+    make.numbers: "expected a column of images",
 }
 
 
@@ -295,7 +138,7 @@ def test_a_kind_of_data_that_cannot_be_used_gives_one_sentence(kind, tmp_path, c
 
 def test_nothing_is_overwritten(tmp_path, quick):
     (folder := tmp_path / "images").mkdir()
-    single_bits(folder)
+    make.single_bits(folder)
     first = new(folder)
     assert (first.config.name, first.contact_sheet.name) == ("images.yaml", "images.png")
     with pytest.raises(UsageError, match=r"images\.yaml exists already"):
@@ -312,7 +155,7 @@ def test_nothing_is_overwritten(tmp_path, quick):
 
 def test_nothing_is_written_into_the_folder_of_the_images(tmp_path, quick, monkeypatch):
     (folder := tmp_path / "images").mkdir()
-    names = sorted(file.name for file in single_bits(folder).iterdir())
+    names = sorted(file.name for file in make.single_bits(folder).iterdir())
     with pytest.raises(UsageError, match="start from another folder"):
         new(folder, folder / "my.yaml")
     monkeypatch.chdir(folder)
@@ -324,7 +167,7 @@ def test_nothing_is_written_into_the_folder_of_the_images(tmp_path, quick, monke
 @pytest.mark.parametrize("name", ["#1: it's", "null", "Fotos von Zoë [1]*", "a\tb", "${x}", "…"])
 def test_any_name_of_a_folder_is_written_as_it_is(name, tmp_path, quick):
     (folder := tmp_path / name).mkdir()
-    proposed = new(single_bits(folder))
+    proposed = new(make.single_bits(folder))
     config = yaml.safe_load(proposed.config.read_text(encoding="utf-8"))
     assert config["data"]["path"] == str(folder)
     assert isinstance(config["name"], str)
@@ -333,18 +176,34 @@ def test_any_name_of_a_folder_is_written_as_it_is(name, tmp_path, quick):
 
 def test_few_grey_levels_give_a_decoder(tmp_path, quick):
     (folder := tmp_path / "bits").mkdir()
-    model = yaml.safe_load(new(single_bits(folder)).config.read_text())["model"]
+    model = yaml.safe_load(new(make.single_bits(folder)).config.read_text())["model"]
     assert model["weighting"] == "ELBOWeighting"
     assert model["decoder"] == {"class_path": "SoftmaxDecoder", "init_args": {"levels": 2}}
     (folder := tmp_path / "photographs").mkdir()
-    model = yaml.safe_load(new(grey_in_colour(folder)).config.read_text())["model"]
+    model = yaml.safe_load(new(make.grey_in_colour(folder)).config.read_text())["model"]
     assert model["weighting"]["class_path"] == "SigmoidWeighting"
     assert "decoder" not in model
 
 
+def test_the_shipped_digits_are_recognised(quick):
+    proposed = new("digits8x8")
+    config = yaml.safe_load(proposed.config.read_text())
+    assert config["data"]["path"] == "digits8x8"
+    assert (config["data"]["image_shape"], config["data"]["val_split"]) == ([1, 8, 8], "test")
+    network = config["model"]["network"]["init_args"]
+    assert [network[k] for k in ("num_classes", "fourier", "attention")] == [
+        10,
+        [3, 4],
+        [8, 4],
+    ]
+    assert config["model"]["decoder"]["init_args"] == {"levels": 17}
+    assert "Likelihood" in config["trainer"]["callbacks"]
+    assert (proposed.survey.total, proposed.survey.labels.total()) == (1500, 1500)
+
+
 def test_what_is_asked_for_is_in_the_config(tmp_path, quick):
     (folder := tmp_path / "images").mkdir()
-    grey_in_colour(folder)
+    make.grey_in_colour(folder)
     proposed = new(folder, size=100, horizontal_flip=True, looks=5)
     config = yaml.safe_load(proposed.config.read_text())
     assert proposed.survey.pixels.looked == 5
@@ -358,7 +217,7 @@ def test_what_is_asked_for_is_in_the_config(tmp_path, quick):
 
 def test_steps_are_measured_on_this_machine(tmp_path):
     (folder := tmp_path / "bits").mkdir()
-    proposed = new(single_bits(folder))
+    proposed = new(make.single_bits(folder))
     trial = proposed.trial
     assert min(trial.seconds, trial.memory) > 0
     assert f"{trial.seconds:.3g} s a step" in proposed.config.read_text()
@@ -366,7 +225,9 @@ def test_steps_are_measured_on_this_machine(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [mixed, classes, splits, single_bits, one_image, tar])
+@pytest.mark.parametrize(
+    "kind", [make.mixed, make.classes, make.splits, make.single_bits, make.one_image, make.tar]
+)
 def test_the_config_trains_without_an_edit(kind, tmp_path, cli, quick):
     (folder := tmp_path / "my images").mkdir()
     code, out, err = cli("new", kind(folder), "--out", "my.yaml")
@@ -375,7 +236,7 @@ def test_the_config_trains_without_an_edit(kind, tmp_path, cli, quick):
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     code, out, err = cli("fit", "--config", "my.yaml", "--trainer.max_steps", 2)
     assert code == 0, err
-    assert list(tmp_path.glob("runs/my-images/*/samples/step-0000002.png"))
+    assert list(tmp_path.glob("runs/*/*/samples/step-0000002.png"))
 
 
 def test_an_address_with_a_secret_is_not_written(tmp_path, quick):
