@@ -44,6 +44,8 @@ def settings_of(
         **{f"data.{name}": getattr(data, name) for name in ARGUMENTS},
         "data.image_shape": list(data.image_shape),
         "data.condition_keys": list(data.condition_keys) or None,
+        "data.mode": data.mode,
+        "data.transform": data.transforms.description or None,
         TOTAL: total,
         SHARDS: split.source.shards,
         FIRST: zlib.crc32(split.decoder.like["image"].tobytes()),
