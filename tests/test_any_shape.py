@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from lit_diffusion.nn import DiT, FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.nn.blocks import Upsample
 from lit_diffusion.nn.patches import patchify, unpatchify
+from lit_diffusion.testing import check_network
 
 SHAPES = {"series": (2, 24), "images": (3, 8, 12), "volumes": (1, 8, 4, 8)}
 SMALL = {"depth": 2, "width": 48, "heads": 2, "num_classes": 4}
@@ -37,18 +38,13 @@ def awake(net):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
-def test_the_shape_comes_back_and_each_example_is_for_itself(make, shape):
+def test_the_laws_of_a_network(make, shape):
     torch.manual_seed(0)
     net = make(shape)
     assert tuple(net.image_shape) == shape
     z, logsnr, label = torch.randn(B, *shape), torch.randn(B), torch.tensor([0, 3, -1])
     assert net(z, logsnr, label).abs().max() == 0  # a new network
-    out = awake(net)(z, logsnr, label)
-    assert out.shape == z.shape
-    torch.testing.assert_close(net(z[1:2], logsnr[1:2], label[1:2]), out[1:2])
-    out.square().sum().backward()
-    missing = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not missing
+    check_network(net)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -11,6 +11,7 @@ from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import NoiseSchedule
 from lit_diffusion.testing import (
     check_decoder,
+    check_network,
     check_plugin,
     check_prediction,
     check_sampler,
@@ -174,12 +175,112 @@ def test_broken_samplers_are_caught():
         check_sampler(PromisesTooMuch())
 
 
+class Net(torch.nn.Module):
+    """A network in which one line can be replaced."""
+
+    image_shape, num_classes, conditions = (1, 2, 2), 3, {"angle": 2}
+
+    def __init__(self, features=8):
+        super().__init__()
+        self.features = features
+        self.first, self.last = torch.nn.Linear(4 + 1 + 2, features), torch.nn.Linear(features, 4)
+        self.table = torch.nn.Embedding(4, features)
+
+    def forward(self, z, logsnr, label=None, angle=None, dropped=None):
+        label = torch.full((len(z),), -1) if label is None else label
+        h = self.first(torch.cat([z.flatten(1), logsnr[:, None] / 10, angle], 1))
+        return self.last(torch.tanh(h + self.table(label + 1))).view_as(z)
+
+
+def broken_networks():
+    class MixesTheBatch(Net):
+        def forward(self, z, *args, **kwargs):
+            return super().forward(z + z.mean(0), *args, **kwargs)
+
+    class IsRandom(Net):
+        def forward(self, z, *args, **kwargs):
+            return super().forward(z + torch.rand(()), *args, **kwargs)
+
+    class IgnoresTheLevel(Net):
+        def forward(self, z, logsnr, *args, **kwargs):
+            return super().forward(z, 0 * logsnr, *args, **kwargs)
+
+    class IgnoresTheLabel(Net):
+        def forward(self, z, logsnr, label=None, **kwargs):
+            return super().forward(z, logsnr, torch.zeros(len(z), dtype=torch.long), **kwargs)
+
+    class IgnoresACondition(Net):
+        def forward(self, z, logsnr, label=None, angle=None, dropped=None):
+            return super().forward(z, logsnr, label, torch.zeros_like(angle))
+
+    class NoLabelIsTheFirst(Net):
+        def forward(self, z, logsnr, label=None, **kwargs):
+            label = torch.zeros(len(z), dtype=torch.long) if label is None else label
+            return super().forward(z, logsnr, label, **kwargs)
+
+    class KnowsNoDropped(Net):
+        def forward(self, z, logsnr, label=None, angle=None):
+            return super().forward(z, logsnr, label, angle)
+
+    class HasAnIdleParameter(Net):
+        def __init__(self, features=8):
+            super().__init__(features)
+            self.idle = torch.nn.Parameter(torch.zeros(3))
+
+    class KeepsAnotherNumber(Net):
+        def __init__(self, features=8):
+            super().__init__(features)
+            self.features, self.scale = 8, features
+
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) * self.scale
+
+    class Overflows(Net):
+        def forward(self, z, logsnr, *args, **kwargs):
+            return super().forward(z, torch.exp(6 * logsnr), *args, **kwargs) * torch.exp(
+                6 * logsnr
+            ).view(-1, 1, 1, 1)
+
+    class StaysInFloat32(Net):
+        def forward(self, z, *args, **kwargs):
+            return super().forward(z, *args, **kwargs).float()
+
+    class Flattens(Net):
+        def forward(self, z, *args, **kwargs):
+            return super().forward(z, *args, **kwargs).flatten(1)
+
+    return [
+        (MixesTheBatch(), "depend on the batch"),
+        (IsRandom(), "deterministic"),
+        (IgnoresTheLevel(), "depends on logsnr"),
+        (IgnoresTheLabel(), "depends on label"),
+        (IgnoresACondition(), "depends on angle"),
+        (NoLabelIsTheFirst(), "no label is the label −1"),
+        (KnowsNoDropped(), "takes `dropped`"),
+        (HasAnIdleParameter(), "gradient reaches idle"),
+        (KeepsAnotherNumber(features=9), "made from its arguments|size mismatch"),
+        (Overflows(), "finite"),
+        (StaysInFloat32(), "stays float64"),
+        (Flattens(), "shape of z"),
+    ]
+
+
+@pytest.mark.parametrize(("network", "broken"), broken_networks())
+def test_broken_networks_are_caught(network, broken):
+    check_network(Net())
+    before = network.state_dict()["first.weight"].clone()
+    with pytest.raises(AssertionError, match=broken):
+        check_network(network)
+    assert torch.equal(network.first.weight, before)
+
+
 def test_a_check_on_the_wrong_thing_says_so():
     for check, wrong in [
         (check_schedule, SCHEDULES["CosineSchedule"]),
         (check_weighting, SCHEDULES["CosineSchedule"]()),
         (check_prediction, 3),
         (check_sampler, DDIMSampler),
+        (check_network, Net),
     ]:
         with pytest.raises(AssertionError, match="expected an instance of"):
             check(wrong)

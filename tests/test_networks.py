@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_diffusion.description import build, describe
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.nn.embeddings import FourierWaves
+from lit_diffusion.testing import check_network
 
 B, C, H, W = 5, 3, 4, 2
 SHAPE, SEEN = (C, H, W), (C * 5, H, W)
@@ -61,59 +61,16 @@ def test_constructs_without_arguments(cls):
     assert torch.equal(out, torch.zeros(2, 1, 8, 8))
 
 
-def test_a_new_network_says_nothing(make):
-    net = make()
-    assert torch.equal(net(*inputs(net)), torch.zeros(B, *SHAPE))
-
-
-def test_the_shape_comes_back_and_everything_matters(net):
-    z, logsnr, *label = inputs(net)
-    out = net(z, logsnr, *label)
-    assert out.shape == z.shape
-    assert not torch.allclose(out, net(z + 0.1, logsnr, *label), atol=1e-4)
-    assert not torch.allclose(out, net(z, logsnr + 0.5, *label), atol=1e-4)
-    if label:
-        assert not torch.allclose(out, net(z, logsnr), atol=1e-4)
-        torch.testing.assert_close(net(z, logsnr), net(z, logsnr, torch.full((B,), -1)))
-
-
-def test_each_example_for_itself(net):
-    given = inputs(net)
-    out = net(*given)
-    for i in range(B):
-        alone = net(*(t[i : i + 1] for t in given))
-        torch.testing.assert_close(alone, out[i : i + 1], rtol=1e-4, atol=1e-4)
-
-
-def test_gradient_reaches_every_parameter(net):
-    net.train()(*inputs(net)).square().mean().backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-def test_float64(net):
-    single = net(*inputs(net))
-    given = [t.double() if t.is_floating_point() else t for t in inputs(net)]
-    double = net.double()(*given)
-    assert double.dtype == torch.float64
-    torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-3)
-
-
-def test_bfloat16_autocast(net):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = net(*inputs(net))
-    assert out.dtype == torch.float32
-    assert out.isfinite().all()
-
-
-def test_rebuilt_from_its_description(net):
-    twin = build(describe(net)).eval()
-    twin.load_state_dict(net.state_dict())
-    assert torch.equal(twin(*inputs(net)), net(*inputs(net)))
+def test_the_laws_of_a_network(net):
+    check_network(net)
     for name in inspect.signature(type(net)).parameters:
         value = getattr(net, name)
         assert isinstance(value, nn.Module) or f"{name}={value!r}" in net.extra_repr()
+
+
+def test_a_new_network_says_nothing(make):
+    net = make()
+    assert torch.equal(net(*inputs(net)), torch.zeros(B, *SHAPE))
 
 
 def test_labels_are_passed_on_or_refused(make):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lit_diffusion.nn import UNet
 from lit_diffusion.nn.embeddings import FourierWaves, LabelEmbedding, LogSNREmbedding
 from lit_diffusion.nn.unet import Upsample
+from lit_diffusion.testing import check_network
 
 B, C, H, W = 5, 3, 12, 10
 ARGUMENTS = tuple(inspect.signature(UNet).parameters)
@@ -44,6 +45,11 @@ def net(request):
     return awake(UNet(**SMALL | request.param))
 
 
+def test_the_laws_of_a_network(net):
+    check_network(net)
+    assert all(f"{name}={getattr(net, name)!r}" in net.extra_repr() for name in ARGUMENTS)
+
+
 def test_constructs_without_arguments():
     net = UNet()
     assert net(torch.randn(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)
@@ -68,37 +74,6 @@ def test_image_shape_may_be_odd():
     assert net(torch.randn(4, 2, 9, 13), torch.zeros(4)).shape == (4, 2, 9, 13)
 
 
-def test_no_label_is_label_minus_one():
-    net = awake(UNet(**SMALL, num_classes=4))
-    z, logsnr, _ = inputs(net)
-    torch.testing.assert_close(net(z, logsnr), net(z, logsnr, torch.full((B,), -1)))
-
-
-def test_labels_and_noise_levels_matter(net):
-    z, logsnr, *label = inputs(net)
-    out = net(z, logsnr, *label)
-    assert not torch.allclose(out, net(z, logsnr + 0.5, *label), atol=1e-4)
-    if label:
-        assert not torch.allclose(out, net(z, logsnr), atol=1e-4)
-
-
-def test_each_image_for_itself(net):
-    given = inputs(net)
-    out = net(*given)
-    for i in range(B):
-        alone = net(*(t[i : i + 1] for t in given))
-        torch.testing.assert_close(alone, out[i : i + 1], rtol=1e-4, atol=1e-4)
-    given[0][0] += 1.0
-    torch.testing.assert_close(net(*given)[1:], out[1:], rtol=1e-4, atol=1e-4)
-
-
-def test_gradient_reaches_every_parameter(net):
-    net.train()(*inputs(net)).square().mean().backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
 def test_gradient_reaches_the_noise_level(net):
     z, logsnr, *label = inputs(net)
     net(z, logsnr.requires_grad_(), *label).square().mean().backward()
@@ -111,14 +86,6 @@ def test_channels_last_is_the_same(net):
     last = net.to(memory_format=torch.channels_last)
     out = last(z.to(memory_format=torch.channels_last), *rest)
     torch.testing.assert_close(out, plain, rtol=1e-3, atol=1e-3)
-
-
-def test_float64(net):
-    single = net(*inputs(net))
-    given = [t.double() if t.is_floating_point() else t for t in inputs(net)]
-    double = net.double()(*given)
-    assert double.dtype == torch.float64
-    torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-3)
 
 
 def test_float64_noise_levels_for_a_float32_network(net):
@@ -142,15 +109,6 @@ def test_the_embedding_ignores_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = embed(logsnr)
     assert torch.equal(out, embed(logsnr))
-
-
-def test_rebuilt_from_its_attributes(net):
-    twin = UNet(**{name: getattr(net, name) for name in ARGUMENTS})
-    shapes = {name: t.shape for name, t in net.state_dict().items()}
-    assert shapes == {name: t.shape for name, t in twin.state_dict().items()}
-    twin.load_state_dict(net.state_dict())
-    assert torch.equal(twin.eval()(*inputs(net)), net(*inputs(net)))
-    assert all(f"{name}=" in net.extra_repr() for name in ARGUMENTS)
 
 
 def test_lists_become_tuples():

@@ -11,6 +11,7 @@ registered plug-in.
 
 from lit_diffusion.testing.decoders import check_decoder
 from lit_diffusion.testing.laws import check_plugin
+from lit_diffusion.testing.networks import check_network
 from lit_diffusion.testing.predictions import check_prediction
 from lit_diffusion.testing.samplers import check_sampler
 from lit_diffusion.testing.schedules import check_schedule
@@ -18,6 +19,7 @@ from lit_diffusion.testing.weightings import check_weighting
 
 __all__ = [
     "check_decoder",
+    "check_network",
     "check_plugin",
     "check_prediction",
     "check_sampler",

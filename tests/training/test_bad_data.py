@@ -332,6 +332,17 @@ def test_a_run_lists_each_bad_example_once(folder, tmp_path, workers):
     assert listed(tmp_path) == once
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_bad_file_of_a_folder_of_images_is_named(tmp_path, streaming):
+    for k, image in enumerate(pixels(20)):
+        file = tmp_path / "set" / "train" / str(k % 2) / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(image) if k != 7 else b"broken")
+    fit(tmp_path / "set", tmp_path, 6, streaming=streaming, val_split=None)
+    (row,) = listed(tmp_path)
+    assert row["file"] == str(tmp_path / "set" / "train" / "1" / "7.png")
+
+
 def test_the_first_few_are_warned_of(folder):
     with pytest.warns(UserWarning, match="skipped row") as caught:
         take(module(folder, (1, 2), val_split=None, **GENEROUS).train_dataloader(), 60)

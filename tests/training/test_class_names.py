@@ -1,17 +1,22 @@
-"""Names of classes: from the data into the checkpoint, the export and `sample --label`."""
+"""Names of classes: from the data into checkpoint, export, `sample`, the grids and the report."""
 
+import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from test_own_data import trainer
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, sample
+from lit_diffusion.training import ImageDataModule, LitDiffusion, Overview, SampleGrid, sample
 from lit_diffusion.training.data.class_names import class_names
+from lit_diffusion.training.reporting.parts import COLUMNS
+from lit_diffusion.training.reporting.write import write_report
 
 NAMES = ["daisy", "roses", "tulips"]
 
@@ -19,8 +24,6 @@ NAMES = ["daisy", "roses", "tulips"]
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
     """Images in a folder of each class, and the same as parquet with a ClassLabel."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("flowers")
     for split in ("train", "test"):
         for i, name in enumerate(NAMES):
@@ -74,3 +77,62 @@ def test_they_reach_the_checkpoint_the_export_and_sample(flowers, cli):
     assert code == 0, err
     assert ld.load_pretrained("exported").class_names == NAMES
     assert "3: daisy, roses, tulips" in Path("exported/README.md").read_text()
+
+
+class Pictures(CSVLogger):
+    """A logger that takes pictures, and keeps their captions."""
+
+    def log_image(self, name, paths, step, caption):
+        if name == "samples":
+            self.captions = caption
+
+
+def test_they_are_beside_the_grids_in_the_run_and_the_report(flowers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = LitDiffusion(
+        UNet(channels=(8,), attention=(), num_classes=3), sampler=ld.DDIMSampler(steps=2)
+    )
+    logger = Pictures(Path.cwd(), "", "")
+    data = ImageDataModule(str(flowers / "parquet"), image_shape=(1, 8, 8), batch_size=2)
+    trainer(
+        Path.cwd(),
+        max_steps=1,
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[SampleGrid(2, 4), Overview()],
+    ).fit(model, data)
+    columns = [*NAMES, "daisy"]
+    (grid,) = Path("samples").glob("step-*.png")
+    with Image.open(grid) as opened:
+        opened.load()
+        assert json.loads(opened.text[COLUMNS]) == columns
+    assert logger.captions == [f"after 1 steps; columns: {', '.join(columns)}"]
+    assert json.loads(Path("class_names.json").read_text()) == NAMES
+    page = write_report(Path.cwd()).read_text()
+    assert "".join(f"<li>{name}</li>" for name in columns) in page
+    assert f"Samples after 1 steps; columns: {', '.join(columns)}" in page
+    assert "class_names.json" in page
+
+
+def test_sample_names_columns_and_folders(tmp_path):
+    model = LitDiffusion(
+        UNet(channels=(8,), attention=(), num_classes=3), sampler=ld.DDIMSampler(steps=2)
+    )
+    model.class_names = ["tench, Tinca tinca", "../..", "Ä" * 300]
+    run = trainer(tmp_path, max_steps=0)
+    run.strategy.connect(model)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    out = sample(tmp_path / "x.ckpt", per_class=1, out=tmp_path / "images", device="cpu").path
+    assert sorted(path.parent.name for path in out.rglob("*.png")) == [
+        "0-tench, Tinca tinca",
+        "1-.._",
+        f"2-{'Ä' * 80}",
+    ]
+    grid = sample(
+        tmp_path / "x.ckpt", label=[0, -1], num_samples=4, out=tmp_path / "a.png", device="cpu"
+    )
+    with Image.open(grid.path) as opened:
+        opened.load()
+        assert json.loads(opened.text[COLUMNS]) == ["tench, Tinca tinca", "none"]

@@ -365,7 +365,8 @@ def test_quick_answers():
     assert "'torch'" not in help_text
     assert "sample" in help_text
     assert "'lightning'" not in plugins
-    for name in ("CosineSchedule", "EDMWeighting", "VPrediction", "DDIMSampler"):
+    named = ("CosineSchedule", "EDMWeighting", "VPrediction", "DDIMSampler", "UNet", "EMA")
+    for name in (*named, "objective/edm"):
         assert any(line.startswith(f"  {name} ") for line in plugins.splitlines())
 
 

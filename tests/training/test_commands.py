@@ -14,7 +14,17 @@ import torch
 import lit_diffusion as ld
 from lit_diffusion import __main__ as command_line
 from lit_diffusion import training
-from lit_diffusion.training import LitDiffusion, compare, ema, objective, plugins, report, sample
+from lit_diffusion.training import (
+    LitDiffusion,
+    callbacks,
+    compare,
+    ema,
+    objective,
+    plugins,
+    report,
+    sample,
+)
+from lit_diffusion.training.commands.shipped_configs import shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 
 FUNCTIONS = {name: one.function for name, one in COMMANDS.items() if one.function}
@@ -128,6 +138,33 @@ def test_plugins_from_python():
     found = plugins()
     assert ld.CosineSchedule in found["NoiseSchedule"]
     assert "  CosineSchedule " in str(found)
+    assert {ld.UNet, ld.DiT, ld.DiffusersNetwork} <= set(found["Network"])
+
+
+def test_plugins_lists_callbacks_and_configs():
+    found = plugins()
+    assert [name for name, _, _ in found.own_callbacks] == callbacks.__all__
+    assert all(summary.endswith((".", "file.")) for _, _, summary in found.own_callbacks)
+    lines = [line.split() for line in str(found).partition("Config\n")[2].splitlines()]
+    assert [words[0] for words in lines if words] == list(shipped_configs())
+    said = [" ".join(words[1:]) for words in lines if words]
+    assert len(set(said) - {""}) == len(said)
+
+
+def test_plugins_lists_the_networks_and_callbacks_of_a_user(cli, tmp_path):
+    (tmp_path / "listed_plugin.py").write_text(
+        "import lightning as L\nfrom torch import nn\n\n"
+        'class MyNet(nn.Module):\n    """A net.\n\n    More."""\n'
+        "    def forward(self, z, logsnr, label=None):\n        return z\n\n"
+        "class Layer(nn.Module):\n    def forward(self, x):\n        return x\n\n"
+        'class MyCallback(L.Callback):\n    """Does it."""\n'
+    )
+    code, out, err = cli("plugins", "--plugins", "listed_plugin")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert ["MyNet", "listed_plugin", "A", "net."] in lines
+    assert ["MyCallback", "listed_plugin", "Does", "it."] in lines
+    assert not any("Layer" in words for words in lines)
 
 
 def test_jsonargparse_still_finds_class_names_where_it_is_replaced():

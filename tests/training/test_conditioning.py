@@ -879,7 +879,7 @@ def test_a_grid_has_a_column_for_each_class(cli, labelled, words, columns, rows)
         (["--label=[1,2,3,4,5,6,12]"], "classes from 0 to 11, or none"),
         (["--label=[0,-2]"], "classes from 0 to 11, or none"),
         (["--label=[]"], "classes from 0 to 11, or none, got []"),
-        (["--label=seven"], "label: expected"),
+        (["--label=seven"], "--label must be a number: the data name no classes"),
         (["--per_class=0"], "--per_class must be at least 1"),
         (["--num_samples=0"], "--num_samples must be at least 1"),
         (["--per_class=2", "--num_samples=4"], "omit --num_samples"),

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resume
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
+from lit_diffusion.training.run.whole_file import unfinished_path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
@@ -356,13 +357,16 @@ def test_the_command_line_hands_the_plugin_to_the_trainer(cli, configs, monkeypa
 
 
 def test_orphans_are_cleaned(tmp_path):
-    orphan, other = tmp_path / ".last.ckpt.99.tmp", tmp_path / ".best.ckpt.99.tmp"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    orphan, other = (unfinished_path(tmp_path / f"{name}.ckpt") for name in ("last", "best"))
+    orphan = orphan.with_name(orphan.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
     orphan.write_bytes(b"half")
-    other.write_bytes(b"of another checkpoint, perhaps being written")
+    other.write_bytes(b"of another checkpoint, being written")
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 
     WholeCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.ckpt.99.tmp", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "last.ckpt"]
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

@@ -16,18 +16,24 @@ from lit_diffusion.training.reporting.objective import save_objective
 from lit_diffusion.training.run.dashboard import Dashboard, show
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.messages import warn
+from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
+from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Overview"]
+
+CLASS_NAMES = "class_names.json"
 
 
 class Overview(L.Callback):
     """Plots the objective at the start, logs the measurements to W&B, and stores the W&B run id.
 
-    objective.png in the run folder is the plot of `lit-diffusion objective` for the schedule,
-    weighting and prediction that are trained. The records of metrics.json are logged as a table,
-    each with its protocol, after a validation that added to them and at the end. The id of the W&B
-    run is stored in every checkpoint, so that a resumed run continues the same W&B run.
+    class_names.json in the run folder has the names of the classes, by their numbers, if the data
+    name them and the network knows classes. objective.png is the plot of `lit-diffusion objective`
+    for the schedule, weighting and prediction that are trained. The records of metrics.json are
+    logged as a table, each with its protocol, after a validation that added to them and at the
+    end. The id of the W&B run is stored in every checkpoint, so that a resumed run continues the
+    same W&B run.
     """
 
     def __init__(self) -> None:
@@ -36,11 +42,15 @@ class Overview(L.Callback):
         self._folder: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Plot the objective; a plot that fails must not stop a run."""
+        """Plot the objective, and record the classes; neither may stop a run."""
         folder = output_folder(trainer)
         if not trainer.is_global_zero or not trainer.loggers or folder is None:
             return
         self._folder = folder
+        if (names := getattr(pl_module, "class_names", None)) is not None:
+            with may_fail(folder / CLASS_NAMES):
+                text = json.dumps(names, indent=1, ensure_ascii=False)
+                write_whole(folder / CLASS_NAMES, text + "\n")
         path = folder / "objective.png"
         try:
             loss: DiffusionLoss = pl_module.loss

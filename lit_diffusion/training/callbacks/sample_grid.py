@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
@@ -26,7 +28,7 @@ BAR = 256  # height of the highest bar
 COLOUR = torch.tensor([0.09, 0.24, 0.47])  # of bars and points
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
+def save_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = ()) -> Tensor:
     """Write images as one PNG, whole or not at all; small ones are enlarged.
 
     Examples of one or two numbers are shown together as one plot, a histogram or a scatter plot.
@@ -37,11 +39,12 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
         images: Images in [−1, 1], or latents of standard deviation 1.
         path: The PNG file.
         columns: Images per row; ignored for plots.
+        names: What each column shows; the report reads them from the file.
 
     Shapes:
         images (n, C, H, W); result, the picture, (3, H', W'), uint8.
     """
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
     images, channels = images.float().cpu(), images.shape[1]
@@ -55,8 +58,13 @@ def save_grid(images: Tensor, path: Path, columns: int) -> Tensor:
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
         picture = make_grid(pixels, nrow=columns, padding=max(2, scale // 2), pad_value=255)
+    note = PngImagePlugin.PngInfo()
+    if names and images[0].numel() > 2:
+        note.add_itxt(COLUMNS, json.dumps(list(names), ensure_ascii=False))
     with replacing(path) as unfinished:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(unfinished, format="PNG")
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(
+            unfinished, format="PNG", pnginfo=note
+        )
     return picture
 
 
@@ -96,7 +104,8 @@ def _points(points: Tensor) -> Tensor:
 class SampleGrid(Periodic):
     """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
-    With classes, each column is one class. With further conditions, the images have the
+    With classes, each column is one class; the file has their names, if the data name them, and
+    the report shows them. With further conditions, the images have the
     conditions of the first validation examples, or training examples if there is no validation;
     if rank 0 has fewer than rows · columns of them, there are fewer images. The starting noise is
     always the same, so that the grids differ only by the model. With an `EMA` the samples are
@@ -220,11 +229,19 @@ class SampleGrid(Periodic):
             for name in (self._seen[0] if self._seen else ())
         }
         images = self.sample(pl_module, pl_module.watch(), seen)
+        names = [] if seen else self._names(pl_module)
         with may_fail(path):
-            save_grid(images, path, self.columns)
+            save_grid(images, path, self.columns, names)
             self.last_path = path
-            show(trainer, "samples", path)
+            show(trainer, "samples", path, f"columns: {', '.join(names)}" if names else "")
         return {}
+
+    def _names(self, model: LitDiffusion) -> list[str]:
+        """The name of the class of each column; empty if the data name no classes."""
+        classes, names = model.num_classes, model.class_names or []
+        if classes is None or len(names) < min(classes, self.columns):
+            return []
+        return [names[column % classes] for column in range(self.columns)]
 
     def _see_training_data(self, trainer: L.Trainer, model: LitDiffusion) -> None:
         """Take the conditions of the first training examples, where there is no validation."""

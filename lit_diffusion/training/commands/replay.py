@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
+from lit_diffusion.training.callbacks.likelihood import Likelihood
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.fit import DiffusionCLI
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.last_weights import Measures
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.folder import is_first_rank
 
@@ -229,11 +231,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _rehearsal(
     path: Path, record: dict[str, Any], start: Path | None, folder: str
 ) -> dict[str, Any]:
-    """The run's config, without validation, logging, checkpoints and early stopping."""
+    """The run's config, without validation, measurements, logging, checkpoints, early stopping."""
     config: dict[str, Any] = yaml.safe_load((path.parent / record["config"]).read_text())
     config["ckpt_path"] = None if start is None else str(start)
     # A guard that skipped earlier steps must skip them again.
-    bases = (Checkpoint, EarlyStopping, Guard, ProgressBar, Timer)
+    bases = (Checkpoint, EarlyStopping, Guard, Likelihood, Measures, ProgressBar, Timer)
     left_out = {cls.__name__ for base in bases for cls in (base, *subclasses(base))}
     trainer = config["trainer"]
     callbacks = trainer["callbacks"] or []

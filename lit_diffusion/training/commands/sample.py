@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ def sample(
         label: Class of all images, by number or name; or a list such as [0,1,2] to cycle through,
             one per column of a grid; none or -1 for no class. Sampled by default.
         per_class: Number of images of each class, or of each in label: a grid with one column, or
-            a folder with one subfolder, per class.
+            a folder with one subfolder, such as 3-roses, per class.
         guidance: Scale of classifier-free guidance; 1 for none.
         guidance_interval: Guide only for λ in this interval, such as [-3,5]; by default
             everywhere.
@@ -126,7 +127,8 @@ def sample(
         columns = max(1, round(n**0.5))
         if per_class is not None or len(classes) > 1:
             columns = len(classes)
-        save_grid(torch.cat(kept), out, columns)
+        names = [_name(c, model) for c in classes] if columns == len(classes) else []
+        save_grid(torch.cat(kept), out, columns, names)
         return Samples(torch.cat(kept), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
@@ -291,5 +293,15 @@ def _classes(
 
 
 def _folder(label: int, model: LitDiffusion) -> str:
-    """Name of a class's folder, zero-padded so that names sort like numbers."""
-    return "none" if label < 0 else str(label).zfill(len(str((model.num_classes or 1) - 1)))
+    """The folder of a class: its number, zero-padded so that names sort like numbers; its name."""
+    if label < 0:
+        return "none"
+    number = str(label).zfill(len(str((model.num_classes or 1) - 1)))
+    name = re.sub(r"[^\w ,.()-]", "_", _name(label, model))[:80].rstrip(" .")
+    return number if name == str(label) else f"{number}-{name}"
+
+
+def _name(label: int, model: LitDiffusion) -> str:
+    """The name of a class; its number if the data name no classes."""
+    names = model.class_names or []
+    return "none" if label < 0 else names[label] if label < len(names) else str(label)

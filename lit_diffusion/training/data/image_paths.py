@@ -13,7 +13,6 @@ import posixpath
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lit_diffusion.training.data.columns import MisfitError
 from lit_diffusion.training.data.retry import patiently
@@ -64,7 +63,7 @@ class ImagePaths:
     def _local(self, path: str, place: str) -> str:
         """Return the absolute local path that is meant, if it is below one of the folders."""
         local = [folder for folder in self.folders if "://" not in folder]
-        tried = [os.path.normpath(os.path.join(base, place)) for base in (*local, Path.cwd())]
+        tried = [os.path.normpath(os.path.join(base, place)) for base in (*local, os.getcwd())]
         allowed = [one for one in tried if self._covers(one)]
         if not allowed:
             raise self._elsewhere(path)

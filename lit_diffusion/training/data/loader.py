@@ -91,7 +91,7 @@ class TrainLoader:
         asked = perf_counter()
         if self._stream is None:
             self._stream = self._open()
-        delivery = next(self._stream)
+        delivery = self._next_delivery(self._stream)
         self.wait_seconds += perf_counter() - asked
         if isinstance(delivery, Failure):
             self.close()
@@ -102,6 +102,16 @@ class TrainLoader:
             self.bad_examples.add(delivery.bad)
             self.bad_examples.judge(*self.counts())
         return delivery.batch
+
+    def _next_delivery(self, stream: Iterator[Delivery | Failure]) -> Delivery | Failure:
+        if self._workers is None:
+            return next(stream)
+        try:
+            found: Delivery | Failure = self._workers.next(stream)
+            return found
+        except OSError:
+            self.close()
+            raise
 
     def counts(self) -> tuple[int, int]:
         """Return how many examples this rank has read, and how many of them were bad."""

@@ -19,7 +19,14 @@ from lit_diffusion.training.data.split import Split
 if TYPE_CHECKING:
     from lit_diffusion.training.data.module import ImageDataModule
 
-ARGUMENTS = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed", "open_shards")
+ARGUMENTS: tuple[str, ...] = (
+    "num_workers",
+    "batch_size",
+    "streaming",
+    "shuffle_window",
+    "seed",
+    "open_shards",
+)
 ARGUMENTS += ("on_bad_example", "horizontal_flip", "train_split", "label_key")
 CONTENT = "the content of the training data"
 TOTAL, SHARDS = "the number of training examples", "the number of shards"

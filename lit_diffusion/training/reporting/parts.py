@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 __all__ = [
+    "COLUMNS",
     "Card",
     "Cards",
     "Charts",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 LARGE = 150_000  # bytes of a picture; a larger one is made smaller
+COLUMNS = "Columns"  # key of the names of a grid's columns, in its file
 EDGE = 1000  # pixels at most along its longer side
 
 
@@ -90,7 +93,7 @@ class Picture(Part):
     """A picture; `source` is a data URI, `alt` a description for readers who cannot see it.
 
     `picture` reads one from a file. One with a `name`, which no other has, fills the window when
-    it is clicked on.
+    it is clicked on. `columns` are names of the columns of a grid, shown below them.
     """
 
     source: str
@@ -100,6 +103,7 @@ class Picture(Part):
     caption: str
     kind: str = ""
     name: str = ""
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def picture(file: Path, alt: str, caption: str, kind: str = "", name: str = "") 
     data, coding = file.read_bytes(), "png"
     with Image.open(io.BytesIO(data)) as opened:
         opened.load()  # a damaged picture must fail here, not in the browser
+        columns = json.loads(opened.info.get(COLUMNS, "[]"))
         image: Image.Image = opened
         if len(data) > LARGE:
             image = image.convert("RGB")
@@ -187,4 +192,6 @@ def picture(file: Path, alt: str, caption: str, kind: str = "", name: str = "") 
             coding = "jpeg"
         width, height = image.size
     source = f"data:image/{coding};base64,{base64.b64encode(data).decode()}"
-    return Picture(source, width, height, alt, caption, kind, name)
+    if columns:
+        alt += f"; columns: {', '.join(columns)}"
+    return Picture(source, width, height, alt, caption, kind, name, columns)

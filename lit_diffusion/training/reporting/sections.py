@@ -314,8 +314,8 @@ def _problems(run: Run) -> list[Part]:
 
 
 def _config(run: Run) -> list[Part]:
-    files = _first_and_last(run.configs)
-    return [Fold(p.name, [Code(p.read_text(encoding="utf-8"))]) for p in reversed(files)]
+    files = [*reversed(_first_and_last(run.configs)), *run.folder.glob("class_names.json")]
+    return [Fold(p.name, [Code(p.read_text(encoding="utf-8"))]) for p in files]
 
 
 def _first_and_last(found: list[Any]) -> list[Any]:

@@ -38,7 +38,7 @@ __all__ = ["Dashboard", "show"]
 DATA_DIR_IS_GIVEN = "WANDB_DATA_DIR" in os.environ
 
 
-def show(trainer: Trainer, name: str, path: Path) -> None:
+def show(trainer: Trainer, name: str, path: Path, note: str = "") -> None:
     """Log a picture of the run folder with every logger that takes pictures.
 
     Its step is that of the row being logged, so that it appears beside the numbers of that step.
@@ -47,9 +47,10 @@ def show(trainer: Trainer, name: str, path: Path) -> None:
         trainer: Has the loggers.
         name: The name of the panel.
         path: The picture.
+        note: The end of its caption.
     """
     step = logged_step(trainer)
-    caption = f"after {trainer.global_step} steps"
+    caption = f"after {trainer.global_step} steps" + (f"; {note}" if note else "")
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [str(path)], step=step, caption=[caption])
