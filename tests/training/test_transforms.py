@@ -214,12 +214,13 @@ def test_validation_and_statistics_see_fixed_transforms_only(mixed):
         opened(mixed, [{"class_path": "RandomCrop", "init_args": {"size": 8}}])
 
 
+@pytest.mark.filterwarnings("ignore:The transform `ToTensor:UserWarning")
 def test_every_class_of_torchvision_is_known_as_fixed_random_or_refused():
     picture = torch.from_numpy(pixels(1, (3, 64, 64))[0])
     arguments = {
         **{"CenterCrop": [8], "RandomCrop": [8], "RandomResizedCrop": [8], "Resize": [8]},
         **{"Pad": [1], "RandomAffine": [9], "RandomRotation": [9], "GaussianBlur": [3]},
-        **{"RandomShortestSize": [8], "RandomResize": [8, 12], "ScaleJitter": [(8, 8)]},
+        **{"RandomShortestSize": [8], "RandomResize": [8, 12], "ScaleJitter": [(64, 64)]},
         **{"RandomPosterize": [4], "RandomSolarize": [100], "RandomAdjustSharpness": [2]},
         **{"JPEG": [(5, 50)], "ColorJitter": [0.5], "Compose": [[v2.Identity()]]},
         **{"RandomApply": [[v2.Identity()]], "RandomChoice": [[v2.Identity()]]},
@@ -240,6 +241,13 @@ def test_every_class_of_torchvision_is_known_as_fixed_random_or_refused():
             used = not torch.equal(before, torch.get_rng_state())
         assert used == (name not in FIXED | {"Compose"}), name
     assert len(missing) < 16, missing
+
+
+def test_fit_to_one_pixel_is_the_mean_of_each_channel():
+    picture = torch.from_numpy(pixels(1, (3, 9, 9))[0])
+    one = Fit("squash", size=(1, 1))(picture)
+    assert one.shape == (3, 1, 1)
+    assert abs(one.flatten().float() - picture.float().mean((1, 2))).max() < 30
 
 
 # What may be listed ---------------------------------------------------------------------------

@@ -119,9 +119,11 @@ class Fit:
     def _resized(self, picture: Tensor, height: int, width: int) -> Tensor:
         if picture.shape[1:] == (height, width):
             return picture
-        return interpolate(
-            picture[None], (height, width), mode=self.interpolation, antialias=True
-        )[0]
+        # Three channels of one pixel each fail in torch (2.15), as if laid out otherwise.
+        apart = height == width == 1
+        batch = picture[:, None] if apart else picture[None]
+        made = interpolate(batch, (height, width), mode=self.interpolation, antialias=True)
+        return made[:, 0] if apart else made[0]
 
 
 class Step(NamedTuple):
