@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_diffusion.training.data.columns import BATCH
+from lit_diffusion.training.data.columns import BATCH, TEXT
 from lit_diffusion.training.data.transforms import CHANNELS
 
 if TYPE_CHECKING:
     from lit_diffusion.training.data.module import ImageDataModule
 
 LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
-LEAST |= {"steps_per_epoch": 1, "val_examples": 1}
+LEAST |= {"steps_per_epoch": 1, "val_examples": 1, "text_length": 1}
 CHOICES = {"on_bad_example": ("skip", "raise"), "on_changed_data": ("refuse", "continue")}
 
 
@@ -39,6 +39,11 @@ def check_arguments(data: ImageDataModule) -> None:
             f"data.condition_keys must be different columns, none of them called "
             f"{', '.join(BATCH)}, got {', '.join(data.condition_keys)}; the label's column is "
             "data.label_key, any other column may be renamed"
+        )
+    if data.text_key is not None and TEXT in data.condition_keys:
+        raise ValueError(
+            f"data.text_key makes the entry {TEXT!r} of a batch, and so does "
+            f"data.condition_keys={', '.join(data.condition_keys)}; rename that column"
         )
     for name, low in LEAST.items():
         if (value := getattr(data, name)) is not None and value < low:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.training.data.bad_examples import one_line
-from lit_diffusion.training.data.columns import MisfitError, numbers, whole_number
+from lit_diffusion.training.data.columns import TEXT, MisfitError, caption, numbers, whole_number
 from lit_diffusion.training.data.encodings import channels_of, formats
 from lit_diffusion.training.data.image_headers import (
     JPEG,
@@ -74,6 +74,7 @@ class ImageDecoder:
         shape: (C, H, W) of every image.
         labels: Whether the examples have labels.
         conditions: Names of the further conditions, in the order of the source's columns.
+        text: The column of captions and their number of bytes; they follow the other conditions.
         like: Arrays whose shape and type the conditions must have, and the "image" whose type the
             images must have, by name; what it does not contain may be anything.
         paths: Reads the images that rows name by paths; by default none may be named.
@@ -93,6 +94,7 @@ class ImageDecoder:
         mode: str | None = None,
         transforms: Transforms | None = None,
         partial: bool = False,
+        text: tuple[str, int] | None = None,
     ) -> None:
         self.mode = mode
         self.transforms = transforms or Transforms()
@@ -102,7 +104,9 @@ class ImageDecoder:
         self.paths = paths or ImagePaths()
         self.shape = shape
         self.labels = labels
-        self.conditions = conditions
+        self.numbers = conditions
+        self.text = text
+        self.conditions = conditions if text is None else (*conditions, TEXT)
         self.like = dict(like or {})
 
     def expecting(self, batch: Mapping[str, Tensor]) -> ImageDecoder:
@@ -130,10 +134,13 @@ class ImageDecoder:
         """
         try:
             label = whole_number(example.label) if self.labels else None
+            *stored, text = example.conditions if self.text else (*example.conditions, None)
             conditions = [
                 numbers(value, name, self.like.get(name))
-                for name, value in zip(self.conditions, example.conditions, strict=True)
+                for name, value in zip(self.numbers, stored, strict=True)
             ]
+            if self.text:
+                conditions.append(caption(text, *self.text))
             image = self._image(example.image)
             first = self.like.get("image")
             if self.any_size:
@@ -154,7 +161,7 @@ class ImageDecoder:
         """Return {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}.
 
         Images stored as floats stay float16 or float32. Each condition is a (B, *) tensor of
-        float32 or int64.
+        float32 or int64, and captions are (B, T) bytes as int64, 0 for padding.
 
         Args:
             decoded: B usable examples.

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_diffusion.training.data.bad_examples import Bad
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.data.split import Split, chunks, sift
 from lit_diffusion.training.run.messages import logger
 from lit_diffusion.training.run.whole_folder import (
@@ -93,7 +94,7 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             images = _GrowingArray(partial / "images.npy", image.dtype.str, image.shape, files)
             conditions = {
                 name: _GrowingArray(
-                    partial / f"condition-{k}.npy", like.dtype.str, like.shape, files
+                    partial / f"condition-{k}.npy", _stored(name, like), like.shape, files
                 )
                 for k, (name, like) in enumerate(zip(decoder.conditions, looks, strict=True))
             }
@@ -124,6 +125,11 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             np.save(partial / "labels.npy", np.concatenate(labels))
 
 
+def _stored(name: str, like: npt.NDArray[Any]) -> str:
+    """The type of a condition on disk: that of the batch, or of captions bytes."""
+    return np.dtype(np.uint8).str if name == TEXT else like.dtype.str
+
+
 class _GrowingArray:
     """A .npy file written piece by piece, before its length is known."""
 
@@ -137,7 +143,7 @@ class _GrowingArray:
 
     def append(self, array: npt.NDArray[Any]) -> None:
         """Write some more rows."""
-        write(self.file, array)
+        write(self.file, array.astype(self.dtype, copy=False))
 
     def finish(self, length: int) -> None:
         """Write the length: numpy pads a header so that this does not change its size."""

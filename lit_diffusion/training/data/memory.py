@@ -6,8 +6,8 @@ the same images. So the whole split is decoded once, into a folder:
     images.npy    (N, C, H, W) uint8     memory-mapped, not read: ranks, workers and runs on a
                    or floats             machine share one copy, the operating system's page cache
     labels.npy    (N,) int64             absent if there are no labels
-    condition-0.npy  (N, *) float32 or   one file per condition, in the order of identity.json
-                     int64
+    condition-0.npy  (N, *) float32 or   one file per condition, in the order of identity.json;
+                     int64, or uint8     bytes of captions, after all others
     rows.npy      (N,) int64             row of each example in the split
     bad.json                             the rows that are left out, and why
 
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lit_diffusion.training.data import map_writer
 from lit_diffusion.training.data.bad_examples import FEW, Bad, BadExample, BadExamples
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.data.images import mirror
 from lit_diffusion.training.data.lane import Delivery, LaneBatches
 from lit_diffusion.training.data.order import ORDER, Position, coin, permutation
@@ -68,7 +69,8 @@ class MemoryMap:
             images = np.load(folder / "images.npy", mmap_mode="r")
             labels = np.load(path) if (path := folder / "labels.npy").exists() else None
             rows = np.load(folder / "rows.npy")
-            keys = json.loads((folder / "identity.json").read_text()).get("condition_keys", [])
+            identity = json.loads((folder / "identity.json").read_text())
+            keys = identity.get("condition_keys", []) + [TEXT] * ("text_key" in identity)
             conditions = [
                 np.load(folder / f"condition-{k}.npy", mmap_mode="r") for k in range(len(keys))
             ]
@@ -104,6 +106,8 @@ class MemoryMap:
             batch["label"] = self.labels[chosen]
         for name, values in self.conditions.items():
             batch[name] = values.index_select(0, chosen)
+            if name == TEXT and values.dtype == torch.uint8:
+                batch[name] = batch[name].long()
         return batch | {"index": self.rows[chosen]}
 
     def __reduce__(self) -> tuple[type[MemoryMap], tuple[Path]]:

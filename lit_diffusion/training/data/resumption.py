@@ -53,6 +53,8 @@ def settings_of(
         "data.condition_keys": list(data.condition_keys) or None,
         "data.mode": data.mode,
         "data.transform": data.transforms.description or None,
+        "data.text_key": data.text_key,
+        "data.text_length": data.text_length if data.text_key else None,
         TOTAL: total,
         SHARDS: split.source.shards,
         FIRST: zlib.crc32(split.decoder.like["image"].tobytes()),
