@@ -1,8 +1,8 @@
 """Numbers that keep their precision: of noise levels, weights and losses, whatever the network's.
 
 Half of the numbers of a diffusion model tolerate no rounding: bfloat16 distinguishes only 190 of
-1000 noise levels. Modules that compute them are `ExactModule`s, and the data that enter a loss are
-float32 or better.
+1000 noise levels. A module that computes them is an `ExactModule`, and the data that enter a loss
+are float32 or better.
 """
 
 from __future__ import annotations

@@ -17,10 +17,28 @@ from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.image_shape import Shape
+from lit_diffusion.nn.embeddings import TEXT
+from lit_diffusion.nn.text import TextEncoder, text_bytes
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
-__all__ = ["SamplingModel"]
+__all__ = ["SamplingModel", "declared_conditions"]
+
+
+def declared_conditions(network: nn.Module) -> tuple[str, ...]:
+    """The further conditions that a network declares: its `conditions`, and `text` if it has one.
+
+    Args:
+        network: The network; one without these attributes declares none.
+
+    Example:
+        >>> from lit_diffusion.nn import ByteTransformer, UNet
+        >>> declared_conditions(UNet(conditions={"age": 1}, text=ByteTransformer(length=32)))
+        ('age', 'text')
+    """
+    named = tuple(getattr(network, "conditions", None) or ())
+    reads = isinstance(getattr(network, "text", None), TextEncoder)
+    return (*named, TEXT) if reads else named
 
 
 class SamplingModel(nn.Module):
@@ -128,7 +146,7 @@ class SamplingModel(nn.Module):
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         progress: Callable[[Any], Iterable[Any]] = iter,
-        cond: Mapping[str, Tensor] | None = None,
+        cond: Mapping[str, Tensor | Sequence[str]] | None = None,
     ) -> Tensor:
         """Sample images.
 
@@ -141,7 +159,8 @@ class SamplingModel(nn.Module):
                 trained with dropped conditions.
             guidance_interval: Apply guidance only for λ in this interval; None means everywhere.
             progress: Wraps the list of steps, such as tqdm.
-            cond: The further conditions, by name; `drop_condition` makes dropped ones.
+            cond: The further conditions, by name; a text may be a list of n strings.
+                `drop_condition` makes dropped ones.
 
         Shapes:
             label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
@@ -173,9 +192,14 @@ class SamplingModel(nn.Module):
             self.train(training)
         return x.clamp(-1, 1) if self.clip_denoised else x
 
-    def _conditions(self, z: Tensor, cond: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _conditions(
+        self, z: Tensor, cond: Mapping[str, Tensor | Sequence[str]] | None
+    ) -> dict[str, Tensor]:
         """The further conditions, checked to have one row for each image."""
-        given = dict(cond or {})
+        given = {
+            name: value if isinstance(value, Tensor) else text_bytes(value)
+            for name, value in (cond or {}).items()
+        }
         if given.keys() - {"dropped"} != set(self.conditions):
             raise ValueError(
                 f"This model takes {', '.join(self.conditions) or 'no further conditions'}, got "

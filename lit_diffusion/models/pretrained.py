@@ -24,7 +24,7 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.description import build
 from lit_diffusion.loss import DiffusionLoss
-from lit_diffusion.models.base import SamplingModel
+from lit_diffusion.models.base import SamplingModel, declared_conditions
 from lit_diffusion.models.image_shape import find_image_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction
@@ -56,7 +56,7 @@ class Pretrained(SamplingModel):
         image_shape: Channels, height and width; None means those of the network.
         label_dropout: Probability with which training dropped labels and conditions.
         conditions: Further inputs of the network, by the names of its arguments; None means those
-            in its attribute `conditions`, if it has one.
+            that it declares.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
 
     Example:
@@ -86,8 +86,7 @@ class Pretrained(SamplingModel):
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = DDIMSampler() if sampler is None else sampler
-        asked = getattr(network, "conditions", None) if conditions is None else conditions
-        self.conditions = tuple(asked or ())
+        self.conditions = declared_conditions(network) if conditions is None else (*conditions,)
         self.label_dropout = label_dropout
         self.clip_denoised = clip_denoised
         self.sampler_in_range()  # refuses a sampler that leaves the range

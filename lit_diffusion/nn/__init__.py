@@ -7,6 +7,16 @@ here depend on no other part of it.
 from lit_diffusion.nn.dit import DiT
 from lit_diffusion.nn.fourier import FourierFeatures
 from lit_diffusion.nn.mlp import ResidualMLP
+from lit_diffusion.nn.text import ByteTransformer, TextEncoder, bytes_text, text_bytes
 from lit_diffusion.nn.unet import UNet
 
-__all__ = ["DiT", "FourierFeatures", "ResidualMLP", "UNet"]
+__all__ = [
+    "ByteTransformer",
+    "DiT",
+    "FourierFeatures",
+    "ResidualMLP",
+    "TextEncoder",
+    "UNet",
+    "bytes_text",
+    "text_bytes",
+]

@@ -1,4 +1,4 @@
-"""The layers of the U-Net: residual blocks, self-attention and upsampling.
+"""The layers of the U-Net: residual blocks, attention to itself and to a text, and upsampling.
 
 Each works on features with one, two or three spatial axes: series, images or volumes.
 
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lit_diffusion.nn.cross_attention import CrossAttention
 
 #: The convolution for a number of spatial axes.
 CONVOLUTION: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
@@ -113,6 +115,33 @@ class Attention(nn.Module):
         return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
 
 
+class TextAttention(nn.Module):
+    """Residual attention of all positions to the tokens of a text.
+
+    The projection is zero-initialised, so a new network does not look at its text yet.
+
+    Args:
+        channels: Channels in and out.
+        context: Width F of a token.
+        heads: Number of heads, a divisor of ``channels``.
+
+    Shapes:
+        h (B, C, *), tokens (B, T, F), mask (B, T) → (B, C, *).
+    """
+
+    def __init__(self, channels: int, context: int, heads: int = 1) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.attend = CrossAttention(channels, context, heads)
+        zero_initialized(self.attend.project)
+
+    def forward(self, h: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Add the output of the attention to ``h``."""
+        positions = self.norm(h).flatten(2).transpose(1, 2)  # (B, N, C)
+        out = self.attend(positions, tokens, mask)
+        return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling to a given size, followed by a convolution of width 3.
 
@@ -153,7 +182,21 @@ def _sums_of_neighbours(weight: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A residual block, followed by attention if ``heads`` is given."""
+    """A residual block, followed by attention if ``heads`` is given, and by that to a text.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        embedding: Width E of the embedding.
+        dropout: Probability of dropping a feature, in [0, 1).
+        heads: Number of attention heads; None for no attention, neither to itself nor to a text.
+        dims: Number of spatial axes: 1, 2 or 3.
+        context: Width F of the tokens of a text; None for no text.
+
+    Shapes:
+        h (B, channels_in, *), with ``skip`` concatenated to it if there is one, embedding (B, E),
+        tokens (B, T, F), mask (B, T) → (B, channels_out, *).
+    """
 
     def __init__(
         self,
@@ -163,13 +206,25 @@ class Block(nn.Module):
         dropout: float = 0.0,
         heads: int | None = None,
         dims: int = 2,
+        context: int | None = None,
     ) -> None:
         super().__init__()
         self.residual = ResBlock(channels_in, channels_out, embedding, dropout, dims)
         self.attend = nn.Identity() if heads is None else Attention(channels_out, heads)
+        self.read: TextAttention | None = None
+        if heads is not None and context is not None:
+            self.read = TextAttention(channels_out, context, heads)
 
-    def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, channels_in, *) → (B, channels_out, *); ``skip`` is concatenated to ``h``."""
+    def forward(
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        skip: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Transform ``h``, given the embedding and the text."""
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
-        return self.attend(self.residual(h, embedding))
+        h = self.attend(self.residual(h, embedding))
+        return h if self.read is None else self.read(h, tokens, mask)

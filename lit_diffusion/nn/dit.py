@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_diffusion.nn.cross_attention import CrossAttention
 from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
 from lit_diffusion.nn.patches import patchify, phases, rotate, unpatchify
+from lit_diffusion.nn.text import TextEncoder
 
 
 class Size(NamedTuple):
@@ -115,24 +117,42 @@ class DiTBlock(nn.Module):
         width: Width E of a token.
         heads: Number of attention heads.
         qk_norm: Normalise queries and keys.
+        context: Width F of the tokens of a text, to which there is attention as well, before the
+            perceptron; None for no text.
 
     Shapes:
-        h (B, N, E), embedding (B, E), angle (N, E / heads / 2) or None → (B, N, E).
+        h (B, N, E), embedding (B, E), angle (N, E / heads / 2) or None, tokens (B, T, F) and mask
+        (B, T) of a text → (B, N, E).
+
+    References:
+        Chen et al. (2023), PixArt-α, arXiv:2310.00426, Section 2.3 (the attention to a text).
     """
 
-    def __init__(self, width: int, heads: int = 1, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int = 1, qk_norm: bool = False, context: int | None = None
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = Modulation(width, vectors=6)
         self.attend = SelfAttention(width, heads, qk_norm)
+        self.read = None if context is None else CrossAttention(width, context, heads)
         self.perceptron = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
         )
 
-    def forward(self, h: Tensor, embedding: Tensor, angle: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        angle: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Add the output of the attention to ``h``, then that of the perceptron."""
         shift, scale, gate, shift_own, scale_own, gate_own = self.modulation(embedding)
         h = h + gate * self.attend(torch.addcmul(shift, self.norm(h), 1 + scale), angle)
+        if self.read is not None:  # neither scaled nor gated: its projection begins at zero
+            h = h + self.read(self.norm(h), tokens, mask)
         return h + gate_own * self.perceptron(
             torch.addcmul(shift_own, self.norm(h), 1 + scale_own)
         )
@@ -170,6 +190,8 @@ class DiT(ConditionalNetwork):
             (6, 7) for 256 grey levels and (3, 4) for 17; () for none. Not for latents.
         conditions: Further conditions, by name, with the number of values of each, such as
             {attributes: 40}, each of size about 1; None for none.
+        text: Encoder of the condition ``text``, at whose tokens every block looks as well; None
+            for no texts.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -177,7 +199,8 @@ class DiT(ConditionalNetwork):
     Shapes:
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
         Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
-        where dropped (B,), bool; none at all means all dropped.
+        where dropped (B,), bool; none at all means all dropped. A text is (B, T), as its encoder
+        takes it.
 
     Raises:
         ValueError: If a number does not fit the others, or an image does not fit the patches.
@@ -218,6 +241,7 @@ class DiT(ConditionalNetwork):
         positions: Literal["index", "resampled", "none"] = "index",
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
+        text: TextEncoder | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -246,13 +270,14 @@ class DiT(ConditionalNetwork):
         self._check(self.image_shape)
 
         features, channels = self.width, image_shape[0]
-        self.make_embeddings(features, num_classes, self.conditions)
+        self.make_embeddings(features, num_classes, self.conditions, text)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
         dims = len(self.image_shape) - 1
         self.layer_in = nn.Linear(seen * patch**dims, features)
         self.blocks = nn.ModuleList(
-            DiTBlock(features, self.heads, qk_norm) for _ in range(self.depth)
+            DiTBlock(features, self.heads, qk_norm, None if text is None else text.width)
+            for _ in range(self.depth)
         )
         self.norm_out = nn.LayerNorm(features, eps=1e-6, elementwise_affine=False)
         self.modulation_out = Modulation(features, vectors=2)
@@ -285,7 +310,8 @@ class DiT(ConditionalNetwork):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         modulation = [m.layer for m in self.modules() if isinstance(m, Modulation)]
-        for layer in [*modulation, self.layer_out]:
+        projections = [m.project for m in self.blocks.modules() if isinstance(m, CrossAttention)]
+        for layer in [*modulation, *projections, self.layer_out]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -321,7 +347,8 @@ class DiT(ConditionalNetwork):
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         self._check(z.shape[1:])
-        embedding = F.silu(self.embed(logsnr, label, dropped, cond))
+        others, tokens, mask = self.read_text(cond, len(z))
+        embedding = F.silu(self.embed(logsnr, label, dropped, others))
 
         sides = z.shape[2:]
         places, axes, head = self._places(sides, z.device), len(sides), self.width // self.heads
@@ -332,15 +359,16 @@ class DiT(ConditionalNetwork):
             h = h + torch.cat([place.sin(), place.cos()], dim=1).to(z.dtype)
         angle = phases(places, head // (2 * axes), 100.0, head // 2) if self.rope else None
         for block in self.blocks:
-            h = self.call_block(block, h, embedding, angle)
+            h = self.call_block(block, h, embedding, angle, tokens, mask)
         shift, scale = self.modulation_out(embedding)
         out = self.layer_out(torch.addcmul(shift, self.norm_out(h), 1 + scale))
         return unpatchify(out, self.patch, sides).to(z.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
-            "positions, fourier, conditions, activation_checkpointing"
+            "positions, fourier, conditions, text, activation_checkpointing"
         )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+        plain = [name for name in names.split(", ") if name != "text" or self.text is None]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)

@@ -12,11 +12,14 @@ images (B, C, H, W).
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from lit_diffusion.nn.text import TextEncoder
 
 
 class LogSNREmbedding(nn.Module):
@@ -244,26 +247,56 @@ class ConditionEmbedding(nn.Module):
         return f"sizes={self.sizes}, features={self.features}"
 
 
+TEXT = "text"  # the name of the condition that is a text
+
+
+class Read(NamedTuple):
+    """The conditions without the text, and what the encoder made of the text, if there is one.
+
+    Shapes:
+        tokens (B, T, E), mask (B, T), bool.
+    """
+
+    others: Mapping[str, Tensor]
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class ConditionalNetwork(nn.Module):
     """A network conditioned on λ, a label and other numbers c: e = e(λ) + e(label) + e(c).
 
     The common base of the networks here. A network calls `make_embeddings` where its first layers
-    are made, and `embed` to compute e. If it has an argument `activation_checkpointing`, it calls
-    its blocks by `call_block`.
+    are made, and `embed` to compute e. If it also looks at texts, it calls `read_text` before. If
+    it has an argument `activation_checkpointing`, it calls its blocks by `call_block`.
     """
 
     activation_checkpointing = False
+    text: TextEncoder | None
 
     def make_embeddings(
-        self, features: int, num_classes: int | None, conditions: Mapping[str, int]
+        self,
+        features: int,
+        num_classes: int | None,
+        conditions: Mapping[str, int],
+        text: TextEncoder | None = None,
     ) -> None:
-        """Make those of the three embeddings that are needed.
+        """Make those of the three embeddings that are needed, and keep the encoder of texts.
 
         Args:
             features: Width F of e.
             num_classes: Number of classes, None for none.
             conditions: Number of values of each further condition, by name.
+            text: The encoder of the condition ``text``, None for no texts.
+
+        Raises:
+            ValueError: If there are an encoder of texts and numbers of the name ``text``.
         """
+        if text is not None and TEXT in conditions:
+            raise ValueError(
+                f"the condition {TEXT!r} is what the encoder of texts is given, and cannot be "
+                f"numbers as well, got conditions={dict(conditions)}: rename them."
+            )
+        self.text = text
         self.embed_logsnr = LogSNREmbedding(features)
         self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
         self.embed_condition = ConditionEmbedding(conditions, features) if conditions else None
@@ -305,6 +338,28 @@ class ConditionalNetwork(nn.Module):
                 f"{', '.join(cond)}; give conditions, or pass none."
             )
         return embedding
+
+    def read_text(self, cond: Mapping[str, Tensor], batch: int) -> Read:
+        """Encode the text among the conditions.
+
+        Args:
+            cond: The further conditions; if there are none at all, the text is dropped as well.
+            batch: Number B of examples.
+
+        Raises:
+            ValueError: If there are other conditions but no text, or a text alone where the
+                network was built for others as well.
+        """
+        if self.text is None:
+            return Read(cond)
+        others = {name: value for name, value in cond.items() if name != TEXT}
+        if cond and (TEXT not in cond or (self.embed_condition is not None and not others)):
+            raise ValueError(
+                f"this {type(self).__name__} was built for texts"
+                f"{' and other conditions' if self.embed_condition else ''}, got "
+                f"{', '.join(cond)}; give all of them, or none."
+            )
+        return Read(others, *self.text(cond[TEXT] if cond else self.text.no_text(batch)))
 
     def call_block(self, block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
         """Call a block; with `activation_checkpointing` store only its inputs in training.

@@ -102,6 +102,11 @@ class FourierFeatures(nn.Module):
         """Further conditions of the inner network; None if it declares none."""
         return getattr(self.network, "conditions", None)
 
+    @property
+    def text(self) -> nn.Module | None:
+        """Encoder of texts of the inner network; None if it takes no texts."""
+        return getattr(self.network, "text", None)
+
     def forward(
         self, z: Tensor, logsnr: Tensor, label: Tensor | None = None, **cond: Tensor
     ) -> Tensor:

@@ -23,8 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.nn.blocks import CONVOLUTION, Block, Upsample, group_norm, zero_initialized
+from lit_diffusion.nn.blocks import (
+    CONVOLUTION,
+    Block,
+    TextAttention,
+    Upsample,
+    group_norm,
+    zero_initialized,
+)
 from lit_diffusion.nn.embeddings import ConditionalNetwork, FourierWaves
+from lit_diffusion.nn.text import TextEncoder
 
 
 class Skip(NamedTuple):
@@ -83,11 +91,11 @@ def _channels_last(dims: int) -> torch.memory_format:
 
 
 class UNet(ConditionalNetwork):
-    """A U-Net for images, series or volumes of any size, conditioned on λ, labels and numbers.
+    """A U-Net for images, series or volumes, conditioned on λ, labels, numbers and texts.
 
     The default choice: convolutions need less data and fewer steps than a transformer. The output
     is exactly zero at initialisation. ``image_shape`` fixes the channels and which levels have
-    attention; images of other sizes are accepted as well. With ``downsample=False`` it has the
+    attention; images of any other size are accepted as well. With ``downsample=False`` it has the
     form of Variational Diffusion Models, designed for likelihood: every block at full resolution,
     attention only in the middle. For likelihood also give ``fourier``: on the digits it reduced
     4.1 bits/dim to 1.8.
@@ -110,6 +118,8 @@ class UNet(ConditionalNetwork):
             (6, 7) for 256 grey levels and (3, 4) for 17; () for none.
         conditions: Further conditions, by name, with the number of values of each, such as
             {attributes: 40}, each of size about 1; None for none.
+        text: Encoder of the condition ``text``, at whose tokens every block with attention looks
+            as well; None for no texts.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -120,7 +130,7 @@ class UNet(ConditionalNetwork):
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W);
         of series (B, C, L), of volumes (B, C, D, H, W). Label −1 means "no label", None means all
         −1. Each further condition is (B, *), and zero where dropped (B,), bool; none at all means
-        all dropped.
+        all dropped. A text is (B, T), as its encoder takes it.
 
     References:
         Ronneberger et al. (2015), U-Net, arXiv:1505.04597. Ho et al. (2020), Denoising Diffusion
@@ -152,6 +162,7 @@ class UNet(ConditionalNetwork):
         head_channels: int = 64,
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
+        text: TextEncoder | None = None,
         activation_checkpointing: bool = False,
         channels_last: bool = False,
     ) -> None:
@@ -173,11 +184,16 @@ class UNet(ConditionalNetwork):
         self.channels_last = channels_last
 
         # The order of construction fixes the first weights under a seed.
-        self.make_embeddings(self._embedding_width, num_classes, self.conditions)
+        self.make_embeddings(self._embedding_width, num_classes, self.conditions, text)
         self.waves = FourierWaves(self.fourier)
         self.down, skips = self._encoder()
         self.middle = self._bottleneck()
         self.up = self._decoder(skips)
+        if text is not None and not any(isinstance(m, TextAttention) for m in self.modules()):
+            raise ValueError(
+                "the network looks at a text where it has attention, which is at none of its "
+                f"heights {self._heights()}, got attention={self.attention}: add one of them."
+            )
         self.norm_out = group_norm(self.channels[0])
         self.conv_out = zero_initialized(
             self._convolution(self.channels[0], image_shape[0], 3, padding=1)
@@ -247,7 +263,8 @@ class UNet(ConditionalNetwork):
     def _block(self, channels_in: int, channels_out: int, attend: bool) -> Block:
         heads = self._heads(channels_out) if attend else None
         width, dims = self._embedding_width, self._dims
-        return Block(channels_in, channels_out, width, self.dropout, heads, dims)
+        context = None if self.text is None else self.text.width
+        return Block(channels_in, channels_out, width, self.dropout, heads, dims, context)
 
     def _heads(self, channels: int) -> int:
         """Number of attention heads for so many channels."""
@@ -268,26 +285,31 @@ class UNet(ConditionalNetwork):
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
-        embedding = F.silu(self.embed(logsnr, label, dropped, cond))
+        others, tokens, mask = self.read_text(cond, len(z))
+        embedding = F.silu(self.embed(logsnr, label, dropped, others))
 
         h, skips = self.waves(z), []
         for step in self.down:
-            h = self.call_block(step, h, embedding) if isinstance(step, Block) else step(h)
+            if isinstance(step, Block):
+                h = self.call_block(step, h, embedding, None, tokens, mask)
+            else:
+                h = step(h)
             skips.append(h)
         for step in self.middle:
-            h = self.call_block(step, h, embedding)
+            h = self.call_block(step, h, embedding, None, tokens, mask)
         for step in self.up:
             if isinstance(step, Upsample):
                 h = step(h, skips[-1].shape[2:])
             else:
-                h = self.call_block(step, h, embedding, skips.pop())
+                h = self.call_block(step, h, embedding, skips.pop(), tokens, mask)
         return self.conv_out(F.silu(self.norm_out(h))).to(z.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "image_shape, channels, blocks, attention, num_classes, dropout, downsample, "
-            "embedding_features, head_channels, fourier, conditions, activation_checkpointing, "
-            "channels_last"
+            "embedding_features, head_channels, fourier, conditions, text, "
+            "activation_checkpointing, channels_last"
         )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+        plain = [name for name in names.split(", ") if name != "text" or self.text is None]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)

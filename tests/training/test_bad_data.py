@@ -138,7 +138,7 @@ def test_an_epoch_without_one_good_example_ends_the_run(tmp_path):
     write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(30)])
     data = module(tmp_path / "x.parquet", val_split=None, max_bad_share=1.0)
     loader = data.train_dataloader()
-    data._train.decode = lambda examples: [Bad("", one.index, 1, "spoilt") for one in examples]
+    data._train.decode = lambda examples, _: [Bad("", one.index, 1, "spoilt") for one in examples]
     with pytest.raises(ValueError, match=r"example \d+, split 'train': spoilt"):
         take(loader, 1)
 
@@ -330,6 +330,17 @@ def test_a_run_lists_each_bad_example_once(folder, tmp_path, workers):
         assert reason in reasons
     fit(folder, tmp_path, 100, ckpt_path=tmp_path / "x.ckpt", num_workers=workers)
     assert listed(tmp_path) == once
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_bad_file_of_a_folder_of_images_is_named(tmp_path, streaming):
+    for k, image in enumerate(pixels(20)):
+        file = tmp_path / "set" / "train" / str(k % 2) / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(image) if k != 7 else b"broken")
+    fit(tmp_path / "set", tmp_path, 6, streaming=streaming, val_split=None)
+    (row,) = listed(tmp_path)
+    assert row["file"] == str(tmp_path / "set" / "train" / "1" / "7.png")
 
 
 def test_the_first_few_are_warned_of(folder):

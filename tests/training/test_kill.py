@@ -1,5 +1,6 @@
 """Real processes, killed or told to leave at any moment, and what they leave behind."""
 
+import contextlib
 import functools
 import json
 import os
@@ -105,10 +106,24 @@ def start(folder, *words):
     folder.mkdir(exist_ok=True)
     words = [*resume.command(list(words), folder), "--trainer.max_steps=100000"]
     with (folder / "log.txt").open("w") as log:
-        return warm.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "lit_diffusion", *words],
             cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+    STARTED.append(process.pid)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """End what a test has started, also if it fails: each would run for hours."""
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop(), signal.SIGKILL)
 
 
 def wait_for(condition, process, seconds=120):
@@ -158,10 +173,6 @@ def test_a_signal_saves_and_leaves(tmp_path, name, ranks):
     wait_for(lambda: step_of(tmp_path) > 0, process)
     members = group(process)
     if name == "SIGINT":
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-            pytest.skip(
-                "this process ignores Ctrl-C, as a job in the background, and so do others"
-            )
         os.killpg(process.pid, signal.SIGINT)  # as a terminal: to all ranks and workers
     else:
         os.kill(process.pid, getattr(signal, name))  # with 2 ranks, only one of them is told

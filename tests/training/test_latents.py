@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
+from lit_diffusion.nn import bytes_text
 from lit_diffusion.training import ImageDataModule, LitDiffusion
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.run.whole_file import unfinished_path
@@ -192,6 +193,33 @@ def pixels(rgb, split):
     rows = datasets.Dataset.from_parquet(str(rgb / f"{split}.parquet"))
     x = torch.stack([torch.from_numpy(np.asarray(row["img"])).movedim(2, 0) for row in rows])
     return x.float() / 127.5 - 1, rows["label"]
+
+
+@needs_diffusers
+@pytest.mark.filterwarnings("ignore")
+def test_conditions_and_captions_stay_beside_their_latent(cli, vae, rgb, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_parquet(str(rgb / "test.parquet"))
+    rows = rows.add_column("said", [f"é {i}" for i in range(8)])
+    rows = rows.add_column("angle", [[i, 0.5] for i in range(8)])
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "told" / f"{split}.parquet")
+    told = ("--data.text_key=said", "--data.condition_keys=[angle]")
+    code, _, err = encode(cli, vae, tmp_path / "told", "latents", "--mirrored=true", *told)
+    assert code == 0, err
+    settings = {"image_shape": (4, 16, 16), "text_key": "said", "condition_keys": ("angle",)}
+    data = module("latents", label_key="label", text_length=8, **settings)
+    (batch,) = data.examples("train", 50)
+    assert bytes_text(batch["text"]) == [f"é {i}" for i in range(8) for _ in "ab"]
+    assert batch["angle"].tolist() == [[i, 0.5] for i in range(8) for _ in "ab"]
+    assert batch["label"].tolist() == [label for label in rows["label"] for _ in "ab"]
+    renamed = rows.rename_column("said", "latent")
+    renamed.to_parquet(tmp_path / "named" / "train.parquet")
+    further = ("--data.text_key=latent", "--data.val_split=null")
+    code, _, err = encode(cli, vae, tmp_path / "named", "other", *further)
+    assert code == 2
+    assert "the result has a column 'latent' of its own" in err
 
 
 @needs_diffusers

@@ -323,8 +323,9 @@ def test_a_run_goes_on_when_its_working_directory_is_removed(cli, tmp_path, monk
 
 def test_a_command_in_a_removed_folder_is_one_sentence(tmp_path):
     code = (
-        f"import os, sys; os.chdir({str(tmp_path)!r}); os.mkdir('x'); os.chdir('x'); os.rmdir('../x'); "
-        "os.execv(sys.executable, [sys.executable, '-m', 'lit_diffusion', 'fit'])"
+        f"import os, sys; os.chdir({str(tmp_path)!r}); os.mkdir('x'); os.chdir('x'); "
+        "os.rmdir('../x'); python = sys.executable; "
+        "os.execv(python, [python, '-m', 'lit_diffusion', 'fit'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2

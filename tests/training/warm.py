@@ -191,6 +191,8 @@ def become(request, files):
     """Make this process the one that was asked for: directory, environment, paths and files."""
     if request["session"]:
         os.setsid()
+    # A job in the foreground, even if the tests are one in the background, which ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     before = os.environ.get("PYTHONPATH", "")
     os.environ.clear()

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.callbacks.periodic import Periodic
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.run.dashboard import show
+from lit_diffusion.training.run.grid_texts import add_texts
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
 from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.conditions import prompt_bytes
 
 __all__ = ["SampleGrid", "save_grid"]
 
@@ -28,7 +32,13 @@ BAR = 256  # height of the highest bar
 COLOUR = torch.tensor([0.09, 0.24, 0.47])  # of bars and points
 
 
-def save_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = ()) -> Tensor:
+def save_grid(
+    images: Tensor,
+    path: Path,
+    columns: int,
+    names: Sequence[str] = (),
+    texts: Sequence[str] | None = None,
+) -> Tensor:
     """Write images as one PNG, whole or not at all; small ones are enlarged.
 
     Examples of one or two numbers are shown together as one plot, a histogram or a scatter plot.
@@ -40,6 +50,7 @@ def save_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = (
         path: The PNG file.
         columns: Images per row; ignored for plots.
         names: What each column shows; the report reads them from the file.
+        texts: The text of each image; the report reads them from the file, too.
 
     Shapes:
         images (n, C, H, W); result, the picture, (3, H', W'), uint8.
@@ -61,6 +72,8 @@ def save_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = (
     note = PngImagePlugin.PngInfo()
     if names and images[0].numel() > 2:
         note.add_itxt(COLUMNS, json.dumps(list(names), ensure_ascii=False))
+    if texts:
+        add_texts(note, texts, columns)
     with replacing(path) as unfinished:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(
             unfinished, format="PNG", pnginfo=note
@@ -105,9 +118,10 @@ class SampleGrid(Periodic):
     """Saves a grid of samples at each validation: samples/step-….png in the run folder.
 
     With classes, each column is one class; the file has their names, if the data name them, and
-    the report shows them. With further conditions, the images have the
-    conditions of the first validation examples, or training examples if there is no validation;
-    if rank 0 has fewer than rows · columns of them, there are fewer images. The starting noise is
+    the report shows them. With prompts, each column is one of these. With further conditions, the
+    images have the conditions of the first validation examples, or training examples if there is
+    no validation; if rank 0 has fewer than rows · columns of them, there are fewer images. The
+    starting noise is
     always the same, so that the grids differ only by the model. With an `EMA` the samples are
     those of the average. The last weights of a fit always have a grid; without validation data,
     epochs of training count as validations. Sampling with more than 100 noise levels shows a
@@ -121,6 +135,8 @@ class SampleGrid(Periodic):
         columns: Columns of the grid; rows · columns is the number of samples.
         guidance: Scale of classifier-free guidance, 1 for none.
         guidance_interval: Guide only where low ≤ λ ≤ high; None for everywhere.
+        prompts: Texts for a model that reads texts, one for each column, in turn; by default the
+            captions of the first validation examples.
         every_n_validations: Sample at the first of every n validations, and at the end of the fit.
 
     Raises:
@@ -134,6 +150,7 @@ class SampleGrid(Periodic):
         guidance: float = 1.0,
         every_n_validations: int = 1,
         guidance_interval: tuple[float, float] | None = None,
+        prompts: tuple[str, ...] = (),
     ) -> None:
         super().__init__(every_n_validations, first=True)
         if min(rows, columns, every_n_validations) < 1:
@@ -150,6 +167,7 @@ class SampleGrid(Periodic):
         self.columns = columns
         self.guidance = guidance
         self.guidance_interval = guidance_interval
+        self.prompts = tuple(prompts)
         self.last_path: Path | None = None
         self._seen: list[dict[str, Tensor]] = []
 
@@ -164,16 +182,19 @@ class SampleGrid(Periodic):
         Args:
             model: The model.
             progress: Wraps the list of steps, such as tqdm.
-            cond: The conditions of each image, with its label; None means a class per column.
+            cond: The conditions of each image, with its label; None means a class per column. The
+                prompts replace a text.
 
         Shapes:
             each condition (n, *) with n ≤ rows · columns; result (n, C, H, W), in [−1, 1].
         """
-        cond, n, classes = dict(cond or {}), self.rows * self.columns, model.num_classes
+        cond, n, classes = dict(cond or {}), self._most, model.num_classes
         if cond:
             n, label = len(next(iter(cond.values()))), cond.pop("label", None)
         else:
             label = None if classes is None else torch.arange(n) % self.columns % classes
+        if self.prompts:
+            cond[TEXT] = prompt_bytes(model, self._texts(n))
         return model.sample(
             n,
             randomness.generators(model.seed, "sample", list(range(n))),
@@ -187,6 +208,8 @@ class SampleGrid(Periodic):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse now what the model cannot do, not at the first validation."""
         pl_module.check_guidance(self.guidance)
+        if self.prompts:
+            prompt_bytes(pl_module, self.prompts)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard the conditions of the previous validation."""
@@ -202,9 +225,9 @@ class SampleGrid(Periodic):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the conditions of the first examples, if the model has more than classes."""
-        if not pl_module.conditions:
+        if not self._wanted(pl_module):
             return
-        room = self.rows * self.columns - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
+        room = self._most - sum(len(c[pl_module.conditions[0]]) for c in self._seen)
         if room > 0:
             cond = pl_module.condition(pl_module.standard(batch))
             self._seen.append({name: value[:room] for name, value in cond.items()})
@@ -222,22 +245,25 @@ class SampleGrid(Periodic):
         if not in_fit or not trainer.is_global_zero or folder is None:
             return {}
         path = folder / "samples" / f"step-{trainer.global_step:07d}.png"
-        if pl_module.conditions and not self._seen:
+        if self._wanted(pl_module) and not self._seen:
             self._see_training_data(trainer, pl_module)
         seen = {
             name: torch.cat([cond[name] for cond in self._seen])
             for name in (self._seen[0] if self._seen else ())
         }
         images = self.sample(pl_module, pl_module.watch(), seen)
-        names = [] if seen else self._names(pl_module)
+        names = self._names(pl_module) if self.prompts or not seen else []
+        captions = _captions(trainer, seen)
         with may_fail(path):
-            save_grid(images, path, self.columns, names)
+            save_grid(images, path, self.columns, names, None if self.prompts else captions)
             self.last_path = path
             show(trainer, "samples", path, f"columns: {', '.join(names)}" if names else "")
         return {}
 
     def _names(self, model: LitDiffusion) -> list[str]:
-        """The name of the class of each column; empty if the data name no classes."""
+        """The prompt or the class of each column; empty if the data name no classes."""
+        if self.prompts:
+            return self._texts(self.columns)
         classes, names = model.num_classes, model.class_names or []
         if classes is None or len(names) < min(classes, self.columns):
             return []
@@ -247,9 +273,22 @@ class SampleGrid(Periodic):
         """Take the conditions of the first training examples, where there is no validation."""
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "examples"):
-            batch = next(iter(data.examples(data.train_split, self.rows * self.columns)))
+            batch = next(iter(data.examples(data.train_split, self._most)))
             cond = model.condition({k: v for k, v in batch.items() if k != "image"})
             self._seen = [{name: value.to(model.device) for name, value in cond.items()}]
+
+    @property
+    def _most(self) -> int:
+        return self.rows * self.columns
+
+    def _wanted(self, model: LitDiffusion) -> bool:
+        """Whether images have conditions of examples: all but the text, if there are prompts."""
+        return bool(set(model.conditions) - ({TEXT} if self.prompts else set()))
+
+    def _texts(self, n: int) -> list[str]:
+        """The prompts of n images; empty if there are none."""
+        columns = [i % self.columns for i in range(n)]
+        return [self.prompts[k % len(self.prompts)] for k in columns] if self.prompts else []
 
     def on_predict_batch_end(
         self,
@@ -265,4 +304,11 @@ class SampleGrid(Periodic):
         if folder is not None:
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
             self.last_path = folder / "samples" / name
-            save_grid(outputs, self.last_path, self.columns)
+            texts = _captions(trainer, batch if isinstance(batch, dict) else {})
+            save_grid(outputs, self.last_path, self.columns, texts=texts)
+
+
+def _captions(trainer: L.Trainer, seen: dict[str, Tensor]) -> list[str] | None:
+    """The captions among some conditions; None if the data have none."""
+    has_text = getattr(getattr(trainer, "datamodule", None), "text_key", None) is not None
+    return bytes_text(seen[TEXT]) if has_text and TEXT in seen else None

@@ -8,8 +8,8 @@ numbers that are still arranged as an image. They are fixed, so they are compute
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
 
-The result are parquet files with a column `latent`, arrays of float16 in numpy's file format, and
-a column `label`.
+The result are parquet files with a column `latent`, arrays of float16 in numpy's file format, a
+column `label`, and under their own names the columns of `data.condition_keys` and `data.text_key`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.commands.autoencoder import Autoencoder
 from lit_diffusion.training.commands.choices import find_device
 from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_folder import (
@@ -84,16 +86,24 @@ def encode(
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}.")
     if out.exists():
         raise UsageError(f"--out must be a new folder, but {out} exists already.")
+    own = {"latent", "label"} if data.label_key else {"latent"}
+    if taken := own & {*data.condition_keys, data.text_key}:
+        raise UsageError(
+            f"the result has a column {taken.pop()!r} of its own: rename that of the conditions."
+        )
     autoencoder = Autoencoder(str(vae), find_device(device))
     channels, height, width = data.image_shape
     shape = autoencoder.latent_shape((channels, height, width))
     remove_unfinished(out)
     with unfinished_folder(out) as partial:
-        moments = {}
+        moments, channels_of_latent = {}, shape[0]
         for split in dict.fromkeys(filter(None, (data.train_split, data.val_split))):
             batches = data.examples(split, batch_size)
             twice = mirrored and split == data.train_split
-            moments[split] = _write_split(autoencoder, batches, partial, split, twice)
+            rows = _rows(
+                autoencoder, tqdm(batches, desc=f"encoding {split}, batches"), twice, data
+            )
+            moments[split] = _write_split(rows, channels_of_latent, partial, split)
         card = {"autoencoder": str(vae), "scale": autoencoder.scale, "shift": autoencoder.shift}
         card |= {
             "images": without_secrets(data.path),
@@ -109,27 +119,21 @@ def encode(
 
 
 def _write_split(
-    autoencoder: Autoencoder,
-    batches: Iterator[dict[str, Any]],
-    folder: Path,
-    split: str,
-    mirrored: bool,
+    rows: Iterator[dict[str, Any]], channels: int, folder: Path, split: str
 ) -> dict[str, Any]:
     """Write the files of a split; return the number of latents, and their mean and std."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
 
-    rows = _rows(autoencoder, tqdm(batches, desc=f"encoding {split}, batches"), mirrored)
     examples, numbers = 0, 0
-    sums = torch.zeros(2, autoencoder.vae.config.latent_channels, dtype=torch.float64)
+    sums = torch.zeros(2, channels, dtype=torch.float64)
     for number in itertools.count():
         some = list(itertools.islice(rows, FILE))
         if not some:
             break
-        latents, labels = zip(*some, strict=True)
+        latents = [row.pop("latent") for row in some]
         columns = {"latent": pa.array(map(_npy, latents), pa.binary())}
-        if labels[0] is not None:
-            columns["label"] = pa.array(labels, pa.int64())
+        columns |= {name: pa.array([row[name] for row in some]) for name in some[0]}
         path = folder / f"{split}-{number:05d}.parquet"
         parquet.write_table(  # with checksums, since a flipped bit of a latent is a latent, too
             pa.table(columns),
@@ -148,16 +152,29 @@ def _write_split(
 
 
 def _rows(
-    autoencoder: Autoencoder, batches: Iterable[dict[str, Any]], mirrored: bool
-) -> Iterator[tuple[Tensor, int | None]]:
-    """Yield (latent, label) of each image, and of its mirror image if requested."""
+    autoencoder: Autoencoder,
+    batches: Iterable[dict[str, Any]],
+    mirrored: bool,
+    data: ImageDataModule,
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of each image, and of its mirror image if requested: latent, label, others."""
     for batch in batches:
         images = batch["image"]
-        labels = batch["label"].tolist() if "label" in batch else [None] * len(images)
+        columns = {name: batch[name].numpy() for name in data.condition_keys}
+        if "label" in batch:
+            columns["label"] = batch["label"].numpy()
+        if data.text_key is not None:
+            columns[data.text_key] = bytes_text(batch[TEXT])
         versions = [images, images.flip(3)] if mirrored else [images]
         encoded = torch.stack([autoencoder.encode(one).half().cpu() for one in versions], dim=1)
-        for latents, label in zip(encoded, labels, strict=True):
-            yield from ((latent, label) for latent in latents)
+        for i, latents in enumerate(encoded):
+            row = {name: _stored(values[i]) for name, values in columns.items()}
+            yield from ({"latent": latent, **row} for latent in latents)
+
+
+def _stored(value: Any) -> Any:
+    """A value of a column: a string, a number, or nested lists of numbers."""
+    return value.tolist() if isinstance(value, np.ndarray) and value.ndim else value
 
 
 def _plain(facts: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import own_data, read_experiment
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.evaluation.features import fingerprint
 from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
 from lit_diffusion.training.evaluation.sample_files import ArrayFile, ImageFolder
@@ -25,6 +26,7 @@ from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.compilation import compile_in_place
+from lit_diffusion.training.step.conditions import prompt_bytes
 
 __all__ = ["NO_GUIDANCE", "Samples", "sample"]
 
@@ -56,6 +58,7 @@ def sample(
     split: str | None = None,
     label: int | list[int | str] | str | None = None,
     per_class: int | None = None,
+    prompt: list[str] | str | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     batch_size: int = 256,
@@ -83,6 +86,9 @@ def sample(
             one per column of a grid; none or -1 for no class. Sampled by default.
         per_class: Number of images of each class, or of each in label: a grid with one column, or
             a folder with one subfolder, such as 3-roses, per class.
+        prompt: Text of all images, such as "a three"; or a list such as ["a three","a six"] to
+            cycle through, one per column of a grid. Without one, a model that reads texts is given
+            the captions of examples.
         guidance: Scale of classifier-free guidance; 1 for none.
         guidance_interval: Guide only for λ in this interval, such as [-3,5]; by default
             everywhere.
@@ -111,9 +117,11 @@ def sample(
     if per_class is not None:
         n = per_class * len(classes)
 
-    rows = _rows(model, path, config, split, n, batch_size)
+    prompts = _prompts(model, prompt)
+    rows = _rows(model, path, config, split, n, batch_size, bool(prompts))
     about = _about(path, model, sampler, seed, classes, guidance, guidance_interval)
     about |= {} if rows is None else {"config": str(config), "split": split}
+    about |= {"prompt": prompts} if prompts else {}
     files = _open(out, about, model, n, classes, per_class is not None)
     sampling = {
         "sampler": sampler,
@@ -121,14 +129,14 @@ def sample(
         "guidance_interval": guidance_interval,
     }
     kept = _sample_all(
-        model, files, rows, classes, torch.arange(n).split(batch_size), seed, sampling
+        model, files, rows, classes, prompts, torch.arange(n).split(batch_size), seed, sampling
     )
     if files is None:
-        columns = max(1, round(n**0.5))
-        if per_class is not None or len(classes) > 1:
-            columns = len(classes)
+        per_column = len(classes) if per_class is not None or len(classes) > 1 else len(prompts)
+        columns = per_column if per_class or per_column > 1 else max(1, round(n**0.5))
         names = [_name(c, model) for c in classes] if columns == len(classes) else []
-        save_grid(torch.cat(kept), out, columns, names)
+        shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else []
+        save_grid(torch.cat(kept), out, columns, names, shown)
         return Samples(torch.cat(kept), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
@@ -140,6 +148,7 @@ def _sample_all(
     files: ImageFolder | ArrayFile | None,
     rows: RowConditions | None,
     classes: list[int],
+    prompts: list[str],
     batches: Sequence[Tensor],
     seed: int,
     sampling: dict[str, Any],
@@ -156,6 +165,8 @@ def _sample_all(
         label: Any = cond.pop("label", None)
         if classes:
             label = [classes[i % len(classes)] for i in indices]
+        if prompts:
+            cond[TEXT] = prompt_bytes(model, [prompts[i % len(prompts)] for i in indices])
         images = model.sample(
             len(indices),
             randomness.generators(seed, "sample", indices),
@@ -180,12 +191,14 @@ def _rows(
     split: str | None,
     n: int,
     batch_size: int,
+    prompted: bool,
 ) -> RowConditions | None:
-    """The conditions of the images, of a model that has more than classes."""
-    if not model.conditions:
+    """The conditions of the images, of a model that has more than classes and prompts."""
+    if not set(model.conditions) - ({TEXT} if prompted else set()):
         if config is not None or split is not None:
+            given = "the class and the prompt" if prompted else "the class"
             raise UsageError(
-                "this model has no conditions besides the class, which it would take from data: "
+                f"this model has no conditions besides {given}, which it would take from data: "
                 "omit --config and --split."
             )
         return None
@@ -290,6 +303,17 @@ def _classes(
     if not classes or min(classes) < -1 or max(classes) >= known:
         raise UsageError(f"--label must name classes from 0 to {known - 1}, or none, got {label}.")
     return classes
+
+
+def _prompts(model: LitDiffusion, prompt: list[str] | str | None) -> list[str]:
+    """The prompts to cycle through, checked; an empty list if there are none."""
+    if prompt is None:
+        return []
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise UsageError("--prompt must be a text or a list of texts, got an empty list.")
+    prompt_bytes(model, prompts)
+    return prompts
 
 
 def _folder(label: int, model: LitDiffusion) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_diffusion.training.data.columns import BATCH
+from lit_diffusion.training.data.columns import BATCH, TEXT
+from lit_diffusion.training.data.transforms import CHANNELS
 
 if TYPE_CHECKING:
     from lit_diffusion.training.data.module import ImageDataModule
 
 LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
-LEAST |= {"steps_per_epoch": 1, "val_examples": 1}
+LEAST |= {"steps_per_epoch": 1, "val_examples": 1, "text_length": 1}
 CHOICES = {"on_bad_example": ("skip", "raise"), "on_changed_data": ("refuse", "continue")}
 
 
@@ -39,11 +40,24 @@ def check_arguments(data: ImageDataModule) -> None:
             f"{', '.join(BATCH)}, got {', '.join(data.condition_keys)}; the label's column is "
             "data.label_key, any other column may be renamed"
         )
+    if data.text_key is not None and TEXT in data.condition_keys:
+        raise ValueError(
+            f"data.text_key makes the entry {TEXT!r} of a batch, and so does "
+            f"data.condition_keys={', '.join(data.condition_keys)}; rename that column"
+        )
     for name, low in LEAST.items():
         if (value := getattr(data, name)) is not None and value < low:
             raise ValueError(f"data.{name} must be at least {low}, got {value}")
     for name, choices in CHOICES.items():
         if (choice := getattr(data, name)) not in choices:
             raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {choice!r}")
+    if data.mode is not None and data.mode not in ("L", "RGB", "RGBA"):
+        raise ValueError(f"data.mode must be L, RGB, RGBA or null, got {data.mode!r}")
+    channels = data.image_shape[0]
+    if data.mode is not None and not data.transforms and CHANNELS[data.mode] != channels:
+        raise ValueError(
+            f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.image_shape "
+            f"with {channels}; set one of them"
+        )
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {data.max_bad_share}")

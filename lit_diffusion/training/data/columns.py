@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lit_diffusion.nn.text import text_bytes
+
 BATCH = ("image", "label", "index", "total", "batch")  # entries of a batch that are no conditions
+TEXT = "text"  # the entry of a batch that has the captions, whatever the name of their column
 
 Row = tuple[Any, Any, tuple[Any, ...]]  # an image as stored, a label or None, the conditions
 
@@ -25,16 +28,22 @@ class MisfitError(ValueError):
 
 
 class Columns(NamedTuple):
-    """Names of the columns to read: the images, the labels, the conditions."""
+    """Names of the columns to read: the images, the labels, the conditions, the captions."""
 
     image: str
     label: str | None = None
     conditions: tuple[str, ...] = ()
+    text: str | None = None
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The columns of all conditions, of which the captions are the last."""
+        return self.conditions if self.text is None else (*self.conditions, self.text)
 
     @property
     def names(self) -> list[str]:
         """All names, each once."""
-        return list({key: 0 for key in (self.image, self.label, *self.conditions) if key})
+        return list({key: 0 for key in (self.image, self.label, *self.further) if key})
 
     def check(self, split: str, found: Sequence[str]) -> None:
         """Raise an error if a split lacks one of the columns.
@@ -49,6 +58,7 @@ class Columns(NamedTuple):
         wanted = [
             ("data.image_key", self.image, ""),
             ("data.label_key", self.label, "; null for no labels"),
+            ("data.text_key", self.text, "; null for no captions"),
         ]
         wanted += [("data.condition_keys", key, "") for key in self.conditions]
         for argument, column, hint in wanted:
@@ -67,8 +77,8 @@ class Columns(NamedTuple):
         images = table[self.image]
         labels = table[self.label] if self.label else repeat(None, len(images))
         further: Any = repeat((), len(images))
-        if self.conditions:
-            further = zip(*(table[key] for key in self.conditions), strict=True)
+        if self.further:
+            further = zip(*(table[key] for key in self.further), strict=True)
         return list(zip(images, labels, further, strict=True))
 
 
@@ -90,6 +100,38 @@ def whole_number(label: Any) -> int:
             "integers, or to null for none"
         )
     return int(label)
+
+
+def caption(stored: Any, column: str, length: int) -> npt.NDArray[np.int64]:
+    """Return a caption as the bytes of its UTF-8 encoding, padded with zeros.
+
+    A longer caption is not cut off: what a picture shows may be said at its end.
+
+    Args:
+        stored: A string.
+        column: Name of its column.
+        length: Number of bytes with the padding.
+
+    Raises:
+        MisfitError: If it is no string, blank, or too long.
+
+    Example:
+        >>> caption("a 7", "caption", 5)
+        array([97, 32, 55,  0,  0])
+    """
+    where = f"a caption in column {column!r}"
+    if stored is None:
+        raise MisfitError(f"{where}, got none; remove the row")
+    if not isinstance(stored, str):
+        raise MisfitError(
+            f"{where}, got {type(stored).__name__} {str(stored)[:50]!r}; set data.text_key to a "
+            "column of strings, or to null for none"
+        )
+    try:
+        return text_bytes([stored], length)[0].numpy()
+    except ValueError as error:
+        hint = "set data.text_length" if len(stored.encode(errors="replace")) > length else ""
+        raise MisfitError(f"{where}: {error}; {hint or 'repair or remove the row'}") from None
 
 
 def numbers(stored: Any, column: str, like: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:

@@ -126,12 +126,12 @@ def _blocks(files: Sequence[str], sizes: list[int], number: int) -> Iterator[byt
 
 
 def _spans(file: str, spans: list[tuple[int, int]]) -> list[bytes]:
-    import fsspec
+    from fsspec.core import url_to_fs
 
     if _is_local(file):
         with open(file, "rb") as opened:
             return [_span(opened, *span) for span in spans]
-    storage, path = fsspec.core.url_to_fs(file)
+    storage, path = url_to_fs(file)
     return [storage.cat_file(path, begin, begin + length) for begin, length in spans if length]
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_diffusion.training.data.bad_examples import BadExamples
+from lit_diffusion.training.data.class_mix import ClassMix
 from lit_diffusion.training.data.lane import Delivery, Failure, LaneBatches
 from lit_diffusion.training.data.order import Position
 from lit_diffusion.training.data.resumption import change_of_data, check_settings
 from lit_diffusion.training.data.retry import close_connections
 from lit_diffusion.training.data.workers import Workers
-from lit_diffusion.training.run.messages import inform
+from lit_diffusion.training.run.messages import inform, warn
 
 
 class TrainLoader:
@@ -70,6 +71,7 @@ class TrainLoader:
         self._stream: Iterator[Delivery | Failure] | None = None
         self._workers: Workers | None = None
         self._change: str | None = None  # of the data, since the checkpoint
+        self._mix = ClassMix() if batches.rank == 0 else None
         self._kept: list[dict[str, Tensor]] = []  # the batches to repeat
         self._next = 0  # which of them
 
@@ -91,7 +93,7 @@ class TrainLoader:
         asked = perf_counter()
         if self._stream is None:
             self._stream = self._open()
-        delivery = next(self._stream)
+        delivery = self._next_delivery(self._stream)
         self.wait_seconds += perf_counter() - asked
         if isinstance(delivery, Failure):
             self.close()
@@ -101,7 +103,27 @@ class TrainLoader:
         if self.bad_examples is not None and delivery.bad:
             self.bad_examples.add(delivery.bad)
             self.bad_examples.judge(*self.counts())
+        if self._mix is not None and "label" in delivery.batch:
+            self._warn_of_sorted_data(self._mix, delivery.batch["label"])
         return delivery.batch
+
+    def _warn_of_sorted_data(self, mix: ClassMix, label: Tensor) -> None:
+        if (found := mix.add(label)) is not None:
+            warn(
+                f"The data seem to be sorted by class: {found}. Shuffle them in their files, set "
+                "data.shuffle_window to a multiple of a class's examples, or data.streaming to "
+                "false."
+            )
+
+    def _next_delivery(self, stream: Iterator[Delivery | Failure]) -> Delivery | Failure:
+        if self._workers is None:
+            return next(stream)
+        try:
+            found: Delivery | Failure = self._workers.next(stream)
+            return found
+        except OSError:
+            self.close()
+            raise
 
     def counts(self) -> tuple[int, int]:
         """Return how many examples this rank has read, and how many of them were bad."""

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_diffusion.training.data.bad_examples import Bad
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.data.split import Split, chunks, sift
 from lit_diffusion.training.run.messages import logger
 from lit_diffusion.training.run.whole_folder import (
@@ -78,9 +78,9 @@ def writing(cache_dir: Path) -> Iterator[None]:
 def _decode_into(partial: Path, split: Split, check: Check) -> None:
     decoder, total = split.decoder, split.source.total
     assert total is not None  # what is not streamed has a length
-    image = decoder.like["image"].dtype
+    image = decoder.like["image"]
     looks = [decoder.like[name] for name in decoder.conditions]
-    example_bytes = math.prod(decoder.shape) * image.itemsize + sum(like.nbytes for like in looks)
+    example_bytes = image.nbytes + sum(like.nbytes for like in looks)
     chunk = min(CHUNK_EXAMPLES, max(1, CHUNK_BYTES // example_bytes))
     good, reported = 0, time.monotonic()
     bad: list[Bad] = []
@@ -91,10 +91,10 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes of free space and not {need:,}")
-            images = _GrowingArray(partial / "images.npy", image.str, decoder.shape, files)
+            images = _GrowingArray(partial / "images.npy", image.dtype.str, image.shape, files)
             conditions = {
                 name: _GrowingArray(
-                    partial / f"condition-{k}.npy", like.dtype.str, like.shape, files
+                    partial / f"condition-{k}.npy", _stored(name, like), like.shape, files
                 )
                 for k, (name, like) in enumerate(zip(decoder.conditions, looks, strict=True))
             }
@@ -125,6 +125,11 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             np.save(partial / "labels.npy", np.concatenate(labels))
 
 
+def _stored(name: str, like: npt.NDArray[Any]) -> str:
+    """The type of a condition on disk: that of the batch, or of captions bytes."""
+    return np.dtype(np.uint8).str if name == TEXT else like.dtype.str
+
+
 class _GrowingArray:
     """A .npy file written piece by piece, before its length is known."""
 
@@ -138,7 +143,7 @@ class _GrowingArray:
 
     def append(self, array: npt.NDArray[Any]) -> None:
         """Write some more rows."""
-        write(self.file, array)
+        write(self.file, array.astype(self.dtype, copy=False))
 
     def finish(self, length: int) -> None:
         """Write the length: numpy pads a header so that this does not change its size."""

@@ -6,8 +6,8 @@ the same images. So the whole split is decoded once, into a folder:
     images.npy    (N, C, H, W) uint8     memory-mapped, not read: ranks, workers and runs on a
                    or floats             machine share one copy, the operating system's page cache
     labels.npy    (N,) int64             absent if there are no labels
-    condition-0.npy  (N, *) float32 or   one file per condition, in the order of identity.json
-                     int64
+    condition-0.npy  (N, *) float32 or   one file per condition, in the order of identity.json;
+                     int64, or uint8     bytes of captions, after all others
     rows.npy      (N,) int64             row of each example in the split
     bad.json                             the rows that are left out, and why
 
@@ -40,10 +40,12 @@ from torch import Tensor
 
 from lit_diffusion.training.data import map_writer
 from lit_diffusion.training.data.bad_examples import FEW, Bad, BadExample, BadExamples
+from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.data.images import mirror
 from lit_diffusion.training.data.lane import Delivery, LaneBatches
 from lit_diffusion.training.data.order import ORDER, Position, coin, permutation
 from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.data.transforms import Transforms
 from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
@@ -67,7 +69,8 @@ class MemoryMap:
             images = np.load(folder / "images.npy", mmap_mode="r")
             labels = np.load(path) if (path := folder / "labels.npy").exists() else None
             rows = np.load(folder / "rows.npy")
-            keys = json.loads((folder / "identity.json").read_text()).get("condition_keys", [])
+            identity = json.loads((folder / "identity.json").read_text())
+            keys = identity.get("condition_keys", []) + [TEXT] * ("text_key" in identity)
             conditions = [
                 np.load(folder / f"condition-{k}.npy", mmap_mode="r") for k in range(len(keys))
             ]
@@ -103,6 +106,8 @@ class MemoryMap:
             batch["label"] = self.labels[chosen]
         for name, values in self.conditions.items():
             batch[name] = values.index_select(0, chosen)
+            if name == TEXT and values.dtype == torch.uint8:
+                batch[name] = batch[name].long()
         return batch | {"index": self.rows[chosen]}
 
     def __reduce__(self) -> tuple[type[MemoryMap], tuple[Path]]:
@@ -195,13 +200,25 @@ class MemoryBatches(LaneBatches):
         flip: Mirror each image with probability one half.
         rank: This rank.
         world: Number of ranks.
+        transforms: What is done to an image at each access; by default nothing.
+        image_shape: (C, H, W) of the images after that.
     """
 
     def __init__(
-        self, memory: MemoryMap, batch_size: int, seed: int, flip: bool, rank: int, world: int
+        self,
+        memory: MemoryMap,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        rank: int,
+        world: int,
+        transforms: Transforms | None = None,
+        image_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__(batch_size, seed, flip, rank, world)
         self.memory = memory
+        self.image_shape = image_shape
+        self.transforms = transforms or Transforms()
 
     def batches(self, lane: int, lanes: int, position: Position) -> Iterator[Delivery]:
         """Yield the batches of one lane for ever."""
@@ -230,6 +247,9 @@ class MemoryBatches(LaneBatches):
         self, chosen: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]
     ) -> dict[str, Tensor]:
         batch = self.memory[torch.from_numpy(chosen)]
+        if self.transforms:
+            keys = epochs.tolist(), batch["index"].tolist()
+            batch["image"] = self.transforms.batch(batch["image"], *keys, self.image_shape)
         if self.flip:
             mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
         return batch

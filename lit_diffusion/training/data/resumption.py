@@ -19,7 +19,14 @@ from lit_diffusion.training.data.split import Split
 if TYPE_CHECKING:
     from lit_diffusion.training.data.module import ImageDataModule
 
-ARGUMENTS = ("num_workers", "batch_size", "streaming", "shuffle_window", "seed", "open_shards")
+ARGUMENTS: tuple[str, ...] = (
+    "num_workers",
+    "batch_size",
+    "streaming",
+    "shuffle_window",
+    "seed",
+    "open_shards",
+)
 ARGUMENTS += ("on_bad_example", "horizontal_flip", "train_split", "label_key")
 CONTENT = "the content of the training data"
 TOTAL, SHARDS = "the number of training examples", "the number of shards"
@@ -44,6 +51,10 @@ def settings_of(
         **{f"data.{name}": getattr(data, name) for name in ARGUMENTS},
         "data.image_shape": list(data.image_shape),
         "data.condition_keys": list(data.condition_keys) or None,
+        "data.mode": data.mode,
+        "data.transform": data.transforms.description or None,
+        "data.text_key": data.text_key,
+        "data.text_length": data.text_length if data.text_key else None,
         TOTAL: total,
         SHARDS: split.source.shards,
         FIRST: zlib.crc32(split.decoder.like["image"].tobytes()),

@@ -7,13 +7,15 @@ cannot be reached would silently train on other data.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
 import fsspec.asyn  # type: ignore[import-untyped]
+import fsspec.config  # type: ignore[import-untyped]
 
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.run.secrets import without_secrets
@@ -21,6 +23,7 @@ from lit_diffusion.training.run.secrets import without_secrets
 T = TypeVar("T")
 
 ATTEMPTS = 5  # reads before the network counts as down
+SILENCE = 30.0  # seconds without a byte after which an attempt has failed
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
 
 CLIENTS = {"aiohttp", "httpx", "httpcore", "requests", "urllib3"}
@@ -57,6 +60,31 @@ def patiently(where: str, action: Callable[[], T]) -> T:
     ) from failure
 
 
+def server_options() -> dict[str, Any]:
+    """Return the options with which ``fsspec`` and ``datasets`` read from servers."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def limit_silence() -> None:
+    """Let every read over HTTP fail if the server falls silent, and leave repetitions to us.
+
+    By default a read may take five minutes in all, which ends slow ones, and ``datasets`` repeats
+    each twenty times.
+    """
+    import datasets  # type: ignore[import-untyped]
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    options = fsspec.config.conf.setdefault("http", {})  # a user's own come first
+    options.setdefault("client_kwargs", {}).setdefault(
+        "timeout", server_options()["client_kwargs"]["timeout"]
+    )
+
+
 def is_of_the_network(error: BaseException) -> bool:
     """Whether an error or its cause is a network failure, so that another attempt may succeed.
 
@@ -85,6 +113,8 @@ def close_connections() -> None:
     base = fsspec.AbstractFileSystem
     for kind in (base, *subclasses(base)):
         kind.clear_instance_cache()
+    # The network thread holds the last request for a moment; let it come round once.
+    fsspec.asyn.sync(fsspec.asyn.get_loop(), asyncio.sleep, 0)
     gc.collect()  # file systems are reference cycles, which the child must not collect
 
 

@@ -196,5 +196,7 @@ class SequentialSource(ShardSource):
                 yield rows[skip:]
 
     def place(self, shard: int) -> tuple[str, int]:
-        """Return the shard's number as its name: not every format has one file per shard."""
+        """Return the shard's file, or its number: not every format has one file per shard."""
+        if len(self.files) == self.shards:
+            return self.files[shard], 0
         return (f"shard {shard}" if self.shards > 1 else ""), 0

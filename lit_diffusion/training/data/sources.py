@@ -18,6 +18,7 @@ from lit_diffusion.training.data.content import digests
 from lit_diffusion.training.data.file_names import Files, files_of_folder, named_files
 from lit_diffusion.training.data.image_paths import ImagePaths, folders_of
 from lit_diffusion.training.data.parquet import ParquetSource, open_parquet
+from lit_diffusion.training.data.retry import limit_silence, server_options
 from lit_diffusion.training.data.shards import SequentialSource
 from lit_diffusion.training.data.source import Source
 from lit_diffusion.training.data.table import TableSource
@@ -142,9 +143,11 @@ def find_splits(
     from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # or each pass ends with 5 idle seconds
+    limit_silence()
     place = locate(path, data_files)
     try:
         options: dict[str, Any] = {"name": config_name, "data_files": _files(place)}
+        options["storage_options"] = {kind: server_options() for kind in ("http", "https")}
         builder = datasets.load_dataset_builder(place.target, **options)
         files, listed = _files_of(builder), isinstance(builder, FolderBasedBuilder)
         paths = _image_paths(place, files, listed)

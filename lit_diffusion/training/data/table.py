@@ -57,3 +57,11 @@ class TableSource(Source):
         n = self.rows if n is None else min(n, self.rows)
         for begin in range(0, n, READ_SIZE):
             yield from self.fetch(list(range(begin, min(begin + READ_SIZE, n))))
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Return the file of an example, if each image is a file of its own."""
+        if self.named:
+            image = self.dataset[index][self.columns.image]
+            if isinstance(image, dict) and image.get("path"):
+                return str(image["path"]), 0
+        return "", index

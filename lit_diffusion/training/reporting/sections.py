@@ -42,6 +42,7 @@ from lit_diffusion.training.reporting.parts import (
     protocol,
 )
 from lit_diffusion.training.reporting.run import Run
+from lit_diffusion.training.run.grid_texts import texts_of
 from lit_diffusion.training.run.measurements import Measurement
 from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table
 
@@ -74,7 +75,7 @@ def _samples(run: Run) -> list[Part]:
     parts: list[Part] = []
     if grids:
         newest, *earlier = reversed(_evenly(grids, GRIDS))
-        parts.append(_grid(newest, "newest"))
+        parts += [_grid(newest, "newest"), *_texts(newest)]
         note = "All grids start from the same noise, so that only the model changes."
         if len(grids) > GRIDS:
             note += f" Shown are {GRIDS} of {len(grids)} grids."
@@ -90,6 +91,15 @@ def _samples(run: Run) -> list[Part]:
 def _grid(path: Path, kind: str = "") -> Picture:
     step = _step(path)
     return picture(path, f"Samples after {step} steps", f"step {step:,}", kind, path.stem)
+
+
+def _texts(grid: Path) -> list[Part]:
+    """The texts of a grid, in its form."""
+    rows = texts_of(grid)
+    heads = [str(k) for k in range(1, len(rows[0]) + 1)] if rows else []
+    rows = [row + [""] * (len(heads) - len(row)) for row in rows]
+    title = "Captions, by row and column"
+    return [Fold(title, [Table(title, heads, rows)])] if rows else []
 
 
 def when(session: dict[str, Any]) -> str:

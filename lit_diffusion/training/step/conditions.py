@@ -19,11 +19,20 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.likelihood import variational_bound
 from lit_diffusion.loss import DiffusionLoss, weighted_error
+from lit_diffusion.models.base import SamplingModel, declared_conditions
+from lit_diffusion.nn.text import text_bytes
 from lit_diffusion.probability_flow import log_likelihood
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training.data.columns import BATCH
+from lit_diffusion.training.data.columns import BATCH, TEXT
 
-__all__ = ["RESERVED", "check_labels", "check_network", "from_batch", "named_conditions"]
+__all__ = [
+    "RESERVED",
+    "check_labels",
+    "check_network",
+    "from_batch",
+    "named_conditions",
+    "prompt_bytes",
+]
 
 # Conditions are passed as keyword arguments through all of these, whose own names are reserved.
 _ON_THE_WAY = (
@@ -43,13 +52,12 @@ def named_conditions(network: nn.Module, given: Sequence[str] | None) -> tuple[s
 
     Args:
         network: The network.
-        given: The names; None means those in the network's attribute `conditions`, if it has one.
+        given: The names; None means those that the network declares.
 
     Raises:
         ValueError: If a name is reserved, or the network does not take it.
     """
-    asked = getattr(network, "conditions", None) if given is None else given
-    names = tuple(asked or ())
+    names = declared_conditions(network) if given is None else tuple(given)
     check_network(network, names)
     return names
 
@@ -94,6 +102,32 @@ def _arguments(network: nn.Module) -> set[str] | None:
     return {one.name for one in parameters}
 
 
+def prompt_bytes(model: SamplingModel, prompts: Sequence[str]) -> Tensor:
+    """The bytes of prompts, for a model that reads texts of this length.
+
+    Args:
+        model: The model.
+        prompts: The texts, at least one.
+
+    Shapes:
+        result (number of prompts, T), int64.
+
+    Raises:
+        ValueError: If the model reads no texts, or a prompt is blank or too long for it.
+    """
+    if TEXT not in model.conditions:
+        named = ", ".join(model.conditions) or "none"
+        raise ValueError(
+            f"Prompts are for a model with the condition {TEXT!r}, and this one's conditions are: "
+            f"{named}. Train one with data.text_key and an encoder as the network's argument text."
+        )
+    encoder = getattr(model.denoiser.network, "text", None)
+    try:
+        return text_bytes(prompts, getattr(encoder, "length", None))
+    except ValueError as error:
+        raise ValueError(f"Expected as a prompt {error}.") from error
+
+
 def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The conditions of a batch.
 
@@ -108,7 +142,8 @@ def from_batch(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tens
         if name not in batch:
             raise ValueError(
                 f"Expected {name!r} in the batch, for the model is conditioned on it, got "
-                f"{', '.join(batch)}; name its column in data.condition_keys."
+                f"{', '.join(batch)}; name its column in data.condition_keys, or that of a text "
+                "in data.text_key."
             )
     return {name: batch[name] for name in names}
 
