@@ -138,7 +138,7 @@ def test_an_epoch_without_one_good_example_ends_the_run(tmp_path):
     write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(30)])
     data = module(tmp_path / "x.parquet", val_split=None, max_bad_share=1.0)
     loader = data.train_dataloader()
-    data._train.decode = lambda examples: [Bad("", one.index, 1, "spoilt") for one in examples]
+    data._train.decode = lambda examples, _: [Bad("", one.index, 1, "spoilt") for one in examples]
     with pytest.raises(ValueError, match=r"example \d+, split 'train': spoilt"):
         take(loader, 1)
 

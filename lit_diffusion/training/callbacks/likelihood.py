@@ -13,6 +13,7 @@ from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
+from lit_diffusion.training.data.transforms import protocol_of
 from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import (
@@ -187,7 +188,13 @@ class Likelihood(L.Callback):
         return torch.stack([row.sum() for row in rows])
 
     def measurements(
-        self, model: LitDiffusion, total: Tensor, step: int, stage: str, weights: str
+        self,
+        model: LitDiffusion,
+        total: Tensor,
+        step: int,
+        stage: str,
+        weights: str,
+        data: Any = None,
     ) -> list[Measurement]:
         """The bound and its three terms with their protocol, from the `sums` of a whole set.
 
@@ -197,6 +204,7 @@ class Likelihood(L.Callback):
             step: Optimizer steps of the model.
             stage: val, test or evaluate.
             weights: The name of its weights.
+            data: The data, for the protocol.
 
         Shapes:
             total (5,), float64.
@@ -205,6 +213,7 @@ class Likelihood(L.Callback):
         low, high = model.loss.schedule.ends
         protocol = {
             "examples": int(total[-1]),
+            **protocol_of(data),
             "samples per example": self.samples_per_example,
             "num_timesteps": num_timesteps,
             "λ": [float(low), float(high)],
@@ -248,9 +257,8 @@ class Likelihood(L.Callback):
         folder = output_folder(trainer)
         if total[-1] == 0:
             return
-        measured = self.measurements(
-            pl_module, total, trainer.global_step, stage, weights_in_use(pl_module)
-        )
+        weights, data = weights_in_use(pl_module), getattr(trainer, "datamodule", None)
+        measured = self.measurements(pl_module, total, trainer.global_step, stage, weights, data)
         for one in measured:
             value = torch.tensor(one.value, device=pl_module.device)
             pl_module.log(f"{stage}/{one.name}", value, prog_bar=one.name == "bpd", sync_dist=True)

@@ -287,7 +287,9 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
         if i == 0:
             decoder.check(moved["image"])
         total += likelihood.sums(subject.model, moved).cpu()
-    return likelihood.measurements(subject.model, total, subject.step, "evaluate", subject.weights)
+    return likelihood.measurements(
+        subject.model, total, subject.step, "evaluate", subject.weights, data
+    )
 
 
 def _checkpoint(subject: _Model) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_diffusion.training.data.columns import BATCH, TEXT
+from lit_diffusion.training.data.transforms import CHANNELS
 
 if TYPE_CHECKING:
     from lit_diffusion.training.data.module import ImageDataModule
@@ -50,5 +51,13 @@ def check_arguments(data: ImageDataModule) -> None:
     for name, choices in CHOICES.items():
         if (choice := getattr(data, name)) not in choices:
             raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {choice!r}")
+    if data.mode is not None and data.mode not in ("L", "RGB", "RGBA"):
+        raise ValueError(f"data.mode must be L, RGB, RGBA or null, got {data.mode!r}")
+    channels = data.image_shape[0]
+    if data.mode is not None and not data.transforms and CHANNELS[data.mode] != channels:
+        raise ValueError(
+            f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.image_shape "
+            f"with {channels}; set one of them"
+        )
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {data.max_bad_share}")

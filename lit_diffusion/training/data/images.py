@@ -1,10 +1,11 @@
 """Decode a stored image to a tensor, check it, and never repair it silently.
 
 C channels, H rows, W columns. What is only an encoding is undone (see `encodings`, and an EXIF
-orientation tag). Any other mismatch makes the example a bad one, which is reported: to resize or
-recolour an image here would change what is being modelled. The size is read from the first bytes
-of the file before anything else, so that an image that claims to be huge is refused before memory
-is allocated for it.
+orientation tag). A colour mode and transforms may be asked for (see `transforms`). Any other
+mismatch makes the example a bad one, which is reported: to resize or recolour an image unasked
+would change what is being modelled. The size is read from the first bytes of the file before
+anything else, so that an image that claims to be huge is refused before memory is allocated for
+it.
 
 Latents are stored as floats in numpy's file format (.npy) and pass unchanged. The first example
 decides whether a data set holds bytes or floats.
@@ -12,6 +13,7 @@ decides whether a data set holds bytes or floats.
 
 from __future__ import annotations
 
+import copy
 import io
 import struct
 import warnings
@@ -38,10 +40,13 @@ from lit_diffusion.training.data.image_headers import (
 from lit_diffusion.training.data.image_paths import ImagePaths
 from lit_diffusion.training.data.retry import NetworkError
 from lit_diffusion.training.data.source import Example
+from lit_diffusion.training.data.transforms import CHANNELS, Transforms, converted
 
 # PNG chunks that leave the bytes unchanged: no palette, transparency, EXIF or further frames.
 PLAIN = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME"}
 PLAIN |= {b"tEXt", b"zTXt", b"iTXt"}
+
+MOST_PIXELS = 89_478_485  # of a picture of any size; where PIL warns of a decompression bomb
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,12 @@ class Decoded:
     conditions: list[npt.NDArray[Any]]
 
 
+class SeveralShapesError(ValueError):
+    """Pictures that must have one shape, whatever it is, have several."""
+
+
 _REMEDY = "set data.image_shape to (channels, height, width), or convert the data"
+_RESIZE = f"{_REMEDY}, or have every image resized and cropped: --data.transform+=Fit"
 
 
 class ImageDecoder:
@@ -68,6 +78,10 @@ class ImageDecoder:
         like: Arrays whose shape and type the conditions must have, and the "image" whose type the
             images must have, by name; what it does not contain may be anything.
         paths: Reads the images that rows name by paths; by default none may be named.
+        mode: Colour mode to which the pictures are converted, L, RGB or RGBA; None for none.
+        transforms: What is done to each picture; by default nothing.
+        partial: Whether further transforms follow, so that the result may have any shape, the same
+            for all pictures.
     """
 
     def __init__(
@@ -77,8 +91,16 @@ class ImageDecoder:
         conditions: tuple[str, ...] = (),
         like: Mapping[str, npt.NDArray[Any]] | None = None,
         paths: ImagePaths | None = None,
+        mode: str | None = None,
+        transforms: Transforms | None = None,
+        partial: bool = False,
         text: tuple[str, int] | None = None,
     ) -> None:
+        self.mode = mode
+        self.transforms = transforms or Transforms()
+        self.partial = partial
+        self.any_size = bool(self.transforms) or partial  # of the stored pictures
+        self.stored_channels = shape[0] if mode is None else CHANNELS[mode]
         self.paths = paths or ImagePaths()
         self.shape = shape
         self.labels = labels
@@ -94,17 +116,21 @@ class ImageDecoder:
             batch: As from `collate`.
         """
         like = {name: batch[name][0].numpy() for name in ("image", *self.conditions)}
-        return ImageDecoder(self.shape, self.labels, self.numbers, like, self.paths, self.text)
+        other = copy.copy(self)
+        other.like = like
+        return other
 
-    def __call__(self, example: Example) -> Decoded:
+    def __call__(self, example: Example, epoch: int = 0) -> Decoded:
         """Decode one example.
 
         Args:
             example: As it is stored.
+            epoch: In which it is used, for random transforms.
 
         Raises:
             MisfitError: If it cannot be used.
             NetworkError: If its image cannot be read because the network fails.
+            SeveralShapesError: If what a memory map is to hold has not the shape of the first.
         """
         try:
             label = whole_number(example.label) if self.labels else None
@@ -117,14 +143,16 @@ class ImageDecoder:
                 conditions.append(caption(text, *self.text))
             image = self._image(example.image)
             first = self.like.get("image")
+            if self.any_size:
+                image = self._transformed(image, epoch, example.index)
             if first is not None and image.numpy().dtype != first.dtype:
                 raise MisfitError(
                     f"an image of {first.dtype} as the first one's, got {image.numpy().dtype}; "
                     "store all of them alike"
                 )
             return Decoded(example.index, image, label, conditions)
-        except (MisfitError, NetworkError, MemoryError):
-            raise  # the latter two are not the example's fault
+        except (MisfitError, NetworkError, MemoryError, SeveralShapesError):
+            raise  # the latter ones are not the example's fault
         except Exception as error:  # decoders raise anything
             came = f"{_what(example.image)}: {one_line(error)}"
             raise MisfitError(f"an image that can be decoded, got {came}") from error
@@ -166,12 +194,14 @@ class ImageDecoder:
         if data.startswith(JPEG):
             self._check_size(*jpeg_size(data))
             image = _decode_jpeg(data)
-            if image.shape == self.shape and len(image) < 4:  # four would be CMYK
+            size = self.any_size or image.shape[1:] == self.shape[1:]
+            if size and len(image) == self.stored_channels < 4:  # four would be CMYK
                 return image
         elif data.startswith(PNG):
             chunks = png_chunks(data)
             self._check_size(*struct.unpack_from(">II", data, 16))
-            if chunks <= PLAIN and data[24:26] in (b"\x08\x00", b"\x08\x02"):
+            plain = chunks <= PLAIN and data[24:26] in (b"\x08\x00", b"\x08\x02")
+            if plain and (self.mode is None or self.stored_channels == (3 if data[25] else 1)):
                 return self._fit(_decode_png(data), "mode RGB" if data[25] else "mode L")
         elif data.startswith(NPY):
             return self._numbers(read_npy(data))
@@ -181,6 +211,11 @@ class ImageDecoder:
         """Return floats unchanged; integers are the bytes of an image stored as an array."""
         if array.dtype.kind != "f":
             return self._fit(array, "a .npy array")
+        if self.any_size or self.mode:
+            raise MisfitError(
+                "bytes, which data.transform and data.mode change, got floats; leave these out "
+                "for latents"
+            )
         if array.shape != self.shape:
             raise MisfitError(
                 f"an array of channels × height × width {_times(self.shape)}, got "
@@ -214,20 +249,44 @@ class ImageDecoder:
                         f"{', 16 bit' if deep else ''}; convert the data"
                     )
                 upright = ImageOps.exif_transpose(picture)
+                if self.mode is not None and upright.mode not in ("I", "F"):
+                    return self._fit(np.asarray(upright.convert(self.mode)), f"mode {self.mode}")
                 return self._fit(*channels_of(upright, picture.format, self.shape[0]))
 
     def _check_size(self, width: int, height: int) -> None:
+        if self.any_size:
+            if width * height > MOST_PIXELS:
+                raise MisfitError(
+                    f"an image of at most {MOST_PIXELS:,} pixels, got height × width {height} × "
+                    f"{width}; convert the data"
+                )
+            return
         # Before EXIF orientation is applied, height and width may be exchanged.
         if (height, width) not in (self.shape[1:], self.shape[:0:-1]):
             raise MisfitError(
                 f"an image of height × width {_times(self.shape[1:])}, got "
-                f"{height} × {width}; {_REMEDY}"
+                f"{height} × {width}; {_RESIZE}"
             )
+
+    def _transformed(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """Apply the transforms and check the shape of the result."""
+        if self.transforms:
+            image = self.transforms(image, epoch, index)
+        first = self.like.get("image")
+        if not self.partial:
+            self.transforms.check(image, self.shape)
+        elif first is not None and image.shape != first.shape:
+            raise SeveralShapesError(
+                "with data.streaming false, expected pictures of one shape before the first "
+                f"random transform, got {_times(first.shape)} and {_times(image.shape)}; set "
+                "data.streaming to true, or put Fit first in data.transform"
+            )
+        return image
 
     def _fit(self, array: npt.NDArray[Any], kind: str) -> Tensor:
         if array.ndim == 2:
             array = array[None]
-        elif array.ndim == 3 and array.shape != self.shape:
+        elif array.ndim == 3 and array.shape != self.shape and self._channels_last(array.shape):
             array = array.transpose(2, 0, 1)
         if array.dtype.kind not in "iu" or (
             array.size and not 0 <= array.min() <= array.max() < 256
@@ -235,12 +294,32 @@ class ImageDecoder:
             raise MisfitError(
                 f"bytes (integers in 0 … 255), got {array.dtype} ({kind}); convert the data"
             )
-        if array.shape != self.shape:
+        free = self.any_size or self.mode is not None
+        if free and (array.ndim != 3 or not 1 <= len(array) <= 4 or not array.size):
+            raise MisfitError(
+                f"an image of 1 to 4 channels, got {_times(array.shape)} ({kind}); convert the "
+                "data"
+            )
+        tensor = torch.from_numpy(array.astype(np.uint8))
+        if self.mode is not None:
+            tensor = converted(tensor, self.mode)
+        if not self.any_size and tensor.shape != self.shape:
+            colours = {1: "L", 3: "RGB", 4: "RGBA"}.get(self.shape[0])
+            if tensor.shape[1:] != self.shape[1:]:
+                remedy = _RESIZE
+            elif colours and len(tensor) in (1, 2, 3, 4):
+                remedy = f"{_REMEDY}, or have their colours converted: --data.mode={colours}"
+            else:
+                remedy = _REMEDY
             raise MisfitError(
                 f"an image of channels × height × width {_times(self.shape)}, got "
-                f"{_times(array.shape)} ({kind}); {_REMEDY}"
+                f"{_times(array.shape)} ({kind}); {remedy}"
             )
-        return torch.from_numpy(array.astype(np.uint8))
+        return tensor
+
+    def _channels_last(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of three axes is height × width × channels, as far as one can tell."""
+        return shape[2] <= 4 or not (self.any_size or self.mode)
 
 
 def mirror(images: Tensor, chosen: Tensor) -> None:

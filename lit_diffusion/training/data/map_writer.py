@@ -9,7 +9,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -79,9 +78,9 @@ def writing(cache_dir: Path) -> Iterator[None]:
 def _decode_into(partial: Path, split: Split, check: Check) -> None:
     decoder, total = split.decoder, split.source.total
     assert total is not None  # what is not streamed has a length
-    image = decoder.like["image"].dtype
+    image = decoder.like["image"]
     looks = [decoder.like[name] for name in decoder.conditions]
-    example_bytes = math.prod(decoder.shape) * image.itemsize + sum(like.nbytes for like in looks)
+    example_bytes = image.nbytes + sum(like.nbytes for like in looks)
     chunk = min(CHUNK_EXAMPLES, max(1, CHUNK_BYTES // example_bytes))
     good, reported = 0, time.monotonic()
     bad: list[Bad] = []
@@ -92,7 +91,7 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes of free space and not {need:,}")
-            images = _GrowingArray(partial / "images.npy", image.str, decoder.shape, files)
+            images = _GrowingArray(partial / "images.npy", image.dtype.str, image.shape, files)
             conditions = {
                 name: _GrowingArray(
                     partial / f"condition-{k}.npy", _stored(name, like), like.shape, files

@@ -45,6 +45,7 @@ from lit_diffusion.training.data.images import mirror
 from lit_diffusion.training.data.lane import Delivery, LaneBatches
 from lit_diffusion.training.data.order import ORDER, Position, coin, permutation
 from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.data.transforms import Transforms
 from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
@@ -199,13 +200,25 @@ class MemoryBatches(LaneBatches):
         flip: Mirror each image with probability one half.
         rank: This rank.
         world: Number of ranks.
+        transforms: What is done to an image at each access; by default nothing.
+        image_shape: (C, H, W) of the images after that.
     """
 
     def __init__(
-        self, memory: MemoryMap, batch_size: int, seed: int, flip: bool, rank: int, world: int
+        self,
+        memory: MemoryMap,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        rank: int,
+        world: int,
+        transforms: Transforms | None = None,
+        image_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__(batch_size, seed, flip, rank, world)
         self.memory = memory
+        self.image_shape = image_shape
+        self.transforms = transforms or Transforms()
 
     def batches(self, lane: int, lanes: int, position: Position) -> Iterator[Delivery]:
         """Yield the batches of one lane for ever."""
@@ -234,6 +247,9 @@ class MemoryBatches(LaneBatches):
         self, chosen: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]
     ) -> dict[str, Tensor]:
         batch = self.memory[torch.from_numpy(chosen)]
+        if self.transforms:
+            keys = epochs.tolist(), batch["index"].tolist()
+            batch["image"] = self.transforms.batch(batch["image"], *keys, self.image_shape)
         if self.flip:
             mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
         return batch

@@ -1,9 +1,10 @@
 """The data: any Hugging Face data set of images, as batches of uint8 and then as x in [−1, 1].
 
 B examples, C channels, H rows, W columns. An image remains C × H × W bytes until it has reached
-the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured on the
-way, for a silent repair would change what is being modelled: an image that does not fit is a bad
-example, which is skipped and reported, or an error. Floats, such as latents, remain floats.
+the device; there a byte k becomes k / 127.5 − 1. Nothing is resized, cropped or recoloured
+unasked, for a silent repair would change what is being modelled: an image that does not fit is a
+bad example, which is skipped and reported, or an error. What `mode` and `transform` ask for is
+done and recorded, see `transforms`. Floats, such as latents, remain floats.
 
     training     endless, shuffled, exactly resumable           see `order`, `stream`
                  the same from memory, if the data fit          see `memory`
@@ -23,6 +24,8 @@ from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.arguments import check_arguments
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import Columns
+from lit_diffusion.training.data.decoding import decoder_of, map_identity
+from lit_diffusion.training.data.epoch_length import steps_per_epoch
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.lane import LaneBatches
 from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
@@ -31,10 +34,10 @@ from lit_diffusion.training.data.resumption import settings_of
 from lit_diffusion.training.data.sources import Splits, find_splits, open_source
 from lit_diffusion.training.data.split import Split
 from lit_diffusion.training.data.stream import ShuffledBatches
+from lit_diffusion.training.data.transform_classes import Given
+from lit_diffusion.training.data.transforms import Transforms
 from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
-from lit_diffusion.training.run.messages import inform
 
-STEPS_IF_UNKNOWN = 1000  # batches in an epoch of data of unknown length
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
 
 
@@ -56,7 +59,12 @@ class ImageDataModule(L.LightningDataModule):
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
-        image_shape: (channels, height, width) of every image.
+        image_shape: (channels, height, width) of every image, after the transforms.
+        mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
+            or `RGBA`; null to convert none.
+        transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
+            pads it to image_shape, and classes of torchvision.transforms.v2, by name or as
+            class_path and init_args; null for nothing. Random ones act in training only.
         image_key: Column of the images.
         label_key: Column of the integer labels, null for none.
         condition_keys: Columns of further conditions, each a number or nested lists of numbers of
@@ -99,6 +107,8 @@ class ImageDataModule(L.LightningDataModule):
         data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
         image_shape: tuple[int, int, int] = (1, 8, 8),
+        mode: Literal["L", "RGB", "RGBA"] | None = None,
+        transform: list[Given] | None = None,
         image_key: str = "image",
         label_key: str | None = "label",
         condition_keys: tuple[str, ...] = (),
@@ -125,6 +135,8 @@ class ImageDataModule(L.LightningDataModule):
         self.data_files = data_files
         self.config_name = config_name
         self.image_shape = (*image_shape,)  # a config gives a list
+        self.mode = mode
+        self.transform = transform
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
@@ -145,6 +157,7 @@ class ImageDataModule(L.LightningDataModule):
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
+        self.transforms = Transforms.of(transform, self.image_shape, self.seed)
         check_arguments(self)
         self._forget()
 
@@ -163,7 +176,7 @@ class ImageDataModule(L.LightningDataModule):
         self._folder = None if self.trainer is None else self.trainer.log_dir  # a collective
         splits = find_splits(self.path, self.data_files, self.config_name, self.streaming)
         if stage == "fit":
-            self._train = self._open_split(splits, self.train_split)
+            self._train = self._open_split(splits, self.train_split, training=True)
             if not self.streaming:
                 self._memory = self._open_map(self._train)
         if self.val_split is not None:
@@ -287,18 +300,13 @@ class ImageDataModule(L.LightningDataModule):
         rank, world = self._place()
         return BadExamples(split, self.max_bad_share, self._folder, rank if world > 1 else None)
 
-    def _open_split(self, splits: Splits, name: str, like: ImageDecoder | None = None) -> Split:
+    def _open_split(
+        self, splits: Splits, name: str, like: ImageDecoder | None = None, training: bool = False
+    ) -> Split:
         """Open a split; its examples must look as another decoder expects, or like its first."""
         columns = Columns(self.image_key, self.label_key, self.condition_keys, self.text_key)
         source = open_source(splits, name, columns, self.open_shards, self._skip)
-        decoder = ImageDecoder(
-            self.image_shape,
-            labels=self.label_key is not None,
-            conditions=self.condition_keys,
-            like=None if like is None else like.like,
-            paths=splits.paths,
-            text=None if self.text_key is None else (self.text_key, self.text_length),
-        )
+        decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
         if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
             raise ValueError(
@@ -312,14 +320,7 @@ class ImageDataModule(L.LightningDataModule):
         return split
 
     def _open_map(self, split: Split) -> MemoryMap:
-        identity: dict[str, Any] = {
-            name: getattr(self, name) for name in ("image_shape", "image_key", "label_key")
-        }
-        if self.condition_keys:
-            identity["condition_keys"] = self.condition_keys
-        if self.text_key is not None:
-            identity |= {"text_key": self.text_key, "text_length": self.text_length}
-        identity["fingerprint"] = split.source.fingerprint
+        identity = map_identity(self, split)
         memory = open_map(split, identity, cache_folder(self.cache_dir), self._allowed_share)
         self._bad_examples(split.name).add(memory.bad if self._place()[0] == 0 else [])
         return memory
@@ -327,11 +328,12 @@ class ImageDataModule(L.LightningDataModule):
     def _make_train_loader(self, split: Split) -> TrainLoader:
         rank, world = self._place()
         total = split.source.total if self._memory is None else len(self._memory)
-        steps = self._steps_per_epoch(split, total, world)
+        steps = steps_per_epoch(self, split.source.shards, total, world)
         lanes = (self.seed, self.horizontal_flip, rank, world)
         batches: LaneBatches
         if self._memory is not None:
-            batches = MemoryBatches(self._memory, self.batch_size, *lanes)
+            rest = self.transforms.divided()[1]
+            batches = MemoryBatches(self._memory, self.batch_size, *lanes, rest, self.image_shape)
         else:
             batches = ShuffledBatches(
                 split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
@@ -346,27 +348,3 @@ class ImageDataModule(L.LightningDataModule):
             self.on_changed_data,
             batches_to_repeat(self.trainer, steps),
         )
-
-    def _steps_per_epoch(self, split: Split, total: int | None, world: int) -> int:
-        """Return how many batches are an epoch, after checking that every lane gets examples."""
-        workers = max(1, self.num_workers)
-        lanes, shards = world * workers, split.source.shards
-        if total is not None and total < lanes:
-            raise ValueError(
-                f"expected at least one example for each of {world} ranks × {workers} workers, "
-                f"got {total} in all; set data.num_workers lower or use fewer ranks"
-            )
-        if total is None and shards % lanes and shards > lanes:
-            inform(
-                f"{shards} shards of unknown length are divided among {lanes} ranks × workers: "
-                "each cycles over its own, so some examples come up more often than others."
-            )
-        if self.steps_per_epoch is not None:
-            return self.steps_per_epoch
-        if total is not None:
-            return max(1, total // (self.batch_size * world))
-        inform(
-            f"The length of {self.path!r} is not known without reading it: an epoch is "
-            f"{STEPS_IF_UNKNOWN} batches; set data.steps_per_epoch to change that."
-        )
-        return STEPS_IF_UNKNOWN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 
 from torch import Tensor
 
@@ -28,13 +28,20 @@ class Split:
         self.source = source
         self.decoder = decoder
 
-    def decode(self, examples: Iterable[Example | Bad]) -> list[Decoded | Bad]:
+    def decode(
+        self, examples: Iterable[Example | Bad], epochs: Iterable[int] = repeat(0)
+    ) -> list[Decoded | Bad]:
         """Decode examples; one that cannot be used becomes a `Bad` in its place.
 
         Args:
             examples: Of this split.
+            epochs: The epoch of each, for random transforms.
         """
-        return [one if isinstance(one, Bad) else self._decode(one) for one in examples]
+        with self.decoder.transforms.isolated():
+            return [
+                one if isinstance(one, Bad) else self._decode(one, epoch)
+                for one, epoch in zip(examples, epochs, strict=False)
+            ]
 
     def batch(self, examples: Sequence[Example | Bad]) -> dict[str, Tensor]:
         """Return the batch of some examples, each of which must be usable.
@@ -79,9 +86,9 @@ class Split:
         """
         return Split(self.name, self.source, self.decoder.expecting(self.first(looks)))
 
-    def _decode(self, example: Example) -> Decoded | Bad:
+    def _decode(self, example: Example, epoch: int) -> Decoded | Bad:
         try:
-            return self.decoder(example)
+            return self.decoder(example, epoch)
         except MisfitError as problem:
             reason = without_secrets(f"expected {problem}")  # it may name an address
             return Bad(*self.source.where(example.index), 1, reason)

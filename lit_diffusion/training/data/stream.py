@@ -115,7 +115,8 @@ class ShuffledBatches(LaneBatches):
             while len(kept) < self.batch_size:
                 taken = list(islice(steps, self.batch_size - len(kept)))
                 examples = self.split.source.fetch([step.item for step in taken])
-                for one, step in zip(self.split.decode(examples), taken, strict=True):
+                decoded = self.split.decode(examples, [step.epoch for step in taken])
+                for one, step in zip(decoded, taken, strict=True):
                     position = step.after
                     found += step.unread
                     if isinstance(one, Bad):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.training.data.memory import cache_folder
 from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.transforms import library_versions, protocol_of
 from lit_diffusion.training.evaluation.features import extract, fingerprint
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.secrets import without_secrets
@@ -79,6 +80,8 @@ def open_reference(
         "label_key": data.label_key,
         "features": fingerprint(network),
     }
+    if changes := protocol_of(data):
+        identity |= {"changes": changes, "by": library_versions()}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(data.cache_dir) / "references"
     path = folder / f"{digest}.safetensors"
@@ -142,6 +145,7 @@ def _measure(
         "split": split,
         "examples": moments.count,
         "image shape": list(data.image_shape),
+        **protocol_of(data),
         "hash": _content_hash(data.image_shape, hashes),
         "features": type(network).__name__,
         "features hash": fingerprint(network),
