@@ -17,6 +17,7 @@ from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.proposal import data_arguments, propose_recipe, propose_shape
 from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial
+from lit_diffusion.training.data.held_out import is_held_out
 from lit_diffusion.training.data.survey import Files, Pixels
 from lit_diffusion.training.run.folder import check_name
 
@@ -72,7 +73,7 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
         assert batch["image"].shape == (config["data"]["batch_size"], *data.image_shape)
         has_classes = config["data"]["label_key"] is not None
         assert ("label" in batch) == has_classes
-        validates = config["data"]["val_split"] is not None or "val_share" in config["data"]
+        validates = config["data"].get("val_split") is not None or "val_share" in config["data"]
         assert bool(len(data.val_dataloader())) == validates
     finally:
         data.teardown("fit")
@@ -237,6 +238,16 @@ def test_the_config_trains_without_an_edit(kind, tmp_path, cli, quick):
     code, out, err = cli("fit", "--config", "my.yaml", "--trainer.max_steps", 2)
     assert code == 0, err
     assert list(tmp_path.glob("runs/*/*/samples/step-0000002.png"))
+
+
+def test_a_share_that_holds_out_nothing_is_not_proposed(tmp_path, quick):
+    (folder := tmp_path / "images").mkdir()
+    names = [name for name in (f"{k}.png" for k in range(99)) if not is_held_out(name, 0.1)]
+    for k, name in enumerate(names[:25]):
+        make.photograph(k).save(folder / name)
+    data = yaml.safe_load(new(folder).config.read_text())["data"]
+    assert "val_share" not in data
+    assert data["val_split"] is None
 
 
 def test_an_address_with_a_secret_is_not_written(tmp_path, quick):

@@ -19,6 +19,7 @@ from lit_diffusion.training.commands.proposal import (
     propose_shape,
 )
 from lit_diffusion.training.data.bad_examples import Bad
+from lit_diffusion.training.data.held_out import HELD_OUT
 from lit_diffusion.training.data.layout import Layout, count_labels, find_layout
 from lit_diffusion.training.data.module import ImageDataModule
 from lit_diffusion.training.data.source import Example, Source
@@ -76,6 +77,9 @@ def look(where: dict[str, Any], title: str, looks: int, fast: bool, size: int | 
     num_classes = propose_classes(labels + validated, layout.class_names, total or len(examples))
     label = None if num_classes is None else layout.label
     data = where | _named(layout) | data_arguments(shape, label, layout.val, total)
+    if "val_share" in data and not _holds_out(data):
+        data.pop("val_share")
+        data["val_split"] = None
     pixels = _pixels(data, layout.train, examples)
     if share := _bad_share(pixels):
         data["max_bad_share"] = share
@@ -124,6 +128,15 @@ def _named(layout: Layout) -> dict[str, Any]:
     found = {"train_split": layout.train, "image_key": layout.image}
     usual = {"train_split": "train", "image_key": "image"}
     return {key: value for key, value in found.items() if value != usual[key]}
+
+
+def _holds_out(data: dict[str, Any]) -> bool:
+    """Whether the share holds out an example that can be used: of few, it may hold out none."""
+    try:
+        instantiate(ImageDataModule, data | {"streaming": True}).open_split(HELD_OUT)
+    except ValueError:
+        return False
+    return True
 
 
 def _pixels(data: dict[str, Any], train: str, examples: list[Any]) -> Pixels:

@@ -221,9 +221,10 @@ def data_arguments(
     if shape.fit is not None:
         arguments["transform"] = [{"class_path": "Fit", "init_args": {"mode": shape.fit}}]
     arguments["label_key"] = label
-    arguments["val_split"] = val
     if val is None and total is not None and total >= FEWEST:
         arguments["val_share"] = 0.1
+    else:
+        arguments["val_split"] = val
     if total is not None and total * math.prod(shape.image_shape) <= IN_MEMORY:
         arguments["streaming"] = False
     return arguments
