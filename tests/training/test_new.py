@@ -8,6 +8,7 @@ import image_folders as make
 import pytest
 import torch
 import yaml
+from lit_diffusion.training.data.held_out import is_held_out
 from PIL import Image
 
 from lit_diffusion.nn import UNet
@@ -17,7 +18,6 @@ from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.proposal import data_arguments, propose_recipe, propose_shape
 from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial
-from lit_diffusion.training.data.held_out import is_held_out
 from lit_diffusion.training.data.survey import Files, Pixels
 from lit_diffusion.training.run.folder import check_name
 
@@ -89,7 +89,7 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
 def test_what_is_reported(tmp_path, quick):
     (folder := tmp_path / "photos").mkdir()
     text = " ".join(str(new(make.mixed(folder))).split())  # without its breaks of lines
-    assert "39 examples in split 'train'" in text
+    assert "39 examples in split 'train'; validation: about 10% of them, held out" in text
     assert "sizes 40 × 30 (9), 30 × 40 (8), " in text
     assert "formats JPEG 31, PNG 6, GIF 1" in text
     assert "modes RGB 31, L 6, P 1" in text

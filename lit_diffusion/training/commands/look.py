@@ -87,7 +87,7 @@ def look(where: dict[str, Any], title: str, looks: int, fast: bool, size: int | 
         title=title,
         total=total,
         train=layout.train,
-        val=layout.val,
+        val=_validation(data),
         files=files,
         pixels=pixels,
         labels=labels,
@@ -137,6 +137,13 @@ def _holds_out(data: dict[str, Any]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _validation(data: dict[str, Any]) -> str:
+    """What a data module validates on, in words."""
+    if "val_share" in data:
+        return f"about {data['val_share']:.0%} of them, held out"
+    return "none" if data["val_split"] is None else f"split {data['val_split']!r}"
 
 
 def _pixels(data: dict[str, Any], train: str, examples: list[Any]) -> Pixels:

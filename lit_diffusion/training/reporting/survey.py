@@ -20,8 +20,9 @@ class Survey(NamedTuple):
 
     Attributes:
         title: What the data are called.
-        splits: Number of training examples, None if unknown, and the name of the split.
-        val: Name of the split to validate on, None if there is none.
+        total: Number of training examples, None if unknown.
+        train: Name of their split.
+        val: What is validated on, in words.
         files: What the image files are.
         pixels: What training sees of them.
         labels: Number of examples of each label, empty without labels.
@@ -34,7 +35,7 @@ class Survey(NamedTuple):
     title: str
     total: int | None
     train: str
-    val: str | None
+    val: str
     files: Files
     pixels: Pixels
     labels: Counter[int]
@@ -52,11 +53,10 @@ def survey_lines(survey: Survey) -> list[str]:
     """
     files, pixels = survey.files, survey.pixels
     total = "an unknown number of" if survey.total is None else f"{survey.total:,}"
-    held_out = "none" if survey.val is None else f"split {survey.val!r}"
     lines = [
         (
             "data",
-            f"{survey.title}: {total} examples in split {survey.train!r}; validation: {held_out}",
+            f"{survey.title}: {total} examples in split {survey.train!r}; validation: {survey.val}",
         ),
         ("looked at", f"{pixels.looked:,} examples in random order"),
         ("formats", _counts(files.formats)),
