@@ -89,7 +89,7 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
 def test_what_is_reported(tmp_path, quick):
     (folder := tmp_path / "photos").mkdir()
     text = " ".join(str(new(make.mixed(folder))).split())  # without its breaks of lines
-    assert "39 examples in split 'train'; validation: about 10% of them, held out" in text
+    assert "39 examples in split 'train' validation about 10% of them, held out" in text
     assert "sizes 40 × 30 (9), 30 × 40 (8), " in text
     assert "formats JPEG 31, PNG 6, GIF 1" in text
     assert "modes RGB 31, L 6, P 1" in text

@@ -54,10 +54,8 @@ def survey_lines(survey: Survey) -> list[str]:
     files, pixels = survey.files, survey.pixels
     total = "an unknown number of" if survey.total is None else f"{survey.total:,}"
     lines = [
-        (
-            "data",
-            f"{survey.title}: {total} examples in split {survey.train!r}; validation: {survey.val}",
-        ),
+        ("data", f"{survey.title}: {total} examples in split {survey.train!r}"),
+        ("validation", survey.val),
         ("looked at", f"{pixels.looked:,} examples in random order"),
         ("formats", _counts(files.formats)),
         ("sizes", _sizes(files)),
@@ -79,12 +77,12 @@ def subject_lines(subject: str, text: str) -> list[str]:
         subject: A word.
         text: One sentence or several lines.
     """
-    begin = f"{subject:<10}"
+    begin = f"{subject:<11}"
     lines = [
-        textwrap.fill(part, WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12)
+        textwrap.fill(part, WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 13)
         for part in text.splitlines()
     ]
-    return [begin + lines[0][10:], *lines[1:]] if lines else []
+    return [begin + lines[0][11:], *lines[1:]] if lines else []
 
 
 def _counts(counts: Counter[str]) -> str:
