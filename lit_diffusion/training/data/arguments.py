@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_diffusion.training.data.columns import BATCH, TEXT
+from lit_diffusion.training.data.held_out import DEFAULT, HELD_OUT
 from lit_diffusion.training.data.transforms import CHANNELS
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ def check_arguments(data: ImageDataModule) -> None:
             raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {choice!r}")
     if data.mode is not None and data.mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"data.mode must be L, RGB, RGBA or null, got {data.mode!r}")
+    if data.val_share is not None:
+        if not 0 < data.val_share < 1:
+            raise ValueError(
+                f"data.val_share must be between 0 and 1, or null for none, got {data.val_share}"
+            )
+        if data.val_split not in (None, DEFAULT, HELD_OUT):
+            raise ValueError(
+                f"data.val_share holds out examples of split {data.train_split!r}, got also "
+                f"data.val_split {data.val_split!r}; set one of them to null"
+            )
     channels = data.image_shape[0]
     if data.mode is not None and not data.transforms and CHANNELS[data.mode] != channels:
         raise ValueError(
