@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
+try:
+    HERE: str | None = os.getcwd()
+except FileNotFoundError:  # it was removed
+    HERE = None
 # `python -m` imports from the working directory first, where a stranger's yaml.py may lie beside
 # the data. Like the console script, it imports from there what --plugins names, and nothing else.
-if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
+if __name__ == "__main__" and sys.path[:1] in ([""], [HERE]):
     del sys.path[0]
 
 import difflib
@@ -56,6 +60,12 @@ def main() -> None:
         print(f"lit_diffusion {__version__}")
     elif command in ("-h", "--help"):
         print(overview(), end="")
+    elif HERE is None:  # torch itself would fail, and take the process with it
+        sys.stderr.write(
+            "lit-diffusion: error: the working directory no longer exists: change to one that "
+            "does, with cd.\n"
+        )
+        raise SystemExit(2)
     elif command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(COMMANDS)}."

@@ -250,6 +250,17 @@ def test_in_half_precision(seen):
     assert denoiser(z, logsnr, text=text).x.dtype == torch.float32
 
 
+@pytest.mark.parametrize("make", [unet, dit])
+def test_it_compiles_into_one_graph(make, seen):
+    net = make()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    text = text_bytes(WORDS)
+    for cond in ({"text": text}, {}):
+        torch.testing.assert_close(compiled(*seen, **cond), net(*seen, **cond))
+
+
 class Letters(TextEncoder):
     """An encoder of one's own, of tokens without an order."""
 

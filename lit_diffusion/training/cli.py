@@ -25,7 +25,7 @@ from lit_diffusion.training.commands.config_check import check_config
 from lit_diffusion.training.commands.config_places import config_files, located
 from lit_diffusion.training.commands.errors import UsageError, fail, one_line, unexpected
 from lit_diffusion.training.commands.output import lasting_output
-from lit_diffusion.training.commands.parsing import CommandParser, import_plugins
+from lit_diffusion.training.commands.parsing import CommandParser, import_plugins, join_numbers
 from lit_diffusion.training.commands.shipped_configs import with_shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
@@ -53,7 +53,7 @@ def main(
     _quiet()
     try:
         with lasting_output(), _messages_on_stderr():
-            argv = with_shipped_configs(argv)
+            argv = with_shipped_configs(join_numbers(argv))
             sys.argv = [*sys.argv[:1], *argv]  # which Lightning reads, and passes to other ranks
             for path in config_files(argv):
                 check_config(path)
@@ -251,6 +251,8 @@ def _plugins(argv: list[str]) -> list[str]:
     def add(value: Any) -> None:
         if isinstance(value, str):
             value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
+        if not isinstance(value, list | None):
+            raise UsageError(f"plugins: expected a list of modules, got {value}.")
         found.extend(str(module).strip() for module in value or [])
 
     for i, word in enumerate(argv):

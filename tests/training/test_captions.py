@@ -219,7 +219,9 @@ def test_a_checkpoint_and_an_export_keep_the_encoder(model):
     exported = load_pretrained("exported")
     assert exported.conditions == ("text",)
     torch.testing.assert_close(of(exported, ["a", "b"]), of(model, ["a", "b"]))
-    assert '"text": text' in Path("exported/README.md").read_text()
+    card = Path("exported/README.md").read_text()
+    assert 'cond={"text": ["a prompt"] * 4})' in card
+    assert "a text a list of 4 strings" in card
 
 
 def test_sample_from_prompts(model):

@@ -89,9 +89,9 @@ def test_every_public_name_is_reached():
 @pytest.mark.slow
 def test_a_command_imports_only_what_it_needs():
     assert "lightning" not in modules_after("plugins")
-    others = modules_after("compare", "--help")
-    assert not {"lightning", "datasets", "torchmetrics"} & others
-    assert "lit_diffusion.training.commands.compare" in others
+    others = modules_after("report", "--help")
+    assert not {"datasets", "wandb"} & others
+    assert "lit_diffusion.training.commands.report" in others
     assert "lit_diffusion.training.commands.evaluate" not in others
 
 

@@ -15,6 +15,7 @@ FILES = {
     "unknown.yaml": "seed_everything: 1\nmodel:\n  newtork: UNet\n",
     "indented.yaml": "trainer:\n  max_steps: 4\n  data:\n    batch_size: 3\n",
     "broken.yaml": "data:\n  batch_size: 4\n   num_workers: 3\n",
+    "five.yaml": "plugins: 5\n",
     "kind.yaml": "data:\n  batch_size: four\n",
     "callback.yaml": "trainer:\n  callbacks:\n    - class_path: EMA\n"
     "      init_args: {deca: 0.9}\n",
@@ -70,6 +71,31 @@ SENTENCES = [
         ["--model.weighting=SigmoidWeighting", "--model.weighting.bais=1"],
         "model.weighting: SigmoidWeighting takes no argument 'bais'. Did you mean bias? It takes "
         "bias.",
+    ),
+    (
+        ["--model.optimizer.lr", "-1e-3"],
+        "Invalid learning rate: -0.001 (LIT_DIFFUSION_TRACEBACK=1 shows where.)",
+    ),
+    (["--model.optimizer.lr=1e-3x"], "model.optimizer: lr: expected float, got 1e-3x."),
+    (
+        ["five.yaml"],
+        "plugins: expected a list of modules, got 5 (five.yaml, line 1).",
+    ),
+    (
+        ["--trainer.precision=half"],
+        "trainer.precision: expected one of 64, 32, 16, transformer-engine, "
+        "transformer-engine-float16, 16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, "
+        "bf16, got half.",
+    ),
+    (
+        ["--trainer.accumulate_grad_batches=0"],
+        "trainer.accumulate_grad_batches must be at least 1, got 0. (LIT_DIFFUSION_TRACEBACK=1 "
+        "shows where.)",
+    ),
+    (
+        ["--trainer.log_every_n_steps=0"],
+        "trainer.log_every_n_steps must be at least 1, got 0. (LIT_DIFFUSION_TRACEBACK=1 shows "
+        "where.)",
     ),
     (
         ["--trainer.callbacks+=EMA", "--trainer.callbacks.deca=0.9"],

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -286,3 +287,49 @@ def test_the_config_of_a_run_keeps_the_loggers(cli, monkeypatch):
     folder, _ = fit(cli, "--trainer.logger=CSVLogger")
     logger = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["logger"]
     assert logger["init_args"]["save_dir"] == "<run folder>"
+
+
+# A working directory that is removed ------------------------------------------------------------
+
+REMOVES = """
+import lightning as L, os, shutil
+
+
+class RemovesTheFolder(L.Callback):
+    def on_train_batch_start(self, *args):
+        shutil.rmtree(os.environ["REMOVED"], ignore_errors=True)
+"""
+
+
+def test_a_run_goes_on_when_its_working_directory_is_removed(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("REMOVED", str(here))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "removes_plugin.py").write_text(REMOVES)
+    monkeypatch.chdir(here)
+    code, out, err = cli(
+        "fit", "--model.sampler=DDIMSampler", "--model.network=UNet", *FAST,
+        "--plugins=removes_plugin", "--trainer.limit_val_batches=0",
+        "--trainer.callbacks=[LastCheckpoint,removes_plugin.RemovesTheFolder]",
+    )  # fmt: skip
+    assert code == 0, err
+    folder = Path(out.splitlines()[-1].removeprefix("Run folder: "))
+    assert folder.is_relative_to(here)
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_command_in_a_removed_folder_is_one_sentence(tmp_path):
+    code = (
+        f"import os, sys; os.chdir({str(tmp_path)!r}); os.mkdir('x'); os.chdir('x'); "
+        "os.rmdir('../x'); python = sys.executable; "
+        "os.execv(python, [python, '-m', 'lit_diffusion', 'fit'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lit-diffusion: error: the working directory no longer exists: change to one that does, "
+        "with cd.\n"
+    )

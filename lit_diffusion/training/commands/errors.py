@@ -158,7 +158,9 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
     '''
     keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
     where = f"{'.'.join(keys)}: " if keys else ""
-    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+    kinds = [k for k in re.findall(r"Expected a <class '([\w.]+)'>", message) if k != "NoneType"]
+    name = re.search(r"Expected a dot import path string: (\S+)", message)
+    if name and not {"int", "float"} & set(kinds):  # which may be a tensor as well
         return where + _unknown_class(name[1], keys)
     if extra := re.search(r"^\s*(.*pip install .*)$", message, re.MULTILINE):
         return f"{where}{extra[1]}"  # a class that lacks an optional package names it
@@ -180,7 +182,9 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
     if reasons:
         return f"{where}{reasons[0]}"
     given = re.search(r"(?:Given value|Got value): (.*)", message)
-    kinds = [k for k in re.findall(r"Expected a <class '([\w.]+)'>", message) if k != "NoneType"]
+    if given and (choices := re.findall(r"typing\.Literal\[([^\]]+)\]", message)):
+        options = dict.fromkeys(re.sub(r"['\"]", "", ", ".join(choices)).split(", "))
+        return f"{where}expected one of {', '.join(options)}, got {given[1].strip()}."
     if kinds and given:
         return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
@@ -22,6 +19,7 @@ from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_
 from lit_diffusion.training.commands.differences import naming_differences
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
+from lit_diffusion.training.commands.network_shape import set_shape
 from lit_diffusion.training.commands.parsing import CommandParser
 from lit_diffusion.training.commands.seeds import follow_seed
 from lit_diffusion.training.commands.trainer import RunTrainer
@@ -43,6 +41,7 @@ from lit_diffusion.training.run.environment import begin_session, end_session, o
 from lit_diffusion.training.run.folder import (
     NewFolder,
     check_name,
+    from_here,
     is_first_rank,
     new_run_folder,
     run_loggers,
@@ -178,7 +177,7 @@ class DiffusionCLI(LightningCLI):
             inform(f"Resuming from {path}, step {checkpoint['global_step']}.")
             self.resume_step = checkpoint["global_step"]
             self.wandb_id = checkpoint.get("wandb_id")
-            self.run_folder = run_of(path)
+            self.run_folder = run_of(path.absolute())
             return
         step = checkpoint["global_step"]
         inform(f"Using {path}, step {step}: the checkpoint's model; `--model.*` is ignored.")
@@ -194,7 +193,7 @@ class DiffusionCLI(LightningCLI):
         config = self.config[self.subcommand]
         follow_seed(config)
         config.ckpt_path = self.ckpt_path
-        _set_shape(config.model.get("network"), tuple(config.data.image_shape))
+        set_shape(config.model.get("network"), tuple(config.data.image_shape))
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
@@ -247,7 +246,7 @@ class DiffusionCLI(LightningCLI):
         try:
             if self.run_folder is None and is_first_rank():
                 self.created = new_run_folder(root)
-                self.run_folder = self.created.path
+                self.run_folder = self.created.path.absolute()
             # Only the first rank writes, and tells the others where.
             folder = self.run_folder or root
             self.loggers = run_loggers(
@@ -370,29 +369,10 @@ class DiffusionCLI(LightningCLI):
             return
         for callback in callbacks:
             if isinstance(callback, SampleGrid) and callback.last_path is not None:
-                _say(f"Samples: {callback.last_path}")
+                _say(f"Samples: {from_here(callback.last_path)}")
         if (page := self._end_report("finished")) is not None:
-            _say(f"Report: {page}")
-        _say(f"Run folder: {self.run_folder}")
-
-
-def _set_shape(network: Any, shape: tuple[int, int, int]) -> None:
-    """Set image_shape in a network's config, and in those of the networks that it wraps.
-
-    A wrapper declares by `inner_shapes` the shapes that its arguments must be built for.
-    """
-    if network is None:
-        return
-    module, _, name = network.class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    if "image_shape" in inspect.signature(cls).parameters:
-        network.init_args = network.get("init_args") or Namespace()
-        network.init_args.image_shape = shape
-    if hasattr(cls, "inner_shapes"):
-        given = dict(vars(network.get("init_args") or Namespace()))
-        given["image_shape"] = shape
-        for argument, inner in cls.inner_shapes(**given).items():
-            _set_shape(given.get(argument), inner)
+            _say(f"Report: {from_here(page)}")
+        _say(f"Run folder: {from_here(self.run_folder)}")
 
 
 def _say(line: str) -> None:

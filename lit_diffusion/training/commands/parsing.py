@@ -16,9 +16,10 @@ from lit_diffusion.description import allow, allowed_modules
 from lit_diffusion.registry import load_plugins
 from lit_diffusion.training.commands.errors import UsageError, one_line
 
-__all__ = ["CommandParser", "import_plugins", "instantiate"]
+__all__ = ["CommandParser", "import_plugins", "instantiate", "join_numbers"]
 
 T = TypeVar("T")
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+|-\d+\.|-\.?(inf|nan)", re.IGNORECASE)
 LIBRARIES = {"torch", "torchvision", "torchmetrics", "torch_fidelity", "lightning", "diffusers"}
 
 
@@ -71,6 +72,29 @@ def _own_classes(listed: re.Match[str]) -> str:
         return listed[0]
     text = f"known subclasses: {', '.join(own)}, and those of {' and '.join(others)}"
     return textwrap.fill(text, 55, break_long_words=False).replace("\n", "\n" + 24 * " ")
+
+
+def join_numbers(words: Iterable[str]) -> list[str]:
+    """The words of a command, with `--lr -1e-3` as `--lr=-1e-3`.
+
+    argparse knows -1 and -0.5 as numbers, and takes any other that begins with a minus for an
+    option.
+
+    Args:
+        words: The command and its arguments.
+
+    Example:
+        >>> join_numbers(["fit", "--lr", "-1e-3", "--low", "-inf", "--n", "3"])
+        ['fit', '--lr=-1e-3', '--low=-inf', '--n', '3']
+    """
+    found: list[str] = []
+    for word in words:
+        before = found[-1] if found else ""
+        if before.startswith("--") and "=" not in before and NEGATIVE.fullmatch(word):
+            found[-1] = f"{before}={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def instantiate(cls: type[T], values: Mapping[str, Any] | str) -> T:

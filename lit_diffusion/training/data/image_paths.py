@@ -8,6 +8,7 @@ and everything else is judged by its name and its kind alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import stat
@@ -63,7 +64,9 @@ class ImagePaths:
     def _local(self, path: str, place: str) -> str:
         """Return the absolute local path that is meant, if it is below one of the folders."""
         local = [folder for folder in self.folders if "://" not in folder]
-        tried = [os.path.normpath(os.path.join(base, place)) for base in (*local, os.getcwd())]
+        with contextlib.suppress(FileNotFoundError):  # if that folder was removed meanwhile
+            local.append(os.getcwd())
+        tried = [os.path.normpath(os.path.join(base, place)) for base in local]
         allowed = [one for one in tried if self._covers(one)]
         if not allowed:
             raise self._elsewhere(path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.training.reporting.chart import Line
+from lit_diffusion.training.run.figures import PALETTE, figure_style, new_figure
 from lit_diffusion.training.run.noise_levels import NoiseLevels, read_table
 
 __all__ = ["LastRecords", "error_lines", "error_table", "last_records", "plot_errors"]
@@ -106,25 +107,25 @@ def plot_errors(runs: dict[str, LastRecords]) -> Any:
     Args:
         runs: The records of each run by its name.
     """
-    from matplotlib.figure import Figure
-
-    def curve(record: NoiseLevels) -> list[Any]:
-        return [values.numpy() for values in _curve(record)]
-
-    figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for i, (name, run) in enumerate(runs.items()):
-        record = _main(run)
-        label = f"{name}, {record.stage} at step {record.step}"
-        axes.plot(*curve(record), color=f"C{i % 10}", label=label, marker=".", linewidth=1.8)
-        if "train" in run and record.stage != "train":
-            axes.plot(*curve(run["train"]), color=f"C{i % 10}", linewidth=0.7, alpha=0.8)
-    axes.set(
-        title="ε-error at each noise level (thin: in training)",
-        xlabel="λ, from noise on the left to data on the right",
-        ylabel="mean (ε̂ − ε)²",
-        yscale="log",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+    with figure_style():
+        figure = new_figure(9, 5.5)
+        axes = figure.subplots()
+        for i, (name, run) in enumerate(runs.items()):
+            record, colour = _main(run), PALETTE[i % len(PALETTE)]
+            label = f"{name}, {record.stage} at step {record.step}"
+            axes.plot(*_arrays(record), color=colour, label=label, marker=".", linewidth=1.8)
+            if "train" in run and record.stage != "train":
+                axes.plot(*_arrays(run["train"]), color=colour, linewidth=0.7, alpha=0.8)
+        axes.set(
+            title="ε-error at each noise level (thin: in training)",
+            xlabel="λ, from noise (left) to data (right)",
+            ylabel="mean (ε̂ − ε)²",
+            yscale="log",
+        )
+        axes.legend()
     return figure
+
+
+def _arrays(record: NoiseLevels) -> list[Any]:
+    """λ and ε-error as NumPy arrays, which matplotlib takes."""
+    return [values.numpy() for values in _curve(record)]

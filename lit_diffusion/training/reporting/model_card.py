@@ -14,6 +14,7 @@ import yaml
 
 import lit_diffusion
 from lit_diffusion.models import Pretrained
+from lit_diffusion.nn.text import TextEncoder
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.evaluation.measurement_table import (
     MeasurementTable,
@@ -151,6 +152,8 @@ def _arguments(model: Pretrained) -> Iterator[str]:
         yield "label=0"
     if model.conditions:
         names = {name: re.sub(r"\W", "_", name) for name in model.conditions}
+        if isinstance(getattr(model.network, "text", None), TextEncoder):
+            names["text"] = '["a prompt"] * 4'
         pairs = ", ".join(f"{json.dumps(name)}: {known}" for name, known in names.items())
         yield f"cond={{{pairs}}}"
 

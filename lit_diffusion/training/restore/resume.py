@@ -111,7 +111,9 @@ class Resume(L.Callback):
         """Save the settings that the run began with, and the monitored metrics."""
         checkpoint[BEGUN] = [one._asdict() for one in self._now]
         checkpoint[METRICS] = {
-            name: value.detach().cpu() for name, value in trainer.callback_metrics.items()
+            name: value.detach().cpu()
+            for name, value in trainer.callback_metrics.items()
+            if not name.startswith("throughput/")  # of the machine, which differ from run to run
         }
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

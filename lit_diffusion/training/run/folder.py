@@ -34,6 +34,7 @@ __all__ = [
     "TRACES",
     "NewFolder",
     "check_name",
+    "from_here",
     "is_first_rank",
     "is_run_folder",
     "new_run_folder",
@@ -58,6 +59,24 @@ def is_run_folder(folder: Path) -> bool:
         folder: Any path.
     """
     return any((folder / trace).exists() for trace in TRACES)
+
+
+def from_here(path: Path) -> Path:
+    """A path as it is shown: relative to the working directory, if it lies below it.
+
+    The folder of a run is absolute, so that a run goes on if its working directory is removed.
+
+    Args:
+        path: An absolute path.
+
+    Example:
+        >>> from_here(Path("runs/digits").absolute()).as_posix()
+        'runs/digits'
+    """
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, FileNotFoundError):
+        return path
 
 
 def check_name(name: str) -> None:
