@@ -21,7 +21,7 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments
+from lit_diffusion.training.data.arguments import check_arguments, check_share
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import Columns
 from lit_diffusion.training.data.decoding import decoder_of, map_identity
@@ -137,20 +137,16 @@ class ImageDataModule(L.LightningDataModule):
         on_changed_data: Literal["refuse", "continue"] = "refuse",
     ) -> None:
         super().__init__()
-        self.path = path
-        self.data_files = data_files
-        self.config_name = config_name
+        self.path, self.data_files, self.config_name = path, data_files, config_name
         self.image_shape = (*image_shape,)  # a config gives a list
-        self.mode = mode
-        self.transform = transform
+        self.mode, self.transform = mode, transform
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
         self.text_length = text_length
-        self.train_split = train_split
-        self.val_split = val_split
-        self.val_share = val_share
+        self.train_split, self.val_share = train_split, val_share
+        self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
         self.streaming = streaming
         self.cache_dir = cache_dir
@@ -165,9 +161,8 @@ class ImageDataModule(L.LightningDataModule):
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
         self.transforms = Transforms.of(transform, self.image_shape, self.seed)
+        check_share(val_share, val_split)
         check_arguments(self)
-        if val_share is not None:
-            self.val_split = HELD_OUT
         self._forget()
 
     def _forget(self) -> None:
