@@ -76,6 +76,7 @@ SENTENCES = [
         ["--model.optimizer.lr", "-1e-3"],
         "Invalid learning rate: -0.001 (LIT_DIFFUSION_TRACEBACK=1 shows where.)",
     ),
+    (["--out=there"], "--out is an argument of predict, not of fit."),
     (["--model.optimizer.lr=1e-3x"], "model.optimizer: lr: expected float, got 1e-3x."),
     (
         ["five.yaml"],
