@@ -49,6 +49,7 @@ _MODULES = (
     "models",
     "nn",
     "averaging",
+    "domains",
     "registry",
 )
 

@@ -10,7 +10,7 @@ import os
 import sys
 
 try:
-    HERE = os.getcwd()
+    HERE: str | None = os.getcwd()
 except FileNotFoundError:  # it was removed
     HERE = None
 # `python -m` imports from the working directory first, where a stranger's yaml.py may lie beside

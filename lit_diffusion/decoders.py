@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, diffuse
 from lit_diffusion.grey_levels import Levels, level_borders, level_index, level_values
 from lit_diffusion.predictions import Denoised
@@ -67,7 +68,10 @@ class Decoder(ABC):
         if isinstance(levels, list):
             object.__setattr__(self, "levels", tuple(levels))  # hashable, for the caches
         if levels is not None:
-            level_values(self.levels)  # type: ignore[attr-defined]
+            try:
+                level_values(self.levels)  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {error}") from error
 
     def check(self, x: Tensor) -> None:
         """Check that the data are of the kind that this decoder describes.
@@ -228,6 +232,7 @@ class DiscretizedGaussianDecoder(Decoder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_finite(self, std=self.std)
         if self.std is not None and not self.std > 0:
             raise ValueError(f"DiscretizedGaussianDecoder: std must be above 0, got {self.std}.")
 

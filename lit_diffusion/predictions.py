@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data
 from lit_diffusion.registry import Registry
 
@@ -258,8 +259,9 @@ class EDMPrediction(Prediction):
     data_std: float = 0.5
 
     def __post_init__(self) -> None:
+        check_finite(self, data_std=self.data_std)
         if not self.data_std > 0:
-            raise ValueError(f"data_std must be above 0, got {self.data_std}.")
+            raise ValueError(f"EDMPrediction: data_std must be above 0, got {self.data_std}.")
 
     def coefficients(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """Row (σ/(dR), −αd/R)."""

@@ -1,6 +1,9 @@
 """Every registered plug-in obeys its contract, and a broken one is caught."""
 
 import dataclasses
+import inspect
+import math
+import re
 
 import pytest
 import torch
@@ -50,6 +53,42 @@ def test_every_family_is_covered():
 )
 def test_contract_of_truncated_schedules(cls):
     check_schedule(cls(logsnr_min=-6.0, logsnr_max=7.5))
+
+
+# Outside the domain of an argument: what is not finite, and what its line under Args excludes.
+INFINITE = {("HeunSampler", "s_max"): [math.inf]}  # allowed: no upper limit
+OUTSIDE = {
+    **{name: [0, -1] for name in ["std", "data_std", "scale", "rho", "sigma_min", "k", "s_noise"]},
+    **{name: [0, -1, 2.5] for name in ["num_timesteps", "steps", "bins"]},
+    **{name: [-0.1, 1, 2] for name in ["decay", "uniform_share"]},
+    **{name: [-0.1, 1.1] for name in ["variance", "eta"]},
+    **{name: [-0.1, 0, 1] for name in ["beta_min", "beta_max", "t_min"]},
+    ("P2Weighting", "gamma"): [-0.1],
+    "gamma": [0, -1],
+    "num_levels": [1, -1, 2.5],
+    "warmup": [-1, 0.5],
+    "mode_scale": [-1, 1.76],
+    "sigma_max": [0.001, 0],
+    "s_churn": [-1],
+    "s_max": [-1],
+    "levels": [1, -1, 2.5],
+    ("TableSchedule", "levels"): [],
+    **{name: [] for name in ["mean", "shift", "bias", "s_min", "logsnr_min", "logsnr_max"]},
+}
+
+
+@pytest.mark.parametrize("cls", [pytest.param(p.values[0], id=p.id) for p in OURS])
+def test_numbers_outside_their_domain_are_refused(cls):
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if not re.search(r"\b(float|int|Levels)\b", str(parameter.annotation)):
+            continue
+        allowed = INFINITE.get((cls.__name__, name), [])
+        given = [n for n in (math.nan, math.inf, -math.inf) if n not in allowed]
+        given += OUTSIDE.get((cls.__name__, name), OUTSIDE[name])
+        for value in given:
+            of_each = (value, 0.0) if "tuple" in str(parameter.annotation) else value
+            with pytest.raises(ValueError, match=cls.__name__):
+                pytest.fail(f"{cls(**{name: of_each})!r} takes {name}={value}")
 
 
 # Deliberately broken plug-ins: local classes, which the registries do not list.

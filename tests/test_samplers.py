@@ -372,7 +372,7 @@ def test_heun_at_extreme_levels():
     ("arguments", "message"),
     [
         ({"s_churn": -1.0}, "s_churn must be 0"),
-        ({"s_churn": math.nan}, "s_churn must be 0"),
+        ({"s_churn": math.nan}, "s_churn must be a finite"),
         ({"s_min": 2.0, "s_max": 1.0}, r"s_min=2.0 and s_max=1.0"),
         ({"s_noise": 0.0}, "set s_churn=0"),
     ],

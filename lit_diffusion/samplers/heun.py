@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.gaussian import alpha_sigma, broadcast_to_data, noise_like
 from lit_diffusion.samplers.base import DenoiserCall, Sampler, SamplerStep, karras_grid
 from lit_diffusion.schedules import NoiseSchedule
@@ -71,6 +72,7 @@ class HeunSampler(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_finite(self, s_churn=self.s_churn, s_min=self.s_min, s_noise=self.s_noise)
         if not self.s_churn >= 0:
             raise ValueError(
                 f"HeunSampler: s_churn must be 0, for no churn, or above, got {self.s_churn}."

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_count
 from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = ["AdaptiveSchedule"]
@@ -91,11 +92,8 @@ class AdaptiveSchedule(NoiseSchedule):
         low = -20.0 if logsnr_min is None else float(logsnr_min)
         high = 20.0 if logsnr_max is None else float(logsnr_max)
         super().__init__(low, high, support=(low, high))
-        if bins < 1 or warmup < 0:
-            raise ValueError(
-                "AdaptiveSchedule: bins must be at least 1 and warmup 0 or more, "
-                f"got {bins} and {warmup}."
-            )
+        check_count(self, 1, bins=bins)
+        check_count(self, 0, warmup=warmup)
         if not (0 <= decay < 1 and 0 <= uniform_share < 1):
             raise ValueError(
                 "AdaptiveSchedule: decay and uniform_share must be in [0, 1), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_count
 from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = ["BetaSchedule"]
@@ -49,8 +50,7 @@ class BetaSchedule(NoiseSchedule):
                 "BetaSchedule: expected 0 < beta_min < beta_max < 1, "
                 f"got beta_min={beta_min} and beta_max={beta_max}."
             )
-        if num_levels < 2:
-            raise ValueError(f"BetaSchedule: num_levels must be at least 2, got {num_levels}.")
+        check_count(self, 2, num_levels=num_levels)
         betas = torch.linspace(beta_min, beta_max, num_levels, dtype=torch.float64)
         decay = -torch.log1p(-betas).cumsum(0)  # −log α² along the table
         ends = -torch.log(torch.expm1(decay[[-1, 0]]))

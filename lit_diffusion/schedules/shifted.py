@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.schedules.base import NoiseSchedule
 from lit_diffusion.schedules.textbook import CosineSchedule
 
@@ -49,6 +50,7 @@ class ShiftedSchedule(NoiseSchedule):
                 f"ShiftedSchedule: {type(base).__name__} is learned, so it learns its shift, "
                 "too: give it shifted ends instead."
             )
+        check_finite(self, shift=shift)
         low, high = (end + shift for end in base.support)
         if logsnr_min is None:
             logsnr_min = low if math.isfinite(low) else base.ends[0]

@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.schedules.base import NoiseSchedule
 
 __all__ = [
@@ -226,6 +227,7 @@ class NormalSchedule(NoiseSchedule):
         logsnr_max: float | None = None,
     ) -> None:
         super().__init__(logsnr_min, logsnr_max)
+        check_finite(self, mean=mean, std=std)
         if not std > 0:
             raise ValueError(f"NormalSchedule: std must be above 0, got {std}.")
         self.mean = self.centre = mean
@@ -270,6 +272,7 @@ class LaplaceSchedule(NoiseSchedule):
         logsnr_max: float | None = None,
     ) -> None:
         super().__init__(logsnr_min, logsnr_max)
+        check_finite(self, mean=mean, scale=scale)
         if not scale > 0:
             raise ValueError(f"LaplaceSchedule: scale must be above 0, got {scale}.")
         self.mean = self.centre = mean
@@ -321,6 +324,7 @@ class KarrasSchedule(NoiseSchedule):
         logsnr_min: float | None = None,
         logsnr_max: float | None = None,
     ) -> None:
+        check_finite(self, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(
                 "KarrasSchedule: expected 0 < sigma_min < sigma_max, "

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_count
 from lit_diffusion.gaussian import alpha_sigma
 from lit_diffusion.schedules import BetaSchedule, NoiseSchedule
 from lit_diffusion.weightings.base import Weighting
@@ -85,11 +86,9 @@ class VariationalWeighting(Weighting):
         variance: float = 1.0,
     ) -> None:
         super().__init__()
-        if num_timesteps < 1 or not 0 <= variance <= 1:
-            raise ValueError(
-                "VariationalWeighting: num_timesteps must be at least 1 and variance in [0, 1], "
-                f"got {num_timesteps} and {variance}."
-            )
+        check_count(self, 1, num_timesteps=num_timesteps)
+        if not 0 <= variance <= 1:
+            raise ValueError(f"VariationalWeighting: variance must be in [0, 1], got {variance}.")
         self.schedule = BetaSchedule() if schedule is None else schedule
         self.num_timesteps = num_timesteps
         self.variance = variance
@@ -126,10 +125,7 @@ class PosteriorMeanWeighting(Weighting):
 
     def __init__(self, schedule: NoiseSchedule | None = None, num_timesteps: int = 999) -> None:
         super().__init__()
-        if num_timesteps < 1:
-            raise ValueError(
-                f"PosteriorMeanWeighting: num_timesteps must be at least 1, got {num_timesteps}."
-            )
+        check_count(self, 1, num_timesteps=num_timesteps)
         self.schedule = BetaSchedule() if schedule is None else schedule
         self.num_timesteps = num_timesteps
 

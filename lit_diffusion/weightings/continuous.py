@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.weightings.base import Weighting
 
 __all__ = [
@@ -138,6 +139,7 @@ class EDMWeighting(Weighting):
 
     def __init__(self, data_std: float = 0.5, mean: float = 2.4, std: float = 2.4) -> None:
         super().__init__()
+        check_finite(self, data_std=data_std, mean=mean, std=std)
         if not (data_std > 0 and std > 0):
             raise ValueError(
                 f"EDMWeighting: data_std and std must be above 0, got {data_std} and {std}."
@@ -171,6 +173,7 @@ class SigmoidWeighting(Weighting):
 
     def __init__(self, bias: float = 2.0) -> None:
         super().__init__()
+        check_finite(self, bias=bias)
         self.bias = bias
 
     def forward(self, logsnr: Tensor) -> Tensor:

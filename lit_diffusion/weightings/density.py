@@ -27,6 +27,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_count
 from lit_diffusion.predictions import EpsPrediction, Prediction
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.weightings.base import Weighting
@@ -67,10 +68,7 @@ class FactorWeighting(Weighting):
         self, schedule: NoiseSchedule | None = None, num_timesteps: int | None = None
     ) -> None:
         super().__init__()
-        if num_timesteps is not None and num_timesteps < 1:
-            raise ValueError(
-                f"{type(self).__name__}: num_timesteps must be at least 1, got {num_timesteps}."
-            )
+        check_count(self, 1, num_timesteps=num_timesteps)
         self.schedule = CosineSchedule() if schedule is None else schedule
         self.num_timesteps = num_timesteps
 

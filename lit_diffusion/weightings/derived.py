@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.weightings.base import Weighting
 from lit_diffusion.weightings.continuous import EDMWeighting, SigmoidWeighting
 
@@ -80,6 +81,7 @@ class ShiftedWeighting(Weighting):
     def __init__(self, base: Weighting | None = None, shift: float = 0.0) -> None:
         super().__init__()
         self.base = SigmoidWeighting() if base is None else base
+        check_finite(self, shift=shift)
         self.shift = shift
 
     def forward(self, logsnr: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_diffusion.domains import check_finite
 from lit_diffusion.predictions import FlowPrediction
 from lit_diffusion.schedules import NoiseSchedule, NormalSchedule
 from lit_diffusion.weightings.density import FactorWeighting
@@ -69,6 +70,7 @@ class P2Weighting(FactorWeighting):
         num_timesteps: int | None = None,
     ) -> None:
         super().__init__(schedule, num_timesteps)
+        check_finite(self, gamma=gamma, k=k)
         if gamma < 0 or not k > 0:
             raise ValueError(
                 f"P2Weighting: gamma must be 0 or more and k above 0, got {gamma} and {k}."
@@ -269,5 +271,6 @@ class JiTWeighting(FactorWeighting):
 
 
 def _positive(who: FactorWeighting, gamma: float) -> None:
+    check_finite(who, gamma=gamma)
     if not gamma > 0:
         raise ValueError(f"{type(who).__name__}: gamma must be above 0, got {gamma}.")

@@ -223,16 +223,19 @@ def test_config_and_checkpoint_have_the_shortest_path_of_each_class(cli, monkeyp
 def test_the_other_commands(cli, tmp_path):
     _, out, _ = fit(cli, CONFIGS / "digits.yaml")
     ckpt = run_folder(out) / "checkpoints" / "last.ckpt"
-    for command in ("validate", "test", "predict"):
+    for command, *more in (["validate"], ["test"], ["predict"], ["predict", "--out=there"]):
         code, out, err = cli(
-            command, "--config", CONFIGS / "digits.yaml", f"--ckpt_path={ckpt}",
+            command, "--config", CONFIGS / "digits.yaml", f"--ckpt_path={ckpt}", *more,
             "--data.val_examples=5", "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         )  # fmt: skip
         assert code == 0, err
         if command == "predict":
             assert list(run_folder(out).glob("samples/predict-*.png"))
-            images = sorted(run_folder(out).glob("predicted/*"))
+            assert (run_folder(out) / "predicted").exists() == (not more)
+            images = sorted(
+                Path("there").iterdir() if more else run_folder(out).glob("predicted/*")
+            )
             assert [image.name for image in images] == [f"{i:06d}.png" for i in range(5)]
         else:
             assert "/loss at step 2: " in out

@@ -255,7 +255,7 @@ def one(tmp_path, **columns):
         ({"image_key": "img"}, "expected a column 'img' in split 'train', got image, label; set"),
         ({"label_key": "class"}, "expected a column 'class' .* set data.label_key; null for no"),
         ({"image_key": "label"}, "expected an image, got int; set data.image_key"),
-        ({"val_split": "test"}, "expected a split 'test', got train; set data.train_split"),
+        ({"val_split": "dev"}, "expected a split 'dev', got train; set data.train_split"),
         (
             {"image_shape": (3, 8, 8)},
             "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.image_shape to .channels, height, width.",

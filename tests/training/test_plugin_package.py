@@ -165,7 +165,7 @@ def test_the_overlay_draws_its_objective(said, desk):
 
 
 def test_a_run_by_bare_names_is_of_the_package(said, run_folder):
-    _, text = said(f"fit --config configs/digits.yaml --config {OVERLAY}")
+    _, text = said(f"fit --config digits --config {OVERLAY}")
     assert "Objective: RectifiedFlowWeighting(" in text
     assert "sampled from ModeSchedule(scale=1.29, logsnr_min=-10, logsnr_max=13.3)" in text
     assert "Warning: Plug-in" not in text

@@ -71,7 +71,7 @@ def test_the_list_has_all_families(said):
 def test_a_run_has_all_of_them(said):
     assert "BumpWeighting(centre=0, width=2)" in of(said, "my_run.yaml")
     assert "RampSchedule(logsnr_min=-10, " in of(said, "my_run.yaml")
-    with_callback, without = said["metrics"]
+    with_callback, without, *_ = said["metrics"]
     assert "samples/mean" in with_callback
     assert "samples/mean" not in without
     assert "width=3" in of(said, "--model.weighting.width 3")

@@ -97,7 +97,7 @@ def encode(
     remove_unfinished(out)
     with unfinished_folder(out) as partial:
         moments, channels_of_latent = {}, shape[0]
-        for split in dict.fromkeys(filter(None, (data.train_split, data.val_split))):
+        for split in data.splits_in_use():
             batches = data.examples(split, batch_size)
             twice = mirrored and split == data.train_split
             rows = _rows(

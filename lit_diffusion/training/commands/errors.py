@@ -182,8 +182,8 @@ def one_line(message: str, owner: str = "the class", known: Sequence[str] = ()) 
     if reasons:
         return f"{where}{reasons[0]}"
     given = re.search(r"(?:Given value|Got value): (.*)", message)
-    if given and (named := re.findall(r"typing\.Literal\[([^\]]+)\]", message)):
-        options = dict.fromkeys(re.sub(r"['\"]", "", ", ".join(named)).split(", "))
+    if given and (choices := re.findall(r"typing\.Literal\[([^\]]+)\]", message)):
+        options = dict.fromkeys(re.sub(r"['\"]", "", ", ".join(choices)).split(", "))
         return f"{where}expected one of {', '.join(options)}, got {given[1].strip()}."
     if kinds and given:
         return f"{where}expected {' or '.join(dict.fromkeys(kinds))}, got {given[1].strip()}."

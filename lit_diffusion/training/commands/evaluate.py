@@ -287,6 +287,8 @@ def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> li
         if i == 0:
             decoder.check(moved["image"])
         total += likelihood.sums(subject.model, moved).cpu()
+    if total[-1] == 0:  # the data have no such split, as a warning has said
+        return []
     return likelihood.measurements(
         subject.model, total, subject.step, "evaluate", subject.weights, data
     )

@@ -15,6 +15,7 @@ from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
+from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
 from lit_diffusion.training.commands.differences import naming_differences
 from lit_diffusion.training.commands.errors import UsageError
@@ -128,6 +129,12 @@ class DiffusionCLI(LightningCLI):
             help="fit: start with the network's weights of this checkpoint, run folder or "
             "exported folder, as far as names and shapes agree; a resumed run has its own.",
         )
+        parser.add_argument(
+            "--out",
+            type=str | None,
+            default=None,
+            help="predict: the folder of the samples; predicted/ in the run folder by default.",
+        )
         parser.link_arguments("data.image_shape", "model.image_shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -141,7 +148,12 @@ class DiffusionCLI(LightningCLI):
         """
         self.config = parser.parse_args(with_default_words(args))
         if self.config.get("subcommand"):
-            check_name(self.config[self.config.subcommand].name)
+            config = self.config[self.config.subcommand]
+            check_name(config.name)
+            if config.out is not None and self.config.subcommand != "predict":
+                raise UsageError(
+                    f"--out is an argument of predict, not of {self.config.subcommand}."
+                )
             self._resolve_checkpoint()
             config = self.config[self.config.subcommand]
             fresh = self.config.subcommand == "fit" and self.resume_step is None
@@ -318,6 +330,9 @@ class DiffusionCLI(LightningCLI):
 
     def predict(self, **arguments: Any) -> None:
         """Sample one image for each validation example; they are written, and not kept."""
+        for callback in all_callbacks(self.trainer):
+            if isinstance(callback, Predictions):
+                callback.folder = self.config[self.subcommand].out or callback.folder
         self._run(self.trainer.predict, arguments | {"return_predictions": False})
 
     def _reports(self) -> bool:

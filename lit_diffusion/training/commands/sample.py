@@ -203,7 +203,7 @@ def _rows(
             )
         return None
     data = own_data(read_experiment(config, run_of(path)), path)
-    split = split or data.val_split or data.train_split
+    split = split or data.splits_in_use()[-1]
     check_enough(data, split, n)
     return RowConditions(model, data, split, batch_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_diffusion.training.data.columns import BATCH, TEXT
+from lit_diffusion.training.data.held_out import DEFAULT, HELD_OUT
 from lit_diffusion.training.data.transforms import CHANNELS
 
 if TYPE_CHECKING:
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
 LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
 LEAST |= {"steps_per_epoch": 1, "val_examples": 1, "text_length": 1}
 CHOICES = {"on_bad_example": ("skip", "raise"), "on_changed_data": ("refuse", "continue")}
+
+
+def check_share(val_share: float | None, val_split: str | None) -> None:
+    """Raise an error if a share is to be held out beside a split to validate on.
+
+    Args:
+        val_share: The share, None for none.
+        val_split: The split, None for none.
+
+    Raises:
+        ValueError: If both were given.
+    """
+    if val_share is not None and val_split not in (None, DEFAULT, HELD_OUT):
+        raise ValueError(
+            f"data.val_share {val_share} holds out training examples to validate on, got also "
+            f"data.val_split {val_split!r}; set one of them to null"
+        )
 
 
 def check_arguments(data: ImageDataModule) -> None:
@@ -53,6 +71,10 @@ def check_arguments(data: ImageDataModule) -> None:
             raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {choice!r}")
     if data.mode is not None and data.mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"data.mode must be L, RGB, RGBA or null, got {data.mode!r}")
+    if data.val_share is not None and not 0 < data.val_share < 1:
+        raise ValueError(
+            f"data.val_share must be between 0 and 1, or null for none, got {data.val_share}"
+        )
     channels = data.image_shape[0]
     if data.mode is not None and not data.transforms and CHANNELS[data.mode] != channels:
         raise ValueError(

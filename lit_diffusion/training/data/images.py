@@ -195,7 +195,7 @@ class ImageDecoder:
             self._check_size(*jpeg_size(data))
             image = _decode_jpeg(data)
             size = self.any_size or image.shape[1:] == self.shape[1:]
-            if size and len(image) == self.stored_channels < 4:  # four would be CMYK
+            if size and image.shape[0] == self.stored_channels < 4:  # four would be CMYK
                 return image
         elif data.startswith(PNG):
             chunks = png_chunks(data)

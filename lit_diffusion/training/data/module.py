@@ -21,11 +21,12 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments
+from lit_diffusion.training.data.arguments import check_arguments, check_share
 from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.columns import Columns
 from lit_diffusion.training.data.decoding import decoder_of, map_identity
 from lit_diffusion.training.data.epoch_length import steps_per_epoch
+from lit_diffusion.training.data.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.lane import LaneBatches
 from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
@@ -73,7 +74,11 @@ class ImageDataModule(L.LightningDataModule):
             batch: (B, text_length) bytes in UTF-8, int64, 0 for padding.
         text_length: Longest caption in bytes; a longer one is a bad example.
         train_split: Split to train on.
-        val_split: Split to validate and test on, null for none.
+        val_split: Split to validate and test on, null for none; where the data have no split test,
+            the default is none.
+        val_share: Share of the training examples, between 0 and 1, that is left out of training
+            and validated on, in place of val_split, as the split `held_out`; null for none. The
+            same examples in each run, also when others are added or removed.
         batch_size: Examples in a batch, on each rank.
         streaming: Read row by row, without a copy of the data set in the cache. Otherwise all
             training images are decoded once, N·C·H·W bytes in the cache, and come from memory.
@@ -116,6 +121,7 @@ class ImageDataModule(L.LightningDataModule):
         text_length: int = 256,
         train_split: str = "train",
         val_split: str | None = "test",
+        val_share: float | None = None,
         batch_size: int = 64,
         streaming: bool = True,
         cache_dir: str | None = None,
@@ -131,19 +137,16 @@ class ImageDataModule(L.LightningDataModule):
         on_changed_data: Literal["refuse", "continue"] = "refuse",
     ) -> None:
         super().__init__()
-        self.path = path
-        self.data_files = data_files
-        self.config_name = config_name
+        self.path, self.data_files, self.config_name = path, data_files, config_name
         self.image_shape = (*image_shape,)  # a config gives a list
-        self.mode = mode
-        self.transform = transform
+        self.mode, self.transform = mode, transform
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
         self.text_length = text_length
-        self.train_split = train_split
-        self.val_split = val_split
+        self.train_split, self.val_share = train_split, val_share
+        self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
         self.streaming = streaming
         self.cache_dir = cache_dir
@@ -158,6 +161,7 @@ class ImageDataModule(L.LightningDataModule):
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
         self.transforms = Transforms.of(transform, self.image_shape, self.seed)
+        check_share(val_share, val_split)
         check_arguments(self)
         self._forget()
 
@@ -179,9 +183,9 @@ class ImageDataModule(L.LightningDataModule):
             self._train = self._open_split(splits, self.train_split, training=True)
             if not self.streaming:
                 self._memory = self._open_map(self._train)
-        if self.val_split is not None:
+        if (val_split := validation_split(self, [*splits])) is not None:
             like = None if self._train is None else self._train.decoder
-            self._val = self._open_split(splits, self.val_split, like)
+            self._val = self._open_split(splits, val_split, like)
 
     def train_dataloader(self) -> TrainLoader:
         """Return the endless stream, in epochs of a stated length."""
@@ -246,6 +250,11 @@ class ImageDataModule(L.LightningDataModule):
         splits = find_splits(self.path, self.data_files, self.config_name, self.streaming)
         return self._open_split(splits, name)
 
+    def splits_in_use(self) -> list[str]:
+        """Return the names of the splits to train and to validate on."""
+        found = find_splits(self.path, self.data_files, self.config_name, self.streaming)
+        return [*filter(None, dict.fromkeys((self.train_split, validation_split(self, [*found]))))]
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn bytes into x in [−1, 1], on the device; half-precision images become float32.
 
@@ -305,7 +314,11 @@ class ImageDataModule(L.LightningDataModule):
     ) -> Split:
         """Open a split; its examples must look as another decoder expects, or like its first."""
         columns = Columns(self.image_key, self.label_key, self.condition_keys, self.text_key)
-        source = open_source(splits, name, columns, self.open_shards, self._skip)
+        held_out = self.val_share is not None and name == HELD_OUT
+        stored = self.train_split if held_out else name
+        source = open_source(splits, stored, columns, self.open_shards, self._skip)
+        if self.val_share is not None and stored == self.train_split:
+            source = part_of(source, self.val_share, held_out, self.path)
         decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
         if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":

@@ -51,6 +51,7 @@ def settings_of(
         **{f"data.{name}": getattr(data, name) for name in ARGUMENTS},
         "data.image_shape": list(data.image_shape),
         "data.condition_keys": list(data.condition_keys) or None,
+        "data.val_share": data.val_share,
         "data.mode": data.mode,
         "data.transform": data.transforms.description or None,
         "data.text_key": data.text_key,

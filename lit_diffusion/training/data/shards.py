@@ -135,9 +135,9 @@ class ShardSource(Source):
                 raise
             if isinstance(error, OSError) and error.errno in OURS:
                 raise
-            file, first = self.place(piece.shard)
+            file, place = self.where(self.offsets[piece.shard] + row)
             lost = 1 if piece.stop is None else piece.stop - row
-            yield Bad(file, first + row, lost, f"expected to read on, got {one_line(error)}")
+            yield Bad(file, place, lost, f"expected to read on, got {one_line(error)}")
 
     def _rows(self, shard: int, row: int) -> Iterator[Row]:
         """Read a shard from a row on; after a network failure, continue at the row reached."""

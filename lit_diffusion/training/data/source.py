@@ -34,6 +34,7 @@ class Source(ABC):
         lost: What was found unreadable when the source was opened.
         files: Paths and URLs of the files that the split consists of.
         named: Whether their names and folders are part of the data.
+        divided: Which part of a larger source this is; empty for the whole.
         fingerprint: Name of the content, the same for no other content; None if unknown.
     """
 
@@ -42,6 +43,7 @@ class Source(ABC):
     lost: tuple[Bad, ...] = ()
     files: tuple[str, ...] = ()
     named = False
+    divided = ""
 
     @functools.cached_property
     def content(self) -> dict[str, str]:

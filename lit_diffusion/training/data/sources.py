@@ -233,9 +233,10 @@ def open_source(
         ValueError: If there is no such split or column, or no example.
     """
     if split not in splits:
+        part = "; for a part of a split set data.val_share" if "[" in split else ""
         raise ValueError(
             f"expected a split {split!r}, got {', '.join(splits)}; "
-            "set data.train_split and data.val_split"
+            f"set data.train_split and data.val_split{part}"
         )
     dataset, empty = splits[split], f"expected examples in split {split!r}, got none"
     source: Source

@@ -36,7 +36,7 @@ class TableSource(Source):
         """
         from datasets.fingerprint import Hasher  # type: ignore[import-untyped]
 
-        return str(Hasher.hash((self.dataset, self.content)))
+        return f"{Hasher.hash((self.dataset, self.content))} {self.divided}".strip()
 
     def windows(
         self, lane: int, lanes: int, seed: int, size: int, start: Position

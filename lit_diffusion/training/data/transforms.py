@@ -290,6 +290,8 @@ def _times(shape: Sequence[int]) -> str:
 
 def _bytes_of(found: Any, name: str) -> Tensor:
     """Return the result of a transform as bytes (C, H, W), or say what is wrong with it."""
+    if type(found) is Tensor and found.dtype == torch.uint8 and found.dim() == 3 and found.numel():
+        return found
     from PIL import Image
 
     wanted = f"{name} of data.transform to return a picture of bytes (C, H, W)"
@@ -349,7 +351,7 @@ def seed_generators(seed: int, epoch: int, index: int) -> None:
     number = int.from_bytes(key, "little")
     torch.default_generator.manual_seed(number)  # not those of devices, which the model uses
     random.seed(number)
-    np.random.seed([number & 0xFFFFFFFF, number >> 32])
+    np.random.seed(number & 0xFFFFFFFF)  # of a list it would take ten times as long
 
 
 @contextlib.contextmanager
