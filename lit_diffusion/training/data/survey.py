@@ -180,8 +180,9 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
 def _name(example: Example | Bad, bad: Bad) -> str:
     """Of an image that is a file, its path; else the row of its file."""
     image = None if isinstance(example, Bad) else example.image
-    listed = isinstance(image, dict) and image.get("bytes") is None and image.get("path")
-    return str(image["path"]) if listed else bad.name
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        return str(image["path"])
+    return bad.name
 
 
 class _Header(NamedTuple):
