@@ -264,7 +264,10 @@ class NoiseLevelLoss(Measures):
         path = self._folder / "noise_levels.csv"
         if self._records is None:
             self._records = self._earlier(path)
-        every = [*self._records, *((record, table_text([record])) for record in new)]
+        # The last weights of a run that is resumed at its end are measured once more.
+        again = {(record.step, record.stage) for record in new}
+        every = [one for one in self._records if (one[0].step, one[0].stage) not in again]
+        every += [(record, table_text([record])) for record in new]
         kept = {*thinned(list(dict.fromkeys(record.step for record, _ in every)), MOST)}
         self._records = [one for one in every if one[0].step in kept]
         with may_fail(path):

@@ -52,6 +52,9 @@ class RunLogger(Logger):
         self._resume_step = resume_step
         self._columns: list[str] | None = None  # None until the file has been opened
         self._last: Row = {}
+        self._resumed: list[
+            dict[str, str]
+        ] = []  # the rows of the last step before the resumed one
         self._waiting: list[Row] = []  # rows that are not in the file yet
 
     # Lightning joins save_dir, name and version to the folder of the run and its checkpoints,
@@ -79,9 +82,10 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append a row, unless it repeats the last one.
+        """Append a row, unless it repeats the last one, or one of the step that was resumed.
 
-        Lightning's LearningRateMonitor logs at every micro-batch of an accumulated step.
+        Lightning's LearningRateMonitor logs at every micro-batch of an accumulated step, and the
+        weights of a run that is resumed at its end are measured once more.
 
         Args:
             metrics: Names and numbers.
@@ -90,7 +94,7 @@ class RunLogger(Logger):
         row: Row = {"step": step or 0}
         for name, value in metrics.items():
             row[name] = value.item() if isinstance(value, Tensor) else value
-        if row == self._last:
+        if row == self._last or {name: str(row[name]) for name in row} in self._resumed:
             return
         self._last = row
         self._waiting.append(row)
@@ -144,6 +148,8 @@ class RunLogger(Logger):
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = self._earlier_rows()
             columns = sorted(set().union(*rows))
+            last = str((self._resume_step or 0) - 1)
+            self._resumed = [one for one in rows if one["step"] == last]
             if rows:
                 self._rewrite(rows, columns)
             else:
