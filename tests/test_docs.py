@@ -120,6 +120,8 @@ def test_commands_exist(page):
             continue
         assert words[1] in (*COMMANDS, "--help", "--version"), words
         for flag, value in pairwise(words):
+            if words[1] == "new" and flag == "--out":
+                made.add(value)
             if flag == "--config":
                 known = value in made or value in shipped_configs()
                 assert known or (ROOT / value).is_file(), value

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.evaluate import evaluate
     from lit_diffusion.training.commands.export import export
     from lit_diffusion.training.commands.import_diffusers import import_diffusers
+    from lit_diffusion.training.commands.new import new
     from lit_diffusion.training.commands.objective import objective
     from lit_diffusion.training.commands.plugins import plugins
     from lit_diffusion.training.commands.replay import replay

@@ -320,6 +320,8 @@ def _quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Data without a validation split have no batches to validate on, as their config says.
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     # Of a resumed run it is not, and a new run has a folder of its own.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # The model gets its config after it is made, so nothing is lost.

@@ -35,6 +35,7 @@ class Command(NamedTuple):
 _RESUME = "--ckpt_path X --config C"
 
 COMMANDS = {
+    "new": Command("look at images, write a config", "FOLDER --out my.yaml", "new", "path"),
     "fit": Command("train", "--config digits"),
     "validate": Command("validation loss", _RESUME),
     "test": Command("test loss", _RESUME),
