@@ -8,7 +8,6 @@ import image_folders as make
 import pytest
 import torch
 import yaml
-from lit_diffusion.training.data.held_out import is_held_out
 from PIL import Image
 
 from lit_diffusion.nn import UNet
@@ -18,6 +17,7 @@ from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.proposal import data_arguments, propose_recipe, propose_shape
 from lit_diffusion.training.commands.proposed_config import config_text
 from lit_diffusion.training.commands.trial_steps import Trial
+from lit_diffusion.training.data.held_out import is_held_out
 from lit_diffusion.training.data.survey import Files, Pixels
 from lit_diffusion.training.run.folder import check_name
 

@@ -24,11 +24,16 @@ from image_files import (
 from PIL import Image
 from torchvision.transforms import v2
 
+from lit_diffusion.training.callbacks import Likelihood
+from lit_diffusion.training.commands.parsing import instantiate
+from lit_diffusion.training.data import ImageDataModule
 from lit_diffusion.training.data.bad_examples import BadExample
 from lit_diffusion.training.data.images import ImageDecoder
 from lit_diffusion.training.data.source import Example
 from lit_diffusion.training.data.transform_classes import FIXED, REFUSED
-from lit_diffusion.training.data.transforms import Fit, Transforms, restored_generators
+from lit_diffusion.training.data.transforms import Fit, Transforms, protocol_of
+from lit_diffusion.training.data.transforms import restored_generators as restored
+from lit_diffusion.training.module import LitDiffusion
 
 pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 
@@ -231,7 +236,7 @@ def test_every_class_of_torchvision_is_known_as_fixed_random_or_refused():
         cls = getattr(v2, name)
         if not isinstance(cls, type) or not issubclass(cls, v2.Transform) or name in REFUSED:
             continue
-        with restored_generators():
+        with restored():
             before = torch.get_rng_state()
             try:
                 cls(*arguments.get(name, []))(picture)
@@ -372,3 +377,24 @@ def test_the_line_that_an_error_names_works(cli, mixed):
     (line,) = [word.rstrip(".,") for word in err.split() if word.startswith("--data.transform")]
     code, _, err = cli(*words, line)
     assert code == 0, err
+
+
+def test_a_number_says_how_its_images_were_made(mixed):
+    data = opened(mixed, ["RandomInvert", RANDOM_FIT], mode="RGB", val_share=0.5)
+    model = LitDiffusion(image_shape=(3, 8, 8))
+    sums = torch.tensor([1.0, 1, 1, 9, 3], dtype=torch.float64)
+    (bits, *_) = Likelihood().measurements(model, sums, 0, "val", "raw", data)
+    assert bits.protocol["mode"] == "RGB"
+    assert bits.protocol["val_share"] == 0.5
+    (fit,) = bits.protocol["transform"]  # in validation, without what is random
+    assert fit["class_path"] == "Fit"
+    assert fit["init_args"]["mode"] == "center_crop"
+    assert protocol_of(opened(mixed, ["Fit"], mode=None))["transform"]
+    assert protocol_of(module("digits8x8")) == {}
+
+
+def test_nothing_is_made_of_a_nested_description_while_a_config_is_parsed():
+    inner = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1, "out_features": 1}}
+    given = {"class_path": "RandomApply", "init_args": {"transforms": [inner]}}
+    with pytest.raises(ValueError, match=r"transforms\[0\] must be Fit, .* got 'torch.nn.Linear'"):
+        instantiate(ImageDataModule, {"path": "digits8x8", "transform": [given]})

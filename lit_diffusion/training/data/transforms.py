@@ -166,9 +166,10 @@ class Transforms:
             ValueError: If one is not allowed, does not exist or has wrong arguments.
         """
         own: dict[str, type] = {"Fit": Fit}
-        steps, description = [], describe_all(given or (), own)
-        for number, one in enumerate(given or ()):
-            made, name, is_random = make(one, f"data.transform[{number}]", own)
+        listed = list(given or ())
+        made_all = [make(one, f"data.transform[{k}]", own) for k, one in enumerate(listed)]
+        steps, description = [], describe_all(listed, own)
+        for number, (made, name, is_random) in enumerate(made_all):
             if isinstance(made, Fit):
                 made = made if made.size else dataclasses.replace(made, size=image_shape[1:])
                 arguments = dataclasses.asdict(made) | {"size": list(made.size or ())}
