@@ -96,7 +96,9 @@ def try_steps(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     device = runner.strategy.root_device
     where = (
-        f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device_name(device)
+        f"a CPU, threads: {torch.get_num_threads()}"
+        if device.type == "cpu"
+        else device_name(device)
     )
     cpus = os.cpu_count() or 1
     parameters = sum(p.numel() for p in lit.denoiser.network.parameters())
