@@ -312,6 +312,37 @@ def test_ddim_without_differences_draws_the_pipelines_own_images(tmp_path):
     assert float((ours(model, NOISE) - theirs).abs().max()) < 1e-5 * scale
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_a_chain_may_end_in_pure_noise(tmp_path, kind):
+    """λ = −80 stands for −∞: the first step from there is theirs to the last digit of float32."""
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=200, clip_sample=False, rescale_betas_zero_snr=True,
+        timestep_spacing="trailing", prediction_type=kind, **CHAINS["linear"],
+    )  # fmt: skip
+    unet = pipeline(tmp_path, scheduler)
+    model = ld.from_diffusers(tmp_path)
+    scheduler.set_timesteps(50)
+    levels = model.sampler.levels()
+    assert float(levels[0]) == -80
+    assert int(scheduler.timesteps[0]) == 199
+    assert torch.equal(model.network.timestep(levels[:1]), torch.tensor([199.0]))
+    alpha, sigma = ld.alpha_sigma(levels[:1])
+    assert float(alpha) < 1e-17
+    assert float(sigma) == 1
+    theirs = walk(in_double(scheduler), unet, NOISE)
+    scale = max(1.0, float(theirs.abs().max()))
+    assert float((ours(model, NOISE) - theirs).abs().max()) < 1e-5 * scale
+
+
+def test_pure_noise_says_nothing_of_eps(tmp_path):
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=200, clip_sample=False, rescale_betas_zero_snr=True
+    )
+    pipeline(tmp_path, scheduler)
+    with pytest.raises(ValueError, match=r"ends in pure noise.*got epsilon"):
+        ld.from_diffusers(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [

@@ -17,6 +17,9 @@ names them: with clip_sample, diffusers keeps the ε̂ of the network beside the
 is recomputed from it (their use_clipped_model_output=True); with set_alpha_to_one=False their
 last step ends at the first level of the chain, and ours in x̂; with timestep_spacing "linspace"
 theirs steps to other levels than those of the next call.
+
+A chain that ends in pure noise (rescale_betas_zero_snr) ends here at λ = −80, where the share of
+the signal, 4e−18, is less than the rounding of any number here.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ _PREDICTIONS: dict[str, Callable[[], Prediction]] = {
     "v_prediction": VPrediction,
 }
 _VARIANCES = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0}
+_PURE_NOISE = -80.0  # in place of −∞
 _DDIM_STEPS = 50  # the default of diffusers' own pipeline
 
 
@@ -140,7 +144,7 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 def _schedule(scheduler: Any) -> NoiseSchedule:
     """The levels of the chain: by a known formula if one gives them, else as a table."""
-    levels = torch.tensor(chain_levels(scheduler.betas), dtype=torch.float64)
+    levels = torch.tensor(_levels(scheduler), dtype=torch.float64)
     first, last = scheduler.config.get("beta_start", 0), scheduler.config.get("beta_end", 0)
     known: list[NoiseSchedule] = [TableSchedule()]
     if 0 < first < last < 1:
@@ -150,6 +154,19 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
         if torch.allclose(own, levels, rtol=0, atol=1e-4):  # betas come in float32
             return schedule
     return TableSchedule(tuple(levels.tolist()))
+
+
+def _levels(scheduler: Any) -> tuple[float, ...]:
+    """The levels of the chain, the last of which may be pure noise."""
+    betas = scheduler.betas
+    if betas[-1] < 1:
+        return chain_levels(betas)
+    if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+        raise ValueError(
+            "Expected a prediction_type of sample or v_prediction for a chain that ends in pure "
+            "noise, where ε says nothing of x, got epsilon."
+        )
+    return (*chain_levels(betas[:-1]), _PURE_NOISE)
 
 
 def _prediction(scheduler: Any) -> Prediction:
