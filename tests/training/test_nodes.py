@@ -69,3 +69,37 @@ def test_two_nodes_are_two_ranks(tmp_path):
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(ours[key][name], theirs[key][name]) for name in theirs[key])
     assert rows == other_rows
+
+
+DYING = """
+import os
+from lit_diffusion.training.module import LitDiffusion
+
+step = LitDiffusion.training_step
+
+def die(self, batch, batch_idx):
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if attempt < 2 and self.global_step == 4 + attempt and self.global_rank == 0:
+        os._exit(9)
+    return step(self, batch, batch_idx)
+
+LitDiffusion.training_step = die
+from lit_diffusion.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_relaunches_a_job_more_than_once(tmp_path):
+    (tmp_path / "job.py").write_text(DYING)
+    words = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("--max_restarts=2", "job.py", *JOB, "--trainer.devices=2", "--ckpt_path=last"),
+    ]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("last.ckpt, step 3.") == 2
+    assert result(tmp_path)[0]["global_step"] == 6

@@ -50,6 +50,7 @@ from lit_diffusion.training.run.folder import (
 from lit_diffusion.training.run.messages import inform, warn
 from lit_diffusion.training.run.metrics_csv import RunLogger
 from lit_diffusion.training.run.newest import last_checkpoint
+from lit_diffusion.training.run.relaunch import join_relaunched
 from lit_diffusion.training.run.saved_config import SaveConfig, with_public_paths
 from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
@@ -244,6 +245,7 @@ class DiffusionCLI(LightningCLI):
             progress_bar=trainer.enable_progress_bar is not False,
         )
         made = super().instantiate_trainer(**kwargs)
+        join_relaunched(made)
         settle_precision(made)  # the model would do it, too, when its report has begun
         return made
 
