@@ -45,15 +45,19 @@ def logged_as_last_step(trainer: L.Trainer) -> Iterator[None]:
     """Log at the end of training at the step of the last row, as validations during it do.
 
     Lightning counts on when a step is complete, and so would log at the step of the next row,
-    which a run that continues from there removes. At the end of an epoch it does the same.
+    which a run that continues from there removes. At the end of an epoch it does the same. It
+    counts the epoch as complete as well, even if the end has cut it short.
 
     Args:
         trainer: In `on_train_end`, after at least one step.
     """
+    epochs = trainer.fit_loop.epoch_progress.current
     trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+    epochs.completed -= 1
     try:
         yield
     finally:
+        epochs.completed += 1
         trainer.fit_loop.epoch_loop._batches_that_stepped += 1
 
 

@@ -98,6 +98,8 @@ def test_a_run_goes_on_from_any_of_its_checkpoints(
         for name in ("metrics.csv", "noise_levels.csv"):
             if (whole / name).exists():
                 (run / name).write_bytes((whole / name).read_bytes())
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "last.ckpt").write_bytes(path.read_bytes())
         fit(run, path)
         paths = [run / "checkpoints" / "last.ckpt", whole / "checkpoints" / "last.ckpt"]
         assert resume.compare(*paths) == "", f"from step {load_checkpoint(path)['global_step']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.environment import device_name
+from lit_diffusion.training.run.folder import from_here
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.saved_config import config_text
 from lit_diffusion.training.run.tolerance import may_fail
@@ -235,7 +237,8 @@ class Guard(L.Callback):
                 rows = [f" {json.dumps(name)}: {json.dumps(v)}" for name, v in record.items()]
                 write_whole(path, "{\n" + ",\n".join(rows) + "\n}\n")
         trainer.strategy.barrier("non_finite")  # copying a checkpoint takes time
-        return f"{line} `lit-diffusion replay {path}{_plugins(trainer)}` shows its cause."
+        shown = shlex.quote(str(from_here(path)))
+        return f"{line} `lit-diffusion replay {shown}{_plugins(trainer)}` shows its cause."
 
     def _keep_config(self, trainer: L.Trainer, path: Path) -> str | None:
         """Save the config of this session; the run folder may have several."""

@@ -22,8 +22,8 @@ def shipped_configs() -> dict[str, Path]:
     """The configs that come with the package, by their short names.
 
     Example:
-        >>> list(shipped_configs())[:2], "objective/edm" in shipped_configs()
-        (['cifar10', 'digits'], True)
+        >>> [name in shipped_configs() for name in ("digits", "objective/edm", "mine")]
+        [True, True, False]
     """
     package = Path(lit_diffusion.__file__).parent
     # In a checkout, which an editable installation uses as it is, they lie beside the package.

@@ -46,7 +46,7 @@ def is_held_out(identity: str | bytes, share: float) -> bool:
 
     Example:
         >>> sum(is_held_out(f"{k}.png", 0.1) for k in range(1000))
-        98
+        96
     """
     data = identity.encode() if isinstance(identity, str) else identity
     digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
