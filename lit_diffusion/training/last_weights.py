@@ -97,6 +97,7 @@ def measure_again(trainer: L.Trainer, model: MeasuredModule) -> None:
     data = getattr(trainer, "datamodule", None)
     model.finishing = True
     try:
-        trainer.validate(model, datamodule=data, verbose=False)
+        with logged_as_last_step(trainer):
+            trainer.validate(model, datamodule=data, verbose=False)
     finally:
         model.finishing = False

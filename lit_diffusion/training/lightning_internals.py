@@ -49,16 +49,18 @@ def logged_as_last_step(trainer: L.Trainer) -> Iterator[None]:
     counts the epoch as complete as well, even if the end has cut it short.
 
     Args:
-        trainer: In `on_train_end`, after at least one step.
+        trainer: In `on_train_end`, after at least one step; or with the counters of a checkpoint,
+            which may be those of its step or have counted on.
     """
-    epochs = trainer.fit_loop.epoch_progress.current
-    trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
-    epochs.completed -= 1
+    loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    counted_on = int(loop._batches_that_stepped >= trainer.global_step)
+    loop._batches_that_stepped -= counted_on
+    epochs.completed -= counted_on
     try:
         yield
     finally:
-        epochs.completed += 1
-        trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+        epochs.completed += counted_on
+        loop._batches_that_stepped += counted_on
 
 
 def validate_before_training(trainer: L.Trainer) -> None:
