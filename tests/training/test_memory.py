@@ -526,7 +526,7 @@ def test_the_order_belongs_to_the_seed_and_not_to_the_map(file, tmp_path):
     assert not same(built, take(module(file, seed=4).train_dataloader(), 25))
 
 
-@pytest.mark.parametrize(("workers", "steps"), [(0, range(26)), (1, (3,)), (2, (1, 4, 9, 16))])
+@pytest.mark.parametrize(("workers", "steps"), [(0, range(26)), (1, (3,)), (2, (1, 9))])
 def test_resume_at_any_batch(file, workers, steps):
     settings = {"batch_size": 7, "num_workers": workers, "horizontal_flip": True}
     whole = module(file, **settings).train_dataloader()

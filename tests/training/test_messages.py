@@ -32,6 +32,7 @@ def test_other_ranks_are_silent(caplog, monkeypatch):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_without_a_handler_warnings_are_shown_and_information_is_not():
     code = (
         "from lit_diffusion.training.run.messages import inform, warn; "

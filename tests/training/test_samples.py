@@ -134,6 +134,7 @@ def test_images_of_another_program_are_not_overwritten(plain):
     assert Path("folder/000000.png").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_the_memory_is_that_of_one_batch(plain, monkeypatch):
     alive, before = [], LitDiffusion.sample
 

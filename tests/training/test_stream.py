@@ -377,8 +377,12 @@ def test_a_network_that_is_down_ends_the_run(folder, monkeypatch, workers, on_ba
 # --- resumption
 
 
-@pytest.mark.parametrize("step", [5, 7, 15, 16], ids=["mid", "epoch", "data-epoch", "late"])
-@pytest.mark.parametrize("workers", [0, 2])
+# Within an epoch, at the end of one of Lightning's, at the end of one of the data, and later.
+PLACES = [(0, 5), (0, 7), (0, 15), (0, 16), (2, 5)]
+PLACES += [pytest.param(2, step, marks=pytest.mark.slow) for step in (7, 15, 16)]
+
+
+@pytest.mark.parametrize(("workers", "step"), PLACES)
 @pytest.mark.parametrize("streaming", [True, False])
 def test_resume_continues_the_same_batches(folder, streaming, workers, step):
     settings = {"streaming": streaming, "num_workers": workers}
