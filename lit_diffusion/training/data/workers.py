@@ -86,6 +86,10 @@ class Workers:
             raise
 
     def _raise_if_dead(self, error: Exception) -> None:
+        # A worker that is killed closes its connections a moment before it has ended.
+        deadline = time.monotonic() + BEAT
+        while all(one.is_alive() for one in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
         for number, process in enumerate(self.processes):
             process.join(BEAT if number in self._silent else 0)
             if process.is_alive():
