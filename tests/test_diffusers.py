@@ -476,7 +476,7 @@ def changed(folder, part, **values):
         ("scheduler", {"variance_type": "learned_range"}, "variance_type of fixed_small"),
         ("scheduler", {"clip_sample_range": 3.0}, "clip_sample_range=3.0"),
         ("scheduler", {"thresholding": True}, "thresholding=True"),
-        ("scheduler", {"rescale_betas_zero_snr": True}, "below 1"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "ends in pure noise"),
     ],
 )
 def test_a_pipeline_of_another_kind_is_refused(tmp_path, part, values, expected):

@@ -159,7 +159,7 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
 def _levels(scheduler: Any) -> tuple[float, ...]:
     """The levels of the chain, the last of which may be pure noise."""
     betas = scheduler.betas
-    if betas[-1] < 1:
+    if betas[-1] != 1:
         return chain_levels(betas)
     if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
         raise ValueError(
