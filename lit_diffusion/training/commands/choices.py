@@ -12,15 +12,14 @@ import torch
 
 from lit_diffusion.models.pretrained import CONFIG
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.folder import TRACES, is_run_folder
 from lit_diffusion.training.run.messages import inform
 from lit_diffusion.training.run.newest import LAST, last_checkpoint
 
 __all__ = [
-    "find_checkpoint",
     "find_device",
     "find_run",
+    "name_checkpoint",
     "resolve_checkpoint",
     "resolve_weights",
     "run_of",
@@ -29,23 +28,14 @@ __all__ = [
 ROOT = "runs"  # the folder of all runs
 
 
-def find_checkpoint(
-    given: str | Path, name: str | None = None, root: str | Path | None = None
-) -> Path:
-    """The checkpoint that is meant, with a message that names the file and its step.
+def name_checkpoint(path: Path, step: int) -> None:
+    """Report the checkpoint that a command has read, by its file and its step.
 
     Args:
-        given: Its file, a run folder, or `last`: the newest below root.
-        name: With `last`: only runs of this name.
-        root: With `last`: the folder of all runs; None for runs/.
-
-    Raises:
-        ValueError: If there is none, or it is not one of this library.
+        path: Its file.
+        step: Optimizer steps behind its weights.
     """
-    path = resolve_checkpoint(given, name, root)
-    step = load_checkpoint(path)["global_step"]
     inform(f"Using {path}, step {step}.")
-    return path
 
 
 def resolve_checkpoint(

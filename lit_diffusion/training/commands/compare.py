@@ -12,9 +12,13 @@ import torch
 from tqdm import tqdm
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device, find_run
+from lit_diffusion.training.commands.choices import (
+    find_device,
+    find_run,
+    resolve_checkpoint,
+)
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.commands.load import load_model
 from lit_diffusion.training.reporting.comparison import (
     comparison_page,
     config_differences,
@@ -149,8 +153,8 @@ def _shown(grid: Path, caption: str, i: int) -> Picture:
 
 def _sample(folder: Path, n: int, seed: int, device: torch.device, out: Path) -> str:
     """Write a grid of samples of a run's checkpoint; return what it is of."""
-    path = find_checkpoint(folder)
-    model = LitDiffusion.load_from_checkpoint(path).to(device)
+    path = resolve_checkpoint(folder)
+    model = load_model(path, device)
     if model.conditions:
         raise ValueError(f"it is conditioned on {', '.join(model.conditions)}")
     numbers = torch.arange(n)

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
-from lit_diffusion.training.commands.choices import find_checkpoint, run_of
+from lit_diffusion.training.commands.choices import name_checkpoint, resolve_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.run.checkpoints import (
     CLASS_NAMES,
@@ -91,11 +91,12 @@ def ema(
         raise UsageError(f"expected one of --sigma_rel and --decay, got {sigma_rel} and {decay}.")
     if out is not None and Path(out).suffix != ".ckpt":
         raise UsageError(f"--out must end in .ckpt, got {out}.")
-    path = find_checkpoint(run, name, root)
+    path = resolve_checkpoint(run, name, root)
     found_run = run_of(path)
     if found_run is None:
         raise UsageError(f"expected a run folder or a checkpoint in one, got {path}.")
     run, checkpoint = found_run, load_checkpoint(path)
+    name_checkpoint(path, checkpoint["global_step"])
     stored = read_snapshots(run)
     if sigma_rel is None and decay is None:
         return _available(checkpoint, stored)

@@ -22,7 +22,11 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
+from lit_diffusion.training.commands.choices import (
+    find_device,
+    resolve_checkpoint,
+    run_of,
+)
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import (
     callback_arguments,
@@ -30,6 +34,7 @@ from lit_diffusion.training.commands.experiment import (
     own_data,
     read_experiment,
 )
+from lit_diffusion.training.commands.load import load_model
 from lit_diffusion.training.commands.parsing import instantiate
 from lit_diffusion.training.commands.sample import NO_GUIDANCE
 from lit_diffusion.training.data.module import ImageDataModule
@@ -41,9 +46,7 @@ from lit_diffusion.training.evaluation.row_conditions import check_enough
 from lit_diffusion.training.evaluation.scores import all_scores
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.write import write_report
-from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, add_measurements
-from lit_diffusion.training.run.weights import weights_name
 from lit_diffusion.training.step.compilation import compile_in_place
 
 __all__ = ["Evaluation", "evaluate"]
@@ -144,7 +147,7 @@ def evaluate(
     Raises:
         ValueError: If the checkpoint or its data cannot be found, or an argument is invalid.
     """
-    path = find_checkpoint(ckpt_path, name, root)
+    path = resolve_checkpoint(ckpt_path, name, root)
     run = run_of(path)
     experiment = read_experiment(config, run)
     settings = _settings(
@@ -212,14 +215,13 @@ def _check(settings: _Settings, out: str | Path | None) -> None:
 
 def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _Model:
     """The model of a checkpoint, if it can be evaluated on these data."""
-    checkpoint = load_checkpoint(path)
-    model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
+    model = load_model(path, find_device(device))
     if model.image_shape != tuple(data.image_shape):
         raise UsageError(
             f"expected data of the model's shape {model.image_shape}, got "
             f"{tuple(data.image_shape)}: give the --config or --data.image_shape of its run."
         )
-    return _Model(model, path, checkpoint["global_step"], weights_name(checkpoint), run)
+    return _Model(model, path, model.trained_steps, model.weights, run)
 
 
 def _with_steps(sampler: Sampler, steps: int) -> Sampler:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.choices import find_checkpoint, run_of
+from lit_diffusion.training.commands.choices import name_checkpoint, resolve_checkpoint, run_of
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import CLASS_NAMES, load_checkpoint
@@ -71,10 +71,11 @@ def export(
         raise UsageError(
             f"--out must be a new or empty folder, got {out}: remove it, or give another."
         )
-    path = find_checkpoint(run, name, root)
+    path = resolve_checkpoint(run, name, root)
     inside = run_of(path)
     folder = path.parent if inside is None else inside
     trained = _read(path)
+    name_checkpoint(path, trained.step)
     picture = _picture(folder, trained.step)
     card = model_card(
         trained.model,

@@ -15,9 +15,9 @@ from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.objective import Objective
 from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.schedules import NoiseSchedule
-from lit_diffusion.training.commands.choices import find_checkpoint
+from lit_diffusion.training.commands.choices import resolve_checkpoint
 from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.module import LitDiffusion
+from lit_diffusion.training.commands.load import load_model
 from lit_diffusion.training.reporting.objective import objective_text, save_objective
 from lit_diffusion.training.step.parts import check_data_std
 from lit_diffusion.weightings import Weighting
@@ -78,7 +78,8 @@ def objective(
         raise UsageError(f"--out must be a .png, .pdf or .svg file, got {out}.")
     if ckpt_path is not None:
         # With its weights, since a schedule may have learned its shape.
-        model = LitDiffusion.load_from_checkpoint(find_checkpoint(ckpt_path, name, root))
+        path = resolve_checkpoint(ckpt_path, name, root)
+        model = load_model(path)
         loss, prediction = model.loss, model.denoiser.prediction
     else:
         loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)

@@ -15,9 +15,14 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import find_checkpoint, find_device, run_of
+from lit_diffusion.training.commands.choices import (
+    find_device,
+    resolve_checkpoint,
+    run_of,
+)
 from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.experiment import own_data, read_experiment
+from lit_diffusion.training.commands.load import load_model
 from lit_diffusion.training.data.columns import TEXT
 from lit_diffusion.training.evaluation.features import fingerprint
 from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
@@ -102,8 +107,8 @@ def sample(
     """
     out = Path(out)
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
-    path = find_checkpoint(ckpt_path, name, root)
-    model = LitDiffusion.load_from_checkpoint(path).to(find_device(device))
+    path = resolve_checkpoint(ckpt_path, name, root)
+    model = load_model(path, find_device(device))
     if not out.suffix and model.image_shape[0] not in (1, 3):
         raise UsageError(
             f"examples of {model.image_shape[0]} channels cannot be written as images: give a "
