@@ -16,7 +16,7 @@ import torch
 
 from lit_diffusion import BoundTerms, SoftmaxDecoder, variational_bound
 from lit_diffusion.times import fixed_times
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 from lit_diffusion.training.step.randomness import generators
 
 
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     args = parser.parse_args()
     model = LitDiffusion.load_from_checkpoint(args.checkpoint)
-    data = ImageDataModule(
+    data = DataModule(
         args.path,
-        image_shape=model.image_shape,
+        shape=model.shape,
         batch_size=args.batch,
         val_examples=args.examples,
     )

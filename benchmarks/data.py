@@ -3,7 +3,7 @@
     python benchmarks/data.py [--path FOLDER] [--examples 8000] [--rounds 5]
 
 Streaming: JPEG images of 64 × 64 in parquet files, read, shuffled, decoded and batched by
-`ImageDataModule`, compared with a bare loop that only reads the same files with pyarrow and
+`DataModule`, compared with a bare loop that only reads the same files with pyarrow and
 decodes with torchvision. The two alternate in one run, so that a noisy machine affects them alike;
 the results are medians over rounds. Memory is that of all processes together (their proportional
 set sizes), from the first thousand examples to 200,000.
@@ -35,7 +35,7 @@ import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 
-from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training import DataModule
 
 SIZE, FILES, BATCH = 64, 8, 128
 
@@ -91,11 +91,11 @@ def bare_loop(folder: Path) -> Callable[[], int]:
     return once
 
 
-def stream(folder: Path, workers: int, **arguments: Any) -> tuple[ImageDataModule, Any]:
+def stream(folder: Path, workers: int, **arguments: Any) -> tuple[DataModule, Any]:
     """The data module, streaming, and its loader."""
-    data = ImageDataModule(
+    data = DataModule(
         str(folder),
-        image_shape=(3, SIZE, SIZE),
+        shape=(3, SIZE, SIZE),
         val_split=None,
         batch_size=BATCH,
         num_workers=workers,
@@ -168,10 +168,10 @@ def in_memory(examples: int, rounds: int, batch_size: int = 256) -> dict[str, An
         folder = Path(name)
         write_thumbnails(folder, examples)
 
-        def module(**arguments: Any) -> ImageDataModule:
-            data = ImageDataModule(
+        def module(**arguments: Any) -> DataModule:
+            data = DataModule(
                 str(folder),
-                image_shape=(3, 32, 32),
+                shape=(3, 32, 32),
                 val_split=None,
                 batch_size=batch_size,
                 streaming=False,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lit_diffusion import DDIMSampler
 from lit_diffusion.gaussian import noise_like
 from lit_diffusion.times import fixed_times
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 from lit_diffusion.training.step.randomness import generators
 
 
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
     """All images of a split, in [−1, 1], and their labels."""
-    data = ImageDataModule("digits8x8", val_split=split, batch_size=2000)
+    data = DataModule("digits8x8", val_split=split, batch_size=2000)
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     return batch["image"], batch["label"]

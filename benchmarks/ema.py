@@ -26,7 +26,7 @@ from torch import Tensor
 import lit_diffusion as ld
 from lit_diffusion.averaging import ConstantProfile, PowerProfile, RunningAverage, Snapshot
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, WarmupDecayLR
+from lit_diffusion.training import DataModule, LitDiffusion, WarmupDecayLR
 from lit_diffusion.training.run.snapshots import next_step
 
 TRACKED = (0.05, 0.1)
@@ -91,7 +91,7 @@ def train(steps: int) -> Follow:
     """Train a small network on the digits."""
     torch.manual_seed(0)
     model = LitDiffusion(
-        network=UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
+        network=UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
         schedule=ld.LinearSchedule(-10.0, 13.3),
         weighting=ld.SigmoidWeighting(1.0),
         optimizer=functools.partial(torch.optim.AdamW, lr=2e-3),
@@ -111,7 +111,7 @@ def train(steps: int) -> Follow:
             limit_val_batches=0,
             default_root_dir=folder,
         )
-        trainer.fit(model, ImageDataModule(batch_size=32, steps_per_epoch=500, streaming=False))
+        trainer.fit(model, DataModule(batch_size=32, steps_per_epoch=500, streaming=False))
     return follow
 
 

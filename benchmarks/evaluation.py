@@ -20,7 +20,7 @@ from lit_diffusion import AncestralSampler, DDIMSampler
 from lit_diffusion.denoisers import ClippedDenoiser
 from lit_diffusion.nn import UNet
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training import ClassifierFeatures, ImageDataModule, LitDiffusion
+from lit_diffusion.training import ClassifierFeatures, DataModule, LitDiffusion
 from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.reference import open_reference
 from lit_diffusion.training.evaluation.scores import Scores
@@ -31,7 +31,7 @@ def bare(model: LitDiffusion, sampler: Sampler, n: int, batch_size: int) -> None
     """The sampler and nothing else."""
     generator = torch.Generator(model.device).manual_seed(0)
     for index in torch.arange(n).split(batch_size):
-        z = torch.randn(len(index), *model.image_shape, generator=generator, device=model.device)
+        z = torch.randn(len(index), *model.shape, generator=generator, device=model.device)
         label = torch.zeros(len(index), dtype=torch.int64, device=model.device)
         chosen = model.sampler_in_range(sampler)
         chosen(ClippedDenoiser(model.denoiser), z, generator, label=label)
@@ -47,12 +47,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     network = UNet(
-        image_shape=(1, 8, 8), channels=[32, 64], blocks=1, attention=[4], num_classes=10,
+        shape=(1, 8, 8), channels=[32, 64], blocks=1, attention=[4], num_classes=10,
         fourier=[3, 4],
     )  # fmt: skip
-    model = LitDiffusion(network, image_shape=(1, 8, 8)).to(given.device).eval()
+    model = LitDiffusion(network, shape=(1, 8, 8)).to(given.device).eval()
     features = ClassifierFeatures().to(given.device)
-    reference = open_reference(ImageDataModule(), "test", features, model.device)
+    reference = open_reference(DataModule(), "test", features, model.device)
 
     print("| sampler | bare, images/s | `Generation` | ratio | with FID | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")

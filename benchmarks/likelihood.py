@@ -132,9 +132,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = parser.parse_args(argv)
     config = chosen.config or usual_config(chosen.device)
     network = network_of(config).to(chosen.device).eval()
-    levels = torch.randint(256, (chosen.images, *network.image_shape), device=chosen.device)
+    levels = torch.randint(256, (chosen.images, *network.shape), device=chosen.device)
     batches = (levels / 127.5 - 1).split(chosen.batch_size)
-    hollow = Echo(network.image_shape, network.num_classes).to(chosen.device)
+    hollow = Echo(network.shape, network.num_classes).to(chosen.device)
     kind, rows = torch.device(chosen.device).type, []
     with torch.autocast(kind, torch.bfloat16, enabled=chosen.bf16):
         for name, run, calls, backward in estimators(chosen.steps, chosen.tolerance):

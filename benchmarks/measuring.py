@@ -81,7 +81,7 @@ def network_of(config: Path) -> nn.Module:
     network = given["model"]["network"]
     torch.manual_seed(0)
     made = getattr(lit_diffusion.nn, network["class_path"])(
-        image_shape=tuple(given["data"]["image_shape"]), **network["init_args"]
+        shape=tuple(given["data"]["shape"]), **network["init_args"]
     )
     for parameter in made.parameters():
         if not parameter.any():  # what starts at zero would answer zero
@@ -93,13 +93,13 @@ class Echo(nn.Module):
     """Answers at once, in a network's place: what is left is what surrounds a network.
 
     Args:
-        image_shape: The network's.
+        shape: The network's.
         num_classes: The network's.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int | None) -> None:
+    def __init__(self, shape: tuple[int, int, int], num_classes: int | None) -> None:
         super().__init__()
-        self.image_shape = image_shape
+        self.shape = shape
         self.num_classes = num_classes
         self.one = nn.Parameter(torch.ones(()))  # by which it is known where the model is
 

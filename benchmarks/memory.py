@@ -31,7 +31,7 @@ import torch
 from measuring import CONFIGS, arguments, machine, report
 from overhead import BareLoop
 
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 from lit_diffusion.training.commands.fit import DiffusionCLI
 
 HERE, MIB = Path(__file__).parent, 2**20
@@ -132,7 +132,7 @@ class BareFit(DiffusionCLI):
 
 def bare() -> None:
     """What runs in the bare loop's process."""
-    BareFit(LitDiffusion, ImageDataModule)
+    BareFit(LitDiffusion, DataModule)
 
 
 def run(code: str, words: Sequence[str]) -> dict[str, Any]:

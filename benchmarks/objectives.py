@@ -36,7 +36,7 @@ from lit_diffusion.gaussian import noise_like
 from lit_diffusion.likelihood import variational_bound
 from lit_diffusion.loss import weighted_error
 from lit_diffusion.times import fixed_times
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 from lit_diffusion.training.cli import main as lit_diffusion
 from lit_diffusion.training.step.randomness import generators
 
@@ -122,9 +122,7 @@ class Judge(L.Callback):
 def images(data: str, path: str, split: str, n: int) -> dict[str, torch.Tensor]:
     """The first images of a split, in [−1, 1], and their labels."""
     shape = (1, 8, 8) if data == "digits" else (1, 28, 28)
-    module = ImageDataModule(
-        path, image_shape=shape, val_split=split, val_examples=n, batch_size=n
-    )
+    module = DataModule(path, shape=shape, val_split=split, val_examples=n, batch_size=n)
     module.setup("validate")
     return module.on_after_batch_transfer(next(iter(module.val_dataloader())), 0)
 

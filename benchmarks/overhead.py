@@ -39,17 +39,15 @@ class OneConvolution(torch.nn.Module):
     """Almost no network at all, so that what is left is the framework.
 
     Args:
-        image_shape: Channels, height and width.
+        shape: Channels, height and width.
         num_classes: Accepted and not used.
     """
 
-    def __init__(
-        self, image_shape: tuple[int, int, int] = (1, 8, 8), num_classes: int = 10
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), num_classes: int = 10) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.num_classes = num_classes
-        self.layer = torch.nn.Conv2d(image_shape[0], image_shape[0], 3, padding=1)
+        self.layer = torch.nn.Conv2d(shape[0], shape[0], 3, padding=1)
 
     def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
         """One convolution."""

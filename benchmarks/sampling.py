@@ -61,7 +61,7 @@ def sampling(model: LitDiffusion, n: int, sampler: Sampler, noise: str) -> Calla
 
 def calling(model: LitDiffusion, n: int, calls: int) -> Callable[[], None]:
     """The network alone."""
-    z = torch.randn(n, *model.image_shape, device=model.device)
+    z = torch.randn(n, *model.shape, device=model.device)
     logsnr, cond = torch.zeros(n, device=model.device), {}
     if model.num_classes is not None:
         cond["label"] = torch.zeros(n, dtype=torch.int64, device=model.device)
@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with torch.autocast(kind, torch.bfloat16, enabled=chosen.bf16):
         for n in chosen.batch_sizes:
             network = network_of(config)
-            model = LitDiffusion(network, image_shape=network.image_shape).to(chosen.device).eval()
+            model = LitDiffusion(network, shape=network.shape).to(chosen.device).eval()
             cases = list(samplers(chosen.steps))
             for sampler, noise in cases:
                 made = count_calls(network, sampling(model, n, sampler, noise))
                 if made != sampler.calls:
                     raise AssertionError(f"{sampler!r} states {sampler.calls} calls, made {made}.")
-            echo = Echo(network.image_shape, network.num_classes)
-            hollow = LitDiffusion(echo, image_shape=echo.image_shape).to(chosen.device).eval()
+            echo = Echo(network.shape, network.num_classes)
+            hollow = LitDiffusion(echo, shape=echo.shape).to(chosen.device).eval()
             if chosen.compile:
                 torch._dynamo.reset()  # a second size would be compiled for any size
                 network.compile()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lit_diffusion as ld
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 
 Examples = tuple[Tensor, dict[str, Tensor]]
 
@@ -113,9 +113,7 @@ def main() -> None:
     else:
         model = LitDiffusion.load_from_checkpoint(args.checkpoint).requires_grad_(False)
         denoiser, ends = model.denoiser, model.loss.schedule.ends
-        held = ImageDataModule(
-            args.path, image_shape=model.image_shape, batch_size=1000, val_examples=1000
-        )
+        held = DataModule(args.path, shape=model.shape, batch_size=1000, val_examples=1000)
         held.setup("validate")
         batch = held.on_after_batch_transfer(next(iter(held.val_dataloader())), 0)
         x, cond = batch["image"], model.condition(batch)

@@ -149,7 +149,7 @@ def write_data(folder: Path, config: Path, n: int) -> list[str]:
     from PIL import Image
 
     data = yaml.safe_load(config.read_text())["data"]
-    channels, height, width = data["image_shape"]
+    channels, height, width = data["shape"]
     key = data.get("image_key", "image")
     rng = np.random.default_rng(0)
     labels: dict[str, Any] = {"label": [int(k) for k in rng.integers(0, 10, n)]}

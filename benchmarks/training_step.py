@@ -243,7 +243,7 @@ def main(words: list[str] | None = None) -> int:
     """Hold the contest; 1 if a contestant failed that is installed."""
     chosen = parse(words)
     task = Task(
-        image_shape=tuple(chosen.image),
+        shape=tuple(chosen.image),
         channels=tuple(chosen.channels),
         blocks=chosen.blocks,
         attention=tuple(chosen.attention),
@@ -270,7 +270,7 @@ def main(words: list[str] | None = None) -> int:
             "steps of a turn": worker.steps,
             "ms/step of each round": rounds,
         }
-    shape = "×".join(map(str, task.image_shape))
+    shape = "×".join(map(str, task.shape))
     title = (
         f"Training step: {task.batch} images of {shape}, channels {list(task.channels)}, "
         f"{task.blocks} blocks, attention {list(task.attention)}, precision {task.precision}"

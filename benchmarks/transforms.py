@@ -3,7 +3,7 @@
     python benchmarks/transforms.py --path FLOWERS [--size 64] [--rounds 7]
 
 JPEG photographs in parquet files are read, shuffled, decoded, fitted to a smaller size, a part at
-random, and batched by `ImageDataModule` in this process. The bare loop does the same work with the
+random, and batched by `DataModule` in this process. The bare loop does the same work with the
 same libraries, and nothing else: it reads the same files with pyarrow, decodes with torchvision,
 resizes with torch, crops, and stacks batches; it shuffles nothing and records nothing. The two
 alternate in one run, so that a noisy machine affects them alike; the results are medians over
@@ -26,7 +26,7 @@ import torch
 import torchvision
 from torch.nn.functional import interpolate
 
-from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training import DataModule
 
 BATCH = 128
 
@@ -61,9 +61,9 @@ def bare_loop(folder: Path, size: int) -> Callable[[], int]:
 
 def streamed(folder: Path, size: int, mode: str) -> Callable[[], int]:
     """One epoch of the data module."""
-    data = ImageDataModule(
+    data = DataModule(
         str(folder),
-        image_shape=(3, size, size),
+        shape=(3, size, size),
         label_key=None,
         val_split=None,
         batch_size=BATCH,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lit_diffusion as ld
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 
 Data = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 WEIGHTINGS = {
@@ -110,9 +110,7 @@ def main() -> None:
         model = LitDiffusion.load_from_checkpoint(args.checkpoint)
         model.loss.requires_grad_(False)
         denoiser, ends = model.denoiser, model.loss.schedule.ends
-        held = ImageDataModule(
-            args.path, image_shape=model.image_shape, batch_size=2000, val_examples=2000
-        )
+        held = DataModule(args.path, shape=model.shape, batch_size=2000, val_examples=2000)
         held.setup("validate")
         batch = held.on_after_batch_transfer(next(iter(held.val_dataloader())), 0)
         images, labels = batch["image"], model.condition(batch)

@@ -10,15 +10,15 @@ import lightning as L
 import torch
 
 from lit_diffusion import CosineSchedule, SigmoidWeighting, UNet, VPrediction
-from lit_diffusion.training import EMA, ImageDataModule, LitDiffusion
+from lit_diffusion.training import EMA, DataModule, LitDiffusion
 
 
 def main(max_steps: int = 200) -> None:
     """Train the model, sample from it, and compare the pixels of samples and data."""
     L.seed_everything(0)
-    data = ImageDataModule(path="digits8x8", image_shape=(1, 8, 8))
+    data = DataModule(path="digits8x8", shape=(1, 8, 8))
     model = LitDiffusion(
-        network=UNet(image_shape=(1, 8, 8), channels=(16, 32), num_classes=10),
+        network=UNet(shape=(1, 8, 8), channels=(16, 32), num_classes=10),
         schedule=CosineSchedule(logsnr_min=-10.0, logsnr_max=10.0),
         weighting=SigmoidWeighting(bias=2.0),
         prediction=VPrediction(),

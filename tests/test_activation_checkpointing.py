@@ -30,10 +30,10 @@ def make(request):
 def maker(name):
     kind, arguments = NETWORKS[name]
 
-    def made(checkpointing, image_shape=(C, H, W)):
+    def made(checkpointing, shape=(C, H, W)):
         torch.manual_seed(0)
         net = kind(
-            image_shape=image_shape,
+            shape=shape,
             num_classes=10,
             activation_checkpointing=checkpointing,
             **arguments,
@@ -197,7 +197,7 @@ def test_throughput_counts_what_is_computed_again(make):
 
     counts = []
     for checkpointing in (False, True):
-        model = LitDiffusion(network=make(checkpointing), image_shape=(C, H, W))
+        model = LitDiffusion(network=make(checkpointing), shape=(C, H, W))
         images = {"image": torch.randn(B, C, H, W), "label": torch.zeros(B, dtype=torch.long)}
         modes = [module.training for module in model.modules()]
         counts.append(count_flops(model, images))
@@ -211,12 +211,12 @@ def test_throughput_counts_what_is_computed_again(make):
 def test_a_run_with_it_is_the_run_without(make, tmp_path):
     import lightning as L
 
-    from lit_diffusion.training import EMA, Guard, ImageDataModule, LitDiffusion
+    from lit_diffusion.training import EMA, DataModule, Guard, LitDiffusion
 
     states = []
     for checkpointing in (False, True):
-        model = LitDiffusion(network=make(checkpointing, (1, 8, 8)), image_shape=(1, 8, 8))
-        data = ImageDataModule("digits8x8", batch_size=4, steps_per_epoch=3, val_examples=4)
+        model = LitDiffusion(network=make(checkpointing, (1, 8, 8)), shape=(1, 8, 8))
+        data = DataModule("digits8x8", batch_size=4, steps_per_epoch=3, val_examples=4)
         run = L.Trainer(
             max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,

@@ -41,7 +41,7 @@ def awake(net):
 def test_the_laws_of_a_network(make, shape):
     torch.manual_seed(0)
     net = make(shape)
-    assert tuple(net.image_shape) == shape
+    assert tuple(net.shape) == shape
     z, logsnr, label = torch.randn(B, *shape), torch.randn(B), torch.tensor([0, 3, -1])
     assert net(z, logsnr, label).abs().max() == 0  # a new network
     check_network(net)
@@ -118,7 +118,7 @@ def test_resampled_positions_cover_the_same_extent():
         (lambda: DiT((1, 8), positions="none", rope=True), "there is no rope"),
         (lambda: DiT((1, 8), positions="nowhere"), "'nowhere'"),
         (lambda: ResidualMLP(()), "positive integers"),
-        (lambda: FourierFeatures(image_shape=(4,)), r"got \(4,\)"),
+        (lambda: FourierFeatures(shape=(4,)), r"got \(4,\)"),
     ],
 )
 def test_mistakes_are_refused(make, message):

@@ -217,7 +217,7 @@ def test_broken_samplers_are_caught():
 class Net(torch.nn.Module):
     """A network in which one line can be replaced."""
 
-    image_shape, num_classes, conditions = (1, 2, 2), 3, {"angle": 2}
+    shape, num_classes, conditions = (1, 2, 2), 3, {"angle": 2}
 
     def __init__(self, features=8):
         super().__init__()

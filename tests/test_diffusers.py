@@ -153,9 +153,9 @@ def test_it_can_be_described_and_made_again(model, inputs):
 def test_a_null_of_the_config_is_not_its_default():
     """attention_head_dim: null means one head, and the default is heads of 8 channels."""
     config = UNET | {"_class_name": "UNet2DModel", "_diffusers_version": "0.1"}
-    net = ld.DiffusersNetwork(config=config, image_shape=SHAPE)
+    net = ld.DiffusersNetwork(config=config, shape=SHAPE)
     assert net.network.mid_block.attentions[0].heads == 1
-    eight = ld.DiffusersNetwork(config=UNET | {"attention_head_dim": 8}, image_shape=SHAPE)
+    eight = ld.DiffusersNetwork(config=UNET | {"attention_head_dim": 8}, shape=SHAPE)
     assert eight.network.mid_block.attentions[0].heads == 2
 
 
@@ -169,9 +169,9 @@ def test_a_null_of_the_config_is_not_its_default():
         ({"config": UNET | {"time_embedding_type": "fourier"}}, "expected time_embedding_type"),
         ({"config": UNET | {"width": 5}}, "UNet2DModel cannot be made.*width"),
         ({"config": UNET | {"block_out_channels": [8, 16, 32]}}, "UNet2DModel cannot be made"),
-        ({"image_shape": (3, 9, 8)}, "multiples of 2, got 9x8"),
+        ({"shape": (3, 9, 8)}, "multiples of 2, got 9x8"),
         (
-            {"model": "DiTTransformer2DModel", "config": DIT, "image_shape": (3, 8, 4)},
+            {"model": "DiTTransformer2DModel", "config": DIT, "shape": (3, 8, 4)},
             "square images.*got 8x4",
         ),
         (
@@ -182,7 +182,7 @@ def test_a_null_of_the_config_is_not_its_default():
 )
 def test_what_does_not_fit_is_refused(arguments, expected):
     with pytest.raises(ValueError, match=expected):
-        ld.DiffusersNetwork(**{"config": UNET, "image_shape": SHAPE, **arguments})
+        ld.DiffusersNetwork(**{"config": UNET, "shape": SHAPE, **arguments})
 
 
 def test_without_diffusers_one_line_says_what_to_do(monkeypatch):

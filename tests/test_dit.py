@@ -21,7 +21,7 @@ from lit_diffusion.testing import check_network
 
 B, C, H, W, P = 5, 3, 12, 8, 2
 ROWS, COLUMNS = H // P, W // P
-SMALL = {"image_shape": (C, H, W), "patch": P, "depth": 2, "width": 32, "heads": 2}
+SMALL = {"shape": (C, H, W), "patch": P, "depth": 2, "width": 32, "heads": 2}
 KINDS = {
     "plain": {},
     "classes": {"num_classes": 4},
@@ -352,7 +352,7 @@ def test_compiles_into_one_graph_by_inductor():
 
 def test_lists_become_tuples():
     net = DiT([1, 4, 4], depth=1, width=8, heads=1, fourier=[4])
-    assert (net.image_shape, net.fourier) == ((1, 4, 4), (4,))
+    assert (net.shape, net.fourier) == ((1, 4, 4), (4,))
 
 
 def test_same_seed_same_network():
@@ -365,7 +365,7 @@ def test_same_seed_same_network():
 
 def test_waves_before_it():
     inner = awake(DiT((C * 5, H, W), depth=1, width=32, heads=2, conditions={"age": 1}))
-    net = FourierFeatures(inner, exponents=(1, 6), image_shape=(C, H, W))
+    net = FourierFeatures(inner, exponents=(1, 6), shape=(C, H, W))
     z, logsnr, age = torch.randn(B, C, H, W), torch.zeros(B), torch.randn(B, 1)
     out = net(z, logsnr, age=age)
     assert out.shape == z.shape
@@ -455,8 +455,8 @@ def test_a_label_or_condition_without_a_place_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_shape": (8,)}, "positive integers"),
-        ({"image_shape": (1, 9, 8)}, "multiples of 2"),
+        ({"shape": (8,)}, "positive integers"),
+        ({"shape": (1, 9, 8)}, "multiples of 2"),
         ({"patch": 0}, "at least 1"),
         ({"patch": 3}, "multiples of 3"),
         ({"depth": 0}, "at least 1"),
@@ -496,11 +496,11 @@ def test_it_learns():
 def test_a_checkpoint_remembers_it(tmp_path):
     import lightning as L
 
-    from lit_diffusion.training import ImageDataModule, LitDiffusion
+    from lit_diffusion.training import DataModule, LitDiffusion
 
     net = DiT((1, 8, 8), depth=1, width=32, heads=2, num_classes=10, qk_norm=True, rope=True)
-    model = LitDiffusion(network=net, image_shape=(1, 8, 8))
-    data = ImageDataModule("digits8x8", batch_size=4, steps_per_epoch=2, val_examples=4)
+    model = LitDiffusion(network=net, shape=(1, 8, 8))
+    data = DataModule("digits8x8", batch_size=4, steps_per_epoch=2, val_examples=4)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"num_sanity_val_steps": 0, "enable_checkpointing": False}
     run = L.Trainer(max_steps=2, accelerator="cpu", **quiet)

@@ -17,7 +17,7 @@ import pytest
 import warm
 import yaml
 
-from lit_diffusion.training.commands.shipped_configs import shipped_configs
+from lit_diffusion.training.commands.shell.shipped_configs import shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 
 ROOT = Path(__file__).parents[1]

@@ -35,9 +35,9 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-def small(image_shape=(1, 8, 8), **arguments):
+def small(shape=(1, 8, 8), **arguments):
     torch.manual_seed(0)
-    return ld.UNet(image_shape, channels=(8,), attention=(), **arguments)
+    return ld.UNet(shape, channels=(8,), attention=(), **arguments)
 
 
 def numbers(module):
@@ -114,7 +114,7 @@ def test_a_network_gets_noisy_data_and_noise_level_in_float32_at_least(dtype):
     lambda: small(num_classes=10, conditions={"angle": 2}, fourier=(3, 4)),
     lambda: ld.DiT((1, 8, 8), patch=2, width=16, depth=2, heads=2, num_classes=10, qk_norm=True),
     lambda: ld.ResidualMLP((1, 8, 8), features=16, layers=2, num_classes=10),
-    lambda: ld.FourierFeatures(exponents=(6, 7), image_shape=(1, 8, 8)),
+    lambda: ld.FourierFeatures(exponents=(6, 7), shape=(1, 8, 8)),
 ], ids=["UNet", "DiT", "ResidualMLP", "FourierFeatures"])  # fmt: skip
 def test_our_networks_are_nearly_themselves_in_half_precision(network, dtype):
     torch.manual_seed(0)

@@ -61,6 +61,12 @@ ROOMS = [
     "cli",
 ]
 
+# Rooms within a room, likewise from the lowest to the highest; files beside them are above them.
+ROOMS_WITHIN = {
+    "data": ["reading", "decoding", "batching", ""],
+    "commands": ["shell", "fit_setup", "proposal", ""],
+}
+
 # Circles that an import inside a function closes on purpose: (importer, imported): why.
 DEFERRED: dict[tuple[str, str], str] = {}
 
@@ -231,6 +237,27 @@ def test_rooms_import_downward_only():
         if height[room(other)] > height[room(module)]
     }
     only_shrinks(upward, UPWARD)
+
+
+def room_within(module):
+    """The room of a room in which a module stands; "" for none."""
+    parts = module.split(".")[3:]
+    folder = FILES[module].parent
+    return folder.name if parts and folder.parent.parent == PACKAGE / "training" else ""
+
+
+@pytest.mark.parametrize("outer", ROOMS_WITHIN)
+def test_rooms_within_a_room_import_downward_only(outer):
+    inside = [module for module in TRAINING if room(module) == outer]
+    height = {name: number for number, name in enumerate(ROOMS_WITHIN[outer])}
+    assert {room_within(module) for module in inside} == set(height)
+    upward = {
+        (module, other)
+        for module in inside
+        for other in imports(module) & set(inside)
+        if height[room_within(other)] > height[room_within(module)]
+    }
+    assert not upward
 
 
 def test_no_import_closes_a_circle():

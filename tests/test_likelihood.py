@@ -362,9 +362,9 @@ def test_levels_that_are_none(levels):
 
 
 def test_digits_have_seventeen_levels():
-    from lit_diffusion.training import ImageDataModule
+    from lit_diffusion.training import DataModule
 
-    data = ImageDataModule("digits8x8", batch_size=300)
+    data = DataModule("digits8x8", batch_size=300)
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     assert ld.level_index(batch["image"], 17).unique().tolist() == list(range(17))

@@ -16,12 +16,12 @@ SHAPE, SEEN = (C, H, W), (C * 5, H, W)
 
 def wrapped(num_classes=None):
     inner = ResidualMLP(SEEN, features=16, layers=1, num_classes=num_classes)
-    return FourierFeatures(inner, exponents=(1, 6), image_shape=SHAPE)
+    return FourierFeatures(inner, exponents=(1, 6), shape=SHAPE)
 
 
 def around_unet(num_classes=None):
     inner = UNet(SEEN, channels=(8,), attention=(), num_classes=num_classes)
-    return FourierFeatures(inner, exponents=(1, 6), image_shape=SHAPE)
+    return FourierFeatures(inner, exponents=(1, 6), shape=SHAPE)
 
 
 def perceptron(num_classes=None):
@@ -81,8 +81,8 @@ def test_labels_are_passed_on_or_refused(make):
 
 
 def test_lists_become_tuples():
-    net = FourierFeatures(ResidualMLP([6, 2, 2]), exponents=[4], image_shape=[2, 2, 2])
-    assert (net.exponents, net.image_shape, net.network.image_shape) == (
+    net = FourierFeatures(ResidualMLP([6, 2, 2]), exponents=[4], shape=[2, 2, 2])
+    assert (net.exponents, net.shape, net.network.shape) == (
         (4,),
         (2, 2, 2),
         (6, 2, 2),
@@ -93,7 +93,7 @@ def test_lists_become_tuples():
 
 
 class Seen(nn.Module):
-    """A network, without an image_shape, that returns what it was shown."""
+    """A network, without an shape, that returns what it was shown."""
 
     def forward(self, z, logsnr, label=None):
         self.z, self.label = z, label
@@ -136,10 +136,10 @@ def test_waves_are_float32_whatever_surrounds_them():
             lambda: FourierFeatures(ResidualMLP((2, 1, 1)), (6, 7), (2, 1, 1)),
             r"\(10, 1, 1\), 10 channels",
         ),
-        (lambda: FourierFeatures(UNet((5, 8, 9)), (6, 7)), r"image_shape=\(5, 8, 8\)"),
+        (lambda: FourierFeatures(UNet((5, 8, 9)), (6, 7)), r"shape=\(5, 8, 8\)"),
         (lambda: FourierFeatures(exponents=(-1,)), "at least 0"),
-        (lambda: FourierFeatures(image_shape=(8,)), "positive integers"),
-        (lambda: ResidualMLP(image_shape=(8, 0)), "positive integers"),
+        (lambda: FourierFeatures(shape=(8,)), "positive integers"),
+        (lambda: ResidualMLP(shape=(8, 0)), "positive integers"),
         (lambda: ResidualMLP(features=0), "at least 1"),
         (lambda: ResidualMLP(layers=0), "at least 1"),
         (lambda: ResidualMLP(num_classes=0), "num_classes"),

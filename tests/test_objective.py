@@ -450,10 +450,10 @@ def test_a_checkpoint_is_asked_as_it_is_now(run, tmp_path):
     import lightning as L
 
     model = LitDiffusion(
-        network=ResidualMLP(image_shape=(1, 1, 2)),
+        network=ResidualMLP(shape=(1, 1, 2)),
         schedule=ld.LinearSchedule(-5.0, 13.3, learn=True),
         decoder=ld.SoftmaxDecoder(levels=256),
-        image_shape=(1, 1, 2),
+        shape=(1, 1, 2),
     )
     with torch.no_grad():
         model.loss.schedule.logsnr_min.fill_(-7.5)

@@ -17,7 +17,7 @@ from lit_diffusion.registry import arguments
 
 def tiny(**parts):
     torch.manual_seed(0)
-    network = UNet(image_shape=(1, 8, 8), channels=(8,), attention=(), num_classes=3)
+    network = UNet(shape=(1, 8, 8), channels=(8,), attention=(), num_classes=3)
     model = ld.Pretrained(**{"network": network, "sampler": ld.DDIMSampler(steps=2), **parts})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,14 +44,14 @@ def test_a_model_comes_back_from_its_folder(tmp_path):
 def test_its_arguments_are_those_it_was_made_with():
     schedule, weighting = ld.LinearSchedule(-5.0, 5.0), ld.SigmoidWeighting(1.0)
     parts = {
-        "network": UNet(image_shape=(1, 4, 6), channels=(8,), attention=()),
+        "network": UNet(shape=(1, 4, 6), channels=(8,), attention=()),
         "schedule": schedule,
         "weighting": weighting,
         "prediction": ld.XPrediction(),
         "sampler": ld.DDIMSampler(steps=2, schedule=schedule),
         "num_timesteps": 7,
         "decoder": None,
-        "image_shape": (1, 4, 6),
+        "shape": (1, 4, 6),
         "conditions": None,
         "label_dropout": 0.2,
         "clip_denoised": False,
@@ -60,7 +60,7 @@ def test_its_arguments_are_those_it_was_made_with():
     assert found.keys() == parts.keys()
     assert found["conditions"] == ()
     assert all(found[name] is parts[name] for name in parts if name not in ("conditions",
-               "image_shape"))  # fmt: skip
+               "shape"))  # fmt: skip
     twin = build(describe(ld.Pretrained(**parts)))
     assert describe(twin) == describe(ld.Pretrained(**parts))
 
@@ -72,7 +72,7 @@ def test_the_defaults_are_those_of_training():
     assert repr(ours.denoiser) == repr(theirs.denoiser)
     assert repr(ours.loss) == repr(theirs.loss)
     assert repr(ours.sampler) == repr(theirs.sampler)
-    assert (ours.image_shape, ours.clip_denoised) == (theirs.image_shape, theirs.clip_denoised)
+    assert (ours.shape, ours.clip_denoised) == (theirs.shape, theirs.clip_denoised)
 
 
 def test_labels_and_guidance_are_heeded():
@@ -90,7 +90,7 @@ def test_labels_and_guidance_are_heeded():
 
 
 def test_without_classes_there_is_nothing_to_guide():
-    model = tiny(network=UNet(image_shape=(1, 8, 8), channels=(8,), attention=()))
+    model = tiny(network=UNet(shape=(1, 8, 8), channels=(8,), attention=()))
     with pytest.raises(ValueError, match="leave label out"):
         model.sample(2, label=0)
     with pytest.raises(ValueError, match="Guidance needs classes"):
@@ -112,7 +112,7 @@ class Angle(nn.Module):
 
 def test_further_conditions_reach_the_network():
     sampler = ld.DDIMSampler(steps=2)
-    model = ld.Pretrained(network=Angle(), sampler=sampler, image_shape=(1, 8, 8))
+    model = ld.Pretrained(network=Angle(), sampler=sampler, shape=(1, 8, 8))
     assert model.conditions == ("angle",)
 
     def draw(angle, **arguments):
@@ -218,9 +218,9 @@ def change(folder, **parts):
         ({"network": {"class_path": "lit_diffusion.nn.UNet", "init_args": {"w": 1}}}, "'w'"),
         ({"network": {"class_path": "not_installed.Network"}}, "not_installed"),
         ({"unknown": 1}, "unknown"),
-        ({"image_shape": [1, 8]}, "image_shape"),
-        ({"image_shape": [0, 8, 8]}, "all positive"),
-        ({"image_shape": [1, 28, 28]}, "is built"),
+        ({"shape": [1, 8]}, "shape"),
+        ({"shape": [0, 8, 8]}, "all positive"),
+        ({"shape": [1, 28, 28]}, "is built"),
         ({"sampler": 7}, "schedule"),
         ({"network": {"class_path": 7}}, "7"),
     ],

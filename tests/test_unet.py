@@ -15,7 +15,7 @@ from lit_diffusion.testing import check_network
 
 B, C, H, W = 5, 3, 12, 10
 ARGUMENTS = tuple(inspect.signature(UNet).parameters)
-SMALL = {"image_shape": (C, H, W), "channels": (8, 16), "attention": (6,), "head_channels": 8}
+SMALL = {"shape": (C, H, W), "channels": (8, 16), "attention": (6,), "head_channels": 8}
 KINDS = {
     "plain": {},
     "classes": {"num_classes": 4},
@@ -68,8 +68,8 @@ def test_any_size(net, size):
     assert out.isfinite().all()
 
 
-def test_image_shape_may_be_odd():
-    net = awake(UNet(image_shape=(2, 9, 13), channels=(8, 16, 24), attention=(5, 3)))
+def test_shape_may_be_odd():
+    net = awake(UNet(shape=(2, 9, 13), channels=(8, 16, 24), attention=(5, 3)))
     assert sum(type(m).__name__ == "Attention" for m in net.modules()) == 2 * (1 + 2) + 1
     assert net(torch.randn(4, 2, 9, 13), torch.zeros(4)).shape == (4, 2, 9, 13)
 
@@ -112,8 +112,8 @@ def test_the_embedding_ignores_autocast():
 
 
 def test_lists_become_tuples():
-    net = UNet(image_shape=[1, 8, 8], channels=[8, 16], attention=[4], fourier=[4])
-    assert (net.image_shape, net.channels) == ((1, 8, 8), (8, 16))
+    net = UNet(shape=[1, 8, 8], channels=[8, 16], attention=[4], fourier=[4])
+    assert (net.shape, net.channels) == ((1, 8, 8), (8, 16))
     assert (net.attention, net.fourier) == ((4,), (4,))
 
 
@@ -161,7 +161,7 @@ def test_labels_out_of_range_are_refused(label):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_shape": (8,)}, "image_shape"),
+        ({"shape": (8,)}, "shape"),
         ({"channels": ()}, "channels"),
         ({"channels": (8, 8, 8, 8, 8)}, "too few"),
         ({"blocks": 0}, "blocks"),
@@ -210,7 +210,7 @@ def test_enlarging_is_repeating_pixels_and_a_convolution(size):
         ({}, "6ac03648059ad039", 17466.002),
         (
             {
-                "image_shape": (3, 16, 24),
+                "shape": (3, 16, 24),
                 "channels": (16, 32),
                 "attention": (8,),
                 "num_classes": 10,
@@ -220,7 +220,7 @@ def test_enlarging_is_repeating_pixels_and_a_convolution(size):
         ),
         (
             {
-                "image_shape": (3, 9, 9),
+                "shape": (3, 9, 9),
                 "channels": (8, 16, 16),
                 "blocks": 2,
                 "attention": (9, 5, 3),
@@ -231,7 +231,7 @@ def test_enlarging_is_repeating_pixels_and_a_convolution(size):
         ),
         (
             {
-                "image_shape": (1, 8, 8),
+                "shape": (1, 8, 8),
                 "downsample": False,
                 "attention": (8,),
                 "fourier": (3, 4),

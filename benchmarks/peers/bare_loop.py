@@ -17,7 +17,7 @@ from peers.worker import Turns
 def arguments(task: Task) -> dict[str, tuple[int, ...] | int]:
     """What our network is built from."""
     return {
-        "image_shape": task.image_shape,
+        "shape": task.shape,
         "channels": task.channels,
         "blocks": task.blocks,
         "attention": task.attention,

@@ -30,7 +30,7 @@ def candidates(task: Task) -> Iterator[dict[str, Any]]:
             yield {
                 "dim": dim,
                 "dim_mults": tuple(max(1, wide // first) for wide in task.channels),
-                "channels": task.image_shape[0],
+                "channels": task.shape[0],
                 "full_attn": task.attends,
                 "attn_dim_head": head,
                 "flash_attn": True,
@@ -53,7 +53,7 @@ def train(task: Task, turns: Turns) -> None:
         network.to(memory_format=torch.channels_last)
     if task.compiled:
         network.compile()
-    diffusion = GaussianDiffusion(network, image_size=task.image_shape[1:], auto_normalize=False)
+    diffusion = GaussianDiffusion(network, image_size=task.shape[1:], auto_normalize=False)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(100):  # it wants a hundred images, and never opens them
             Path(folder, f"{i}.png").touch()

@@ -27,9 +27,9 @@ def candidates(task: Task) -> Iterator[dict[str, Any]]:
     common = math.gcd(*task.channels)
     down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in task.attends]
     yield {
-        "sample_size": task.image_shape[1:],
-        "in_channels": task.image_shape[0],
-        "out_channels": task.image_shape[0],
+        "sample_size": task.shape[1:],
+        "in_channels": task.shape[0],
+        "out_channels": task.shape[0],
         "layers_per_block": task.blocks,
         "block_out_channels": task.channels,
         "down_block_types": down,

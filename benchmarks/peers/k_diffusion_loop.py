@@ -30,7 +30,7 @@ def candidates(task: Task) -> Iterator[dict[str, Any]]:
     for more in product(range(2), repeat=len(task.channels)):
         yield {
             "type": "image_v1",
-            "input_channels": task.image_shape[0],
+            "input_channels": task.shape[0],
             "mapping_out": 4 * task.channels[0],
             "depths": [task.blocks + n for n in more],
             "channels": list(task.channels),

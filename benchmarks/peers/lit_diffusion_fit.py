@@ -72,7 +72,7 @@ def train(task: Task, turns: Turns) -> None:
         optimizer=lambda parameters: torch.optim.AdamW(
             parameters, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         ),
-        image_shape=task.image_shape,
+        shape=task.shape,
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

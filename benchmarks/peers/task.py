@@ -22,7 +22,7 @@ class Task:
     """One training for all: the images, our network, and how to compute.
 
     Args:
-        image_shape: Channels, height and width.
+        shape: Channels, height and width.
         channels: Features of our network's levels.
         blocks: Residual blocks of a level on the way down.
         attention: Heights of the feature maps with attention.
@@ -35,7 +35,7 @@ class Task:
         flops: Of our network for an image, forward and backward.
     """
 
-    image_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]
     channels: tuple[int, ...]
     blocks: int
     attention: tuple[int, ...]
@@ -50,13 +50,13 @@ class Task:
     @property
     def attends(self) -> tuple[bool, ...]:
         """Whether a level has attention, from the finest to the coarsest."""
-        height = self.image_shape[1]
+        height = self.shape[1]
         return tuple((height >> level) in self.attention for level in range(len(self.channels)))
 
     def batches(self) -> Iterator[Tensor]:
         """Batches in [−1, 1], the same for all, on the host; pinned if there is a GPU."""
         source = torch.Generator().manual_seed(0)
-        shape = (self.batch, *self.image_shape)
+        shape = (self.batch, *self.shape)
         made = [torch.rand(shape, generator=source).mul_(2).sub_(1) for _ in range(BATCHES)]
         return cycle([x.pin_memory() for x in made] if self.device == "cuda" else made)
 
@@ -91,7 +91,7 @@ def measure(
     parameters = [p for p in network.parameters() if p.requires_grad]
     # One kind of attention for all devices, of whose products each is counted.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = forward(network, torch.zeros(1, *task.image_shape))
+        out = forward(network, torch.zeros(1, *task.shape))
         torch.autograd.grad(out.sum(), parameters, allow_unused=True)
     return Size(sum(p.numel() for p in parameters), counter.get_total_flops())
 

@@ -88,7 +88,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints does not stand among the answers
     name, given = sys.argv[1:]
     words = json.loads(given)
-    for field in ("image_shape", "channels", "attention"):
+    for field in ("shape", "channels", "attention"):
         words[field] = tuple(words[field])
     task = Task(**words)
     try:

@@ -16,7 +16,7 @@ from lit_diffusion.denoisers import ClippedDenoiser, Denoiser, GuidedDenoiser
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss
-from lit_diffusion.models.image_shape import Shape
+from lit_diffusion.models.shape import Shape
 from lit_diffusion.nn.embeddings import TEXT
 from lit_diffusion.nn.text import TextEncoder, text_bytes
 from lit_diffusion.samplers import Sampler
@@ -61,23 +61,23 @@ class SamplingModel(nn.Module):
     label_dropout: float
     clip_denoised: bool
     class_names: list[str] | None = None
-    _image_shape: Shape | None
+    _shape: Shape | None
     _sampler: Sampler
 
     @property
-    def image_shape(self) -> Shape:
+    def shape(self) -> Shape:
         """Channels, height and width of the images.
 
         Raises:
             ValueError: If neither the network nor an argument nor a batch has said so far.
         """
-        if self._image_shape is None:
+        if self._shape is None:
             raise ValueError(
                 "Expected a model that knows the shape of its images, got one whose network has "
-                "no attribute image_shape and that has seen no batch: give the model "
-                "image_shape=(channels, height, width)."
+                "no attribute shape and that has seen no batch: give the model "
+                "shape=(channels, height, width)."
             )
-        return self._image_shape
+        return self._shape
 
     @property
     def num_classes(self) -> int | None:
@@ -170,7 +170,7 @@ class SamplingModel(nn.Module):
                 unknown, there are not n of each, or the model cannot be guided.
         """
         first = at_least_float32(next(self.parameters(), torch.empty(0)))  # there may be none
-        z = first.new_zeros(n, *self.image_shape)
+        z = first.new_zeros(n, *self.shape)
         device = z.device
         given = self._conditions(z, cond)
         if self.num_classes is not None:

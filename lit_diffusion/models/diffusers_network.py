@@ -38,10 +38,10 @@ def import_diffusers() -> Any:
 
 
 def _unet_arguments(
-    image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
+    shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entries of a UNet2DModel's config that follow from images and classes."""
-    channels, height, width = image_shape
+    channels, height, width = shape
     factor = 2 ** (len(config.get("block_out_channels", range(4))) - 1)
     if height % factor or width % factor:
         raise ValueError(
@@ -59,10 +59,10 @@ def _unet_arguments(
 
 
 def _dit_arguments(
-    image_shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
+    shape: tuple[int, int, int], num_classes: int | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entries of a DiTTransformer2DModel's config that follow from images and classes."""
-    channels, height, width = image_shape
+    channels, height, width = shape
     patch = config.get("patch_size", 2)
     if height != width or height % patch:
         raise ValueError(
@@ -97,7 +97,7 @@ class DiffusersNetwork(nn.Module):
             which make a large network.
         num_classes: Number of classes, for a class-conditional network; None for none. The
             model's table of classes gets one more row, for "no label".
-        image_shape: (C, H, W) of the images.
+        shape: (C, H, W) of the images.
         schedule: The chain to whose levels timesteps refer; None means DDPM's, `BetaSchedule()`.
         timesteps: Number of levels of the chain, at least 2.
 
@@ -120,7 +120,7 @@ class DiffusersNetwork(nn.Module):
         model: str = "UNet2DModel",
         config: dict[str, Any] | None = None,
         num_classes: int | None = None,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        shape: tuple[int, int, int] = (1, 8, 8),
         schedule: NoiseSchedule | None = None,
         timesteps: int = 1000,
     ) -> None:
@@ -131,11 +131,11 @@ class DiffusersNetwork(nn.Module):
             )
         if timesteps < 2:
             raise ValueError(f"DiffusersNetwork: timesteps must be at least 2, got {timesteps}.")
-        channels, height, width = image_shape
+        channels, height, width = shape
         self.model = model
         self.config = {} if config is None else dict(config)
         self.num_classes = num_classes
-        self.image_shape = (channels, height, width)
+        self.shape = (channels, height, width)
         self.schedule = BetaSchedule() if schedule is None else schedule
         self.timesteps = timesteps
         self.network = self._made()
@@ -148,11 +148,11 @@ class DiffusersNetwork(nn.Module):
         # Published files also name their class and version. A null is passed on: it may differ
         # from the default.
         given = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        follows = _MODELS[self.model](self.image_shape, self.num_classes, given)
+        follows = _MODELS[self.model](self.shape, self.num_classes, given)
         for name, value in follows.items():
             if name != "sample_size" and given.get(name, value) != value:
                 raise ValueError(
-                    f"DiffusersNetwork: for images of shape {self.image_shape} and "
+                    f"DiffusersNetwork: for images of shape {self.shape} and "
                     f"num_classes={self.num_classes} expected {name}={value} in the config of "
                     f"{self.model}, got {given[name]!r}; leave it out."
                 )
@@ -204,5 +204,5 @@ class DiffusersNetwork(nn.Module):
         """The arguments except for the modules, which are shown as submodules."""
         return (
             f"model={self.model!r}, num_classes={self.num_classes}, "
-            f"image_shape={self.image_shape}, timesteps={self.timesteps}"
+            f"shape={self.shape}, timesteps={self.timesteps}"
         )

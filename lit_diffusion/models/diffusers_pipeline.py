@@ -86,10 +86,10 @@ def from_diffusers(folder: str | Path) -> Pretrained:
     )
     size = unet["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    image_shape = (trained.config.in_channels, height, width)
+    shape = (trained.config.in_channels, height, width)
     network = DiffusersNetwork(
         config={k: v for k, v in trained.config.items() if not k.startswith("_")},
-        image_shape=image_shape,
+        shape=shape,
         schedule=schedule,
         timesteps=len(scheduler.betas),
     )
@@ -101,7 +101,7 @@ def from_diffusers(folder: str | Path) -> Pretrained:
         prediction=_prediction(scheduler),
         sampler=_sampler(scheduler, schedule),
         num_timesteps=len(scheduler.betas) - 1,
-        image_shape=image_shape,
+        shape=shape,
         clip_denoised=_clip(scheduler),
     ).eval()
 

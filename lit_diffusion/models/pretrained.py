@@ -25,7 +25,7 @@ from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.description import build
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.base import SamplingModel, declared_conditions
-from lit_diffusion.models.image_shape import find_image_shape
+from lit_diffusion.models.shape import find_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
@@ -45,7 +45,7 @@ class Pretrained(SamplingModel):
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
-            image_shape, by default (1, 8, 8).
+            shape, by default (1, 8, 8).
         schedule: Density p(λ) of training, which also defines the range of λ; None means cosine.
         weighting: Weighting w(λ) of training; None means `SigmoidWeighting()`, or with a decoder
             `ELBOWeighting()`.
@@ -53,14 +53,14 @@ class Pretrained(SamplingModel):
         sampler: The sampler of images; None means `DDIMSampler()`.
         num_timesteps: Number of steps of a discrete chain; None means continuous time.
         decoder: The decoder of the bound, if the whole bound was trained; None if not.
-        image_shape: Channels, height and width; None means those of the network.
+        shape: Channels, height and width; None means those of the network.
         label_dropout: Probability with which training dropped labels and conditions.
         conditions: Further inputs of the network, by the names of its arguments; None means those
             that it declares.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
 
     Example:
-        >>> model = Pretrained(image_shape=(1, 8, 8), sampler=DDIMSampler(steps=2))
+        >>> model = Pretrained(shape=(1, 8, 8), sampler=DDIMSampler(steps=2))
         >>> model.sample(3, torch.Generator().manual_seed(0)).shape
         torch.Size([3, 1, 8, 8])
     """
@@ -74,15 +74,15 @@ class Pretrained(SamplingModel):
         sampler: Sampler | None = None,
         num_timesteps: int | None = None,
         decoder: Decoder | None = None,
-        image_shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, ...] | None = None,
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
     ) -> None:
         super().__init__()
         if network is None:
-            network = UNet(image_shape=find_image_shape(None, image_shape) or (1, 8, 8))
-        self._image_shape = find_image_shape(network, image_shape)
+            network = UNet(shape=find_shape(None, shape) or (1, 8, 8))
+        self._shape = find_shape(network, shape)
         self.denoiser = Denoiser(network, prediction)
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = DDIMSampler() if sampler is None else sampler

@@ -167,7 +167,7 @@ class DiT(ConditionalNetwork):
     exactly zero at initialisation.
 
     Args:
-        image_shape: (C, H, W) of the images; H and W multiples of ``patch``. Images of other
+        shape: (C, H, W) of the images; H and W multiples of ``patch``. Images of other
             sides pass as well, if they are multiples too. (C, L) for series, (C, D, H, W) for
             volumes, and (C, N) for sets of N points of C coordinates.
         patch: Side P of a patch; half the side means four times the tokens of an image.
@@ -182,7 +182,7 @@ class DiT(ConditionalNetwork):
         qk_norm: Normalise queries and keys, so that growing attention logits cannot make training
             diverge; worth its small cost in long runs, in bfloat16 and at high learning rates.
         positions: Where tokens of images of other sides are. ``index``: as many steps apart as in
-            ``image_shape``, for a larger view of the same things. ``resampled``: spread over the
+            ``shape``, for a larger view of the same things. ``resampled``: spread over the
             same extent, for the same things at another resolution. ``none``: nowhere, so that
             the network treats tokens as a set, which it permutes if its input is permuted; with
             a patch of 1 the points of a set.
@@ -211,25 +211,25 @@ class DiT(ConditionalNetwork):
         et al. (2023), arXiv:2302.05442 (``qk_norm``).
 
     Example:
-        >>> net = DiT(image_shape=(3, 8, 12), depth=2, width=64, heads=4, num_classes=10)
+        >>> net = DiT(shape=(3, 8, 12), depth=2, width=64, heads=4, num_classes=10)
         >>> z, logsnr = torch.randn(2, 3, 8, 12), torch.tensor([-1.0, 4.0])
         >>> net(z, logsnr, label=torch.tensor([7, -1])).shape
         torch.Size([2, 3, 8, 12])
         >>> net(z, logsnr).abs().max().item()  # zero at initialisation
         0.0
         >>> with torch.device("meta"):  # the size of DiT-XL/2, without its memory
-        ...     large = DiT(image_shape=(4, 32, 32), patch=2, size="XL", num_classes=1000)
+        ...     large = DiT(shape=(4, 32, 32), patch=2, size="XL", num_classes=1000)
         >>> round(sum(p.numel() for p in large.parameters()) / 1e6)
         675
         >>> small = {"patch": 1, "depth": 2, "width": 64, "heads": 4}
-        >>> points = DiT(image_shape=(3, 50), positions="none", **small)
+        >>> points = DiT(shape=(3, 50), positions="none", **small)
         >>> points(torch.randn(2, 3, 80), logsnr).shape  # sets of 80 points in space
         torch.Size([2, 3, 80])
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, ...] = (1, 8, 8),
+        shape: tuple[int, ...] = (1, 8, 8),
         patch: int = 2,
         size: str = "S",
         depth: int | None = None,
@@ -245,15 +245,15 @@ class DiT(ConditionalNetwork):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not 2 <= len(image_shape) <= 4 or min(image_shape) < 1:
+        if not 2 <= len(shape) <= 4 or min(shape) < 1:
             raise ValueError(
-                "image_shape must be positive integers (C, H, W), or (C, L) for series, or "
-                f"(C, D, H, W) for volumes, got {tuple(image_shape)}."
+                "shape must be positive integers (C, H, W), or (C, L) for series, or "
+                f"(C, D, H, W) for volumes, got {tuple(shape)}."
             )
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}.")
         usual = SIZES[size]
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.patch = patch
         self.size = size
         self.depth = usual.depth if depth is None else depth
@@ -267,13 +267,13 @@ class DiT(ConditionalNetwork):
         self.conditions = dict(conditions or {})
         self.activation_checkpointing = activation_checkpointing
         self._check_arguments()
-        self._check(self.image_shape)
+        self._check(self.shape)
 
-        features, channels = self.width, image_shape[0]
+        features, channels = self.width, shape[0]
         self.make_embeddings(features, num_classes, self.conditions, text)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
-        dims = len(self.image_shape) - 1
+        dims = len(self.shape) - 1
         self.layer_in = nn.Linear(seen * patch**dims, features)
         self.blocks = nn.ModuleList(
             DiTBlock(features, self.heads, qk_norm, None if text is None else text.width)
@@ -318,19 +318,19 @@ class DiT(ConditionalNetwork):
     def _check(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be cut into patches."""
         channels, *sides = shape
-        fits = len(shape) == len(self.image_shape) and channels == self.image_shape[0]
+        fits = len(shape) == len(self.shape) and channels == self.shape[0]
         if not fits or any(side % self.patch for side in sides):
-            axes = {2: "(C, L)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[len(self.image_shape)]
+            axes = {2: "(C, L)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[len(self.shape)]
             raise ValueError(
-                f"a DiT of patch={self.patch} for {self.image_shape[0]} channels takes images "
+                f"a DiT of patch={self.patch} for {self.shape[0]} channels takes images "
                 f"whose sides are multiples of {self.patch}, got {axes} = {tuple(shape)}; give "
                 "another patch, or crop the images."
             )
 
     def _places(self, sides: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The places of the tokens along each axis, in tokens of ``image_shape``."""
+        """The places of the tokens along each axis, in tokens of ``shape``."""
         places = []
-        for side, built in zip(sides, self.image_shape[1:], strict=True):
+        for side, built in zip(sides, self.shape[1:], strict=True):
             place = torch.arange(side // self.patch, dtype=torch.float32, device=device)
             if self.positions == "resampled" and side != built:
                 place = (place + 0.5) * (built / side) - 0.5
@@ -367,7 +367,7 @@ class DiT(ConditionalNetwork):
     def extra_repr(self) -> str:
         """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
-            "image_shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
+            "shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
             "positions, fourier, conditions, text, activation_checkpointing"
         )
         plain = [name for name in names.split(", ") if name != "text" or self.text is None]

@@ -25,7 +25,7 @@ class FourierFeatures(nn.Module):
         exponents: The K integers n, each at least 0. A wave has period 2¹⁻ⁿ: (6, 7) for 256 grey
             levels on [−1, 1], (3, 4) for 17; a small network of few inputs also gains from the
             coarser ones.
-        image_shape: (C, H, W) of the images, or (C, *) of other data.
+        shape: (C, H, W) of the images, or (C, *) of other data.
 
     Shapes:
         z (B, C, *), logsnr (B,), label (B,) int64 or None → (B, C, *). The waves are
@@ -41,8 +41,8 @@ class FourierFeatures(nn.Module):
 
     Example:
         >>> from lit_diffusion.nn import ResidualMLP
-        >>> inner = ResidualMLP(image_shape=(10, 1, 1))
-        >>> net = FourierFeatures(inner, (6, 7), image_shape=(2, 1, 1))
+        >>> inner = ResidualMLP(shape=(10, 1, 1))
+        >>> net = FourierFeatures(inner, (6, 7), shape=(2, 1, 1))
         >>> net(torch.randn(5, 2, 1, 1), torch.zeros(5)).shape
         torch.Size([5, 2, 1, 1])
         >>> FourierFeatures.inner_shapes((2, 1, 1), exponents=(0, 1, 2))  # 2·(1 + 2·3) channels
@@ -53,43 +53,41 @@ class FourierFeatures(nn.Module):
         self,
         network: nn.Module | None = None,
         exponents: tuple[int, ...] = (6, 7),
-        image_shape: tuple[int, ...] = (1, 8, 8),
+        shape: tuple[int, ...] = (1, 8, 8),
     ) -> None:
         super().__init__()
-        if len(image_shape) < 2 or min(image_shape) < 1:
-            raise ValueError(
-                f"image_shape must be positive integers (C, H, W), got {tuple(image_shape)}."
-            )
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"shape must be positive integers (C, H, W), got {tuple(shape)}.")
         self.exponents = tuple(exponents)
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.waves = FourierWaves(self.exponents)
-        inner = self.inner_shapes(self.image_shape, self.exponents)["network"]
-        self.network = UNet(image_shape=inner) if network is None else network
-        built = getattr(self.network, "image_shape", inner)  # not every network has it
+        inner = self.inner_shapes(self.shape, self.exponents)["network"]
+        self.network = UNet(shape=inner) if network is None else network
+        built = getattr(self.network, "shape", inner)  # not every network has it
         if tuple(built) != inner:
             raise ValueError(
                 f"FourierFeatures passes images of shape {inner} to its network, "
-                f"{image_shape[0]}·(1 + 2·{len(self.exponents)}) channels, but the network is "
-                f"built for {tuple(built)}: give it image_shape={inner}, {inner[0]} channels."
+                f"{shape[0]}·(1 + 2·{len(self.exponents)}) channels, but the network is "
+                f"built for {tuple(built)}: give it shape={inner}, {inner[0]} channels."
             )
 
     @staticmethod
     def inner_shapes(
-        image_shape: tuple[int, ...],
+        shape: tuple[int, ...],
         exponents: tuple[int, ...] = (6, 7),
         **others: Any,
     ) -> dict[str, tuple[int, ...]]:
-        """The image_shape for which each network among the arguments must be built, by name.
+        """The shape for which each network among the arguments must be built, by name.
 
         The command line sets the shapes of the inner networks of a wrapper that has this method,
         so that a config need not repeat them.
 
         Args:
-            image_shape: (C, H, W) of the images.
+            shape: (C, H, W) of the images.
             exponents: As for the class.
             **others: Its other arguments, which are ignored.
         """
-        channels, *sides = image_shape
+        channels, *sides = shape
         return {"network": (channels * (1 + 2 * len(exponents)), *sides)}
 
     @property
@@ -117,4 +115,4 @@ class FourierFeatures(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments except for the network, which is shown as a submodule."""
-        return f"exponents={self.exponents}, image_shape={self.image_shape}"
+        return f"exponents={self.exponents}, shape={self.shape}"

@@ -50,7 +50,7 @@ class ResidualMLP(ConditionalNetwork):
     related. The output is exactly zero at initialisation.
 
     Args:
-        image_shape: (C, H, W) of the examples, or any other shape, such as (D,) of the rows of a
+        shape: (C, H, W) of the examples, or any other shape, such as (D,) of the rows of a
             table; they are flattened to vectors.
         features: Width F, at least 1.
         layers: Number of residual blocks, at least 1.
@@ -61,14 +61,14 @@ class ResidualMLP(ConditionalNetwork):
         means "no label", None means all −1.
 
     Raises:
-        ValueError: If a number is below 1, or if z has another shape than ``image_shape``.
+        ValueError: If a number is below 1, or if z has another shape than ``shape``.
 
     References:
         Kingma et al. (2021), Variational Diffusion Models, arXiv:2107.00630: a perceptron of two
         layers is the network of its two-dimensional example.
 
     Example:
-        >>> net = ResidualMLP(image_shape=(2, 1, 1), features=64)
+        >>> net = ResidualMLP(shape=(2, 1, 1), features=64)
         >>> net(torch.randn(5, 2, 1, 1), torch.zeros(5)).abs().max().item()  # zero at first
         0.0
         >>> sum(p.numel() for p in net.parameters())
@@ -77,25 +77,23 @@ class ResidualMLP(ConditionalNetwork):
 
     def __init__(
         self,
-        image_shape: tuple[int, ...] = (1, 8, 8),
+        shape: tuple[int, ...] = (1, 8, 8),
         features: int = 256,
         layers: int = 2,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if not image_shape or min(image_shape) < 1:
-            raise ValueError(
-                f"image_shape must be positive integers, such as (C, H, W), got {image_shape}."
-            )
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape must be positive integers, such as (C, H, W), got {shape}.")
         if min(features, layers) < 1:
             raise ValueError(
                 f"features and layers must be at least 1, got {features} and {layers}."
             )
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.features = features
         self.layers = layers
         self.num_classes = num_classes
-        size = math.prod(image_shape)
+        size = math.prod(shape)
         self.make_embeddings(features, num_classes, conditions={})
         self.layer_in = nn.Linear(size, features)
         self.blocks = nn.ModuleList(MLPBlock(features) for _ in range(layers))
@@ -106,10 +104,10 @@ class ResidualMLP(ConditionalNetwork):
 
     def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
         """Map noisy examples to a prediction of the same shape and type."""
-        if z.shape[1:] != self.image_shape:
+        if z.shape[1:] != self.shape:
             raise ValueError(
-                f"this ResidualMLP was built for examples of shape {self.image_shape}, got "
-                f"{tuple(z.shape[1:])}; give image_shape={tuple(z.shape[1:])}."
+                f"this ResidualMLP was built for examples of shape {self.shape}, got "
+                f"{tuple(z.shape[1:])}; give shape={tuple(z.shape[1:])}."
             )
         embedding = F.silu(self.embed(logsnr, label, dropped=None, cond={}))
         h = self.layer_in(z.flatten(1))
@@ -119,5 +117,5 @@ class ResidualMLP(ConditionalNetwork):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        names = ("image_shape", "features", "layers", "num_classes")
+        names = ("shape", "features", "layers", "num_classes")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -42,19 +42,19 @@ class Skip(NamedTuple):
     channels: int
 
 
-def _check_shape(image_shape: Sequence[int], channels: Sequence[int], downsample: bool) -> None:
+def _check_shape(shape: Sequence[int], channels: Sequence[int], downsample: bool) -> None:
     """Raise unless images and levels fit together."""
-    if not 2 <= len(image_shape) <= 4 or min(image_shape) < 1:
+    if not 2 <= len(shape) <= 4 or min(shape) < 1:
         raise ValueError(
-            "image_shape must be positive integers (C, H, W), or (C, L) for series, or "
-            f"(C, D, H, W) for volumes, got {tuple(image_shape)}."
+            "shape must be positive integers (C, H, W), or (C, L) for series, or "
+            f"(C, D, H, W) for volumes, got {tuple(shape)}."
         )
     if not channels or min(channels) < 1:
         raise ValueError(
             "channels must name a positive number of features for each level, such as "
             f"(32, 64), got {channels}."
         )
-    sides = image_shape[1:]
+    sides = shape[1:]
     if downsample and min(sides) < 2 ** (len(channels) - 1):
         raise ValueError(
             f"{len(channels)} levels halve the image {len(channels) - 1} times, for which "
@@ -94,20 +94,20 @@ class UNet(ConditionalNetwork):
     """A U-Net for images, series or volumes, conditioned on λ, labels, numbers and texts.
 
     The default choice: convolutions need less data and fewer steps than a transformer. The output
-    is exactly zero at initialisation. ``image_shape`` fixes the channels and which levels have
+    is exactly zero at initialisation. ``shape`` fixes the channels and which levels have
     attention; images of any other size are accepted as well. With ``downsample=False`` it has the
     form of Variational Diffusion Models, designed for likelihood: every block at full resolution,
     attention only in the middle. For likelihood also give ``fourier``: on the digits it reduced
     4.1 bits/dim to 1.8.
 
     Args:
-        image_shape: (C, H, W) of the images; (C, L) for series and (C, D, H, W) for volumes.
+        shape: (C, H, W) of the images; (C, L) for series and (C, D, H, W) for volumes.
         channels: Features of each level, from the finest to the coarsest; each further level
             halves the image.
         blocks: Residual blocks per level of the encoder, at least 1; the decoder has one for
             every skip connection.
         attention: Heights of the feature maps that get attention (lengths of series, depths of
-            volumes), counted for examples of ``image_shape``; one that does not occur is ignored.
+            volumes), counted for examples of ``shape``; one that does not occur is ignored.
             If ``downsample`` is False, listing H puts attention in the middle.
         num_classes: Number of classes, for a class-conditional network; None for none.
         dropout: Probability of dropping a feature inside a block, in [0, 1).
@@ -138,20 +138,20 @@ class UNet(ConditionalNetwork):
         Diffusion Models, arXiv:2107.00630, Appendix B (``downsample=False``).
 
     Example:
-        >>> net = UNet(image_shape=(3, 16, 24), channels=(16, 32), attention=(8,), num_classes=10)
+        >>> net = UNet(shape=(3, 16, 24), channels=(16, 32), attention=(8,), num_classes=10)
         >>> z, logsnr = torch.randn(2, 3, 16, 24), torch.tensor([-1.0, 4.0])
         >>> net(z, logsnr, label=torch.tensor([7, -1])).shape
         torch.Size([2, 3, 16, 24])
         >>> net(z, logsnr).abs().max().item()  # zero at initialisation
         0.0
-        >>> series = UNet(image_shape=(2, 100), channels=(16, 32), attention=())
+        >>> series = UNet(shape=(2, 100), channels=(16, 32), attention=())
         >>> series(torch.randn(5, 2, 100), torch.zeros(5)).shape
         torch.Size([5, 2, 100])
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, ...] = (1, 8, 8),
+        shape: tuple[int, ...] = (1, 8, 8),
         channels: tuple[int, ...] = (32, 64),
         blocks: int = 1,
         attention: tuple[int, ...] = (4,),
@@ -167,9 +167,9 @@ class UNet(ConditionalNetwork):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        _check_shape(image_shape, channels, downsample)
+        _check_shape(shape, channels, downsample)
         _check_numbers(blocks, fourier, dropout, head_channels, embedding_features)
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.channels = tuple(channels)
         self.blocks = blocks
         self.attention = tuple(attention)
@@ -196,7 +196,7 @@ class UNet(ConditionalNetwork):
             )
         self.norm_out = group_norm(self.channels[0])
         self.conv_out = zero_initialized(
-            self._convolution(self.channels[0], image_shape[0], 3, padding=1)
+            self._convolution(self.channels[0], shape[0], 3, padding=1)
         )
         if channels_last:  # features take the order of the weights
             self.to(memory_format=_channels_last(self._dims))
@@ -204,7 +204,7 @@ class UNet(ConditionalNetwork):
     @property
     def _dims(self) -> int:
         """Number of spatial axes."""
-        return len(self.image_shape) - 1
+        return len(self.shape) - 1
 
     @property
     def _convolution(self) -> type[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
@@ -213,7 +213,7 @@ class UNet(ConditionalNetwork):
     def _encoder(self) -> tuple[nn.ModuleList, list[Skip]]:
         """The layers of the encoder, and the skip connection of each."""
         width = self.channels[0]
-        seen = self.image_shape[0] * (1 + 2 * len(self.fourier))
+        seen = self.shape[0] * (1 + 2 * len(self.fourier))
         layers: list[nn.Module] = [self._convolution(seen, width, 3, padding=1)]
         skips = [Skip(0, width)]
         for level, wide in enumerate(self.channels):
@@ -250,8 +250,8 @@ class UNet(ConditionalNetwork):
         return 4 * self.channels[0] if given is None else given
 
     def _heights(self) -> list[int]:
-        """Height of the feature maps at each level, for images of ``image_shape``."""
-        heights = [self.image_shape[1]]
+        """Height of the feature maps at each level, for images of ``shape``."""
+        heights = [self.shape[1]]
         for _ in self.channels[1:]:
             heights.append((heights[-1] + 1) // 2 if self.downsample else heights[-1])
         return heights
@@ -307,7 +307,7 @@ class UNet(ConditionalNetwork):
     def extra_repr(self) -> str:
         """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
-            "image_shape, channels, blocks, attention, num_classes, dropout, downsample, "
+            "shape, channels, blocks, attention, num_classes, dropout, downsample, "
             "embedding_features, head_channels, fourier, conditions, text, "
             "activation_checkpointing, channels_last"
         )

@@ -22,7 +22,7 @@ ROUNDING = 0.25  # error of bfloat16, relative to the standard deviation of the 
 
 def check_network(
     network: nn.Module,
-    image_shape: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] | None = None,
     conditions: Mapping[str, int | tuple[int, ...]] | None = None,
 ) -> None:
     """Check that a network is a function of each example, its noise level and its conditions.
@@ -38,7 +38,7 @@ def check_network(
 
     Args:
         network: The network, preferably a small one: it is called about thirty times.
-        image_shape: (C, H, W), or (C, L) and so on; None means the network's attribute.
+        shape: (C, H, W), or (C, L) and so on; None means the network's attribute.
         conditions: The size of each further condition, a number or a shape, by name; None means
             the network's attribute, if that is a mapping to sizes.
 
@@ -50,9 +50,9 @@ def check_network(
         >>> check_network(UNet(channels=(8,), attention=(), num_classes=4))
     """
     law(isinstance(network, nn.Module), network, "expected an instance of torch.nn.Module.")
-    shape = getattr(network, "image_shape", None) if image_shape is None else image_shape
+    shape = getattr(network, "shape", None) if shape is None else shape
     known = shape is not None
-    law(known, network, "it has no attribute image_shape: give check_network(…, image_shape=…).")
+    law(known, network, "it has no attribute shape: give check_network(…, shape=…).")
     sizes = getattr(network, "conditions", None) if conditions is None else conditions
     given = _inputs(network, tuple(shape or ()), sizes if isinstance(sizes, Mapping) else {})
     moved = _moved(network)

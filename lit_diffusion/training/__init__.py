@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.replay import replay
     from lit_diffusion.training.commands.report import report
     from lit_diffusion.training.commands.sample import sample
-    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.data.module import DataModule
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
     from lit_diffusion.training.module import LitDiffusion
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     **{one.function: f"commands.{one.function}" for one in COMMANDS.values() if one.function},
     "ClassifierFeatures": "evaluation.features",
-    "ImageDataModule": "data.module",
+    "DataModule": "data.module",
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
     "WarmupDecayLR": "step.learning_rates",

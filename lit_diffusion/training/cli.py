@@ -1,7 +1,7 @@
 """The command line: parse the arguments of a command, call its function, print its result.
 
 Each command is a typed function in `commands/`; its help is made from signature and docstring. A
-program with its own subclass of LitDiffusion or ImageDataModule has the same command line by
+program with its own subclass of LitDiffusion or DataModule has the same command line by
 calling `main(MyLit, MyData)`. Only the module of the command that runs is imported.
 """
 
@@ -21,17 +21,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lit_diffusion.description import allow
-from lit_diffusion.training.commands.config_check import check_config
-from lit_diffusion.training.commands.config_places import config_files, located
-from lit_diffusion.training.commands.errors import UsageError, fail, one_line, unexpected
-from lit_diffusion.training.commands.output import lasting_output
-from lit_diffusion.training.commands.parsing import CommandParser, import_plugins, join_numbers
-from lit_diffusion.training.commands.shipped_configs import with_shipped_configs
+from lit_diffusion.training.commands.shell.config_check import check_config
+from lit_diffusion.training.commands.shell.config_places import config_files, located
+from lit_diffusion.training.commands.shell.errors import UsageError, fail, one_line, unexpected
+from lit_diffusion.training.commands.shell.output import lasting_output
+from lit_diffusion.training.commands.shell.parsing import (
+    CommandParser,
+    import_plugins,
+    join_numbers,
+)
+from lit_diffusion.training.commands.shell.shipped_configs import with_shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 from lit_diffusion.training.lightning_internals import prefer_importable_classes
 
 if TYPE_CHECKING:
-    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.data.module import DataModule
     from lit_diffusion.training.module import LitDiffusion
 
 __all__ = ["main"]
@@ -39,13 +43,13 @@ __all__ = ["main"]
 
 def main(
     model_class: type[LitDiffusion] | None = None,
-    data_class: type[ImageDataModule] | None = None,
+    data_class: type[DataModule] | None = None,
 ) -> None:
     """Run a command of `lit-diffusion`.
 
     Args:
         model_class: The model to train, LitDiffusion or a subclass of it; None means LitDiffusion.
-        data_class: The data, ImageDataModule or a subclass of it; None means ImageDataModule.
+        data_class: The data, DataModule or a subclass of it; None means DataModule.
     """
     argv = sys.argv[1:]
     command = argv[0] if argv else ""
@@ -85,7 +89,7 @@ def _run(
     name: str,
     argv: list[str],
     model_class: type[LitDiffusion] | None,
-    data_class: type[ImageDataModule] | None,
+    data_class: type[DataModule] | None,
 ) -> int:
     """Run a command, print its result, and return the exit code."""
     command = COMMANDS.get(name)
@@ -119,18 +123,18 @@ def _run(
 
 
 def _classes(
-    model_class: type[LitDiffusion] | None, data_class: type[ImageDataModule] | None
-) -> tuple[type[LitDiffusion], type[ImageDataModule]]:
+    model_class: type[LitDiffusion] | None, data_class: type[DataModule] | None
+) -> tuple[type[LitDiffusion], type[DataModule]]:
     """The classes of model and data, which are imported only if a command needs them.
 
     With them come the other classes that a config may name without their module.
     """
     for room in ("callbacks", "evaluation.features", "step.learning_rates"):
         importlib.import_module(f"lit_diffusion.training.{room}")
-    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.data.module import DataModule
     from lit_diffusion.training.module import LitDiffusion
 
-    return model_class or LitDiffusion, data_class or ImageDataModule
+    return model_class or LitDiffusion, data_class or DataModule
 
 
 def _parser(name: str, function: Callable[..., Any], skip: set[str]) -> CommandParser:
@@ -155,17 +159,17 @@ def _parser(name: str, function: Callable[..., Any], skip: set[str]) -> CommandP
     return parser
 
 
-def _add_data(parser: CommandParser, data_class: type[ImageDataModule]) -> None:
+def _add_data(parser: CommandParser, data_class: type[DataModule]) -> None:
     parser.add_class_arguments(data_class, "data", fail_untyped=False, sub_configs=True)
 
 
 def _of_evaluate(
-    argv: list[str], function: Callable[..., Any], data_class: type[ImageDataModule]
+    argv: list[str], function: Callable[..., Any], data_class: type[DataModule]
 ) -> dict[str, Any]:
     """The arguments of `evaluate`, whose defaults are the settings of the checkpoint's run."""
     from lit_diffusion.training.callbacks.likelihood import Likelihood
-    from lit_diffusion.training.commands.choices import resolve_checkpoint, run_of
-    from lit_diffusion.training.commands.experiment import (
+    from lit_diffusion.training.commands.shell.choices import resolve_checkpoint, run_of
+    from lit_diffusion.training.commands.shell.experiment import (
         callback_arguments,
         evaluation_defaults,
         read_experiment,
@@ -204,7 +208,7 @@ def _of_objective(
     argv: list[str],
     function: Callable[..., Any],
     model_class: type[LitDiffusion],
-    data_class: type[ImageDataModule],
+    data_class: type[DataModule],
 ) -> dict[str, Any]:
     """The arguments of `objective`, from configs and flags as for `fit`, or of a checkpoint."""
     from jsonargparse import ActionConfigFile
@@ -223,7 +227,7 @@ def _of_objective(
     )
     parser.add_class_arguments(model_class, "model", fail_untyped=False, sub_configs=True)
     _add_data(parser, data_class)
-    parser.link_arguments("data.image_shape", "model.image_shape")
+    parser.link_arguments("data.shape", "model.shape")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
     parser.add_argument("--init_from", type=str | None, default=None, help="Not used.")
     config = parser.parse_args(argv)

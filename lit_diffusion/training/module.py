@@ -25,13 +25,13 @@ from lit_diffusion.decoders import Decoder
 from lit_diffusion.denoisers import Denoiser, drop_condition
 from lit_diffusion.description import find_class, public_path
 from lit_diffusion.loss import DiffusionLoss, LossTerms, default_weighting
-from lit_diffusion.models.image_shape import find_image_shape
+from lit_diffusion.models.shape import find_shape
 from lit_diffusion.nn import UNet
 from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.samplers import DDIMSampler, Sampler
 from lit_diffusion.schedules import CosineSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times, stratified_times
-from lit_diffusion.training.data.class_names import class_names
+from lit_diffusion.training.data.reading.class_names import class_names
 from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.restore.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.restore.resume import Resume
@@ -76,7 +76,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
 
     Args:
         network: Maps (z, logsnr, label, further conditions) to z's shape; None means a `UNet` for
-            image_shape, by default (1, 8, 8).
+            shape, by default (1, 8, 8).
         schedule: Density p(λ) that training samples from; None means `CosineSchedule()`.
         weighting: Weight w(λ) on the squared error of ε; None means `SigmoidWeighting()`, or with
             a decoder `ELBOWeighting()`.
@@ -92,7 +92,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             that of the optimizer.
         lr_scheduler: Creates the learning-rate schedule from the optimizer, updated at each
             optimizer step; None means a constant rate.
-        image_shape: Channels, height and width of the images; None means those of the network's
+        shape: Channels, height and width of the images; None means those of the network's
             attribute of that name, else those of the first batch.
         label_dropout: Probability, in [0, 1], of dropping an example's label in training, together
             with its further conditions. Guidance needs a model that was trained without them, too.
@@ -106,7 +106,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         ValueError: If weighting and prediction assume different data_std, if the sampler leaves
             the trained range of λ, if the schedule learns its ends and there is no decoder, or if
             label_dropout is not a probability, or schedule_lr not above 0, or the network does
-            not take a condition, or is built for another image_shape.
+            not take a condition, or is built for another shape.
         TypeError: If a part has the wrong type, such as a class instead of an instance.
 
     References:
@@ -114,7 +114,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         Augmentation, arXiv:2303.00848.
 
     Example:
-        >>> model = LitDiffusion(image_shape=(1, 8, 8))
+        >>> model = LitDiffusion(shape=(1, 8, 8))
         >>> model.sample(2, torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 8, 8])
     """
@@ -133,7 +133,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         schedule_lr: float | None = None,
-        image_shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, ...] | None = None,
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
         clip_denoised: bool = True,
@@ -142,7 +142,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         super().__init__()
         check_numbers(label_dropout, schedule_lr)
         if network is None:
-            network = UNet(image_shape=find_image_shape(None, image_shape) or (1, 8, 8))
+            network = UNet(shape=find_shape(None, shape) or (1, 8, 8))
         schedule = CosineSchedule() if schedule is None else schedule
         weighting = default_weighting(decoder) if weighting is None else weighting
         prediction = VPrediction() if prediction is None else prediction
@@ -155,7 +155,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule_lr = schedule_lr
-        self._image_shape = find_image_shape(network, image_shape)
+        self._shape = find_shape(network, shape)
         self.label_dropout = label_dropout
         self.conditions = named_conditions(network, conditions)
         self.clip_denoised = clip_denoised
@@ -175,7 +175,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             schedule_lr=schedule_lr,
-            image_shape=self._image_shape,
+            shape=self._shape,
             label_dropout=label_dropout,
             conditions=conditions,
             clip_denoised=clip_denoised,

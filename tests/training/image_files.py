@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lit_diffusion.training.data import ImageDataModule
+from lit_diffusion.training.data import DataModule
 
 N = 60
 PARDONS = [
@@ -47,7 +47,7 @@ MADE = []
 
 
 def module(path, place=(0, 1), stage="fit", **arguments):
-    data = ImageDataModule(path=str(path), **({"batch_size": 8} | arguments))
+    data = DataModule(path=str(path), **({"batch_size": 8} | arguments))
     MADE.append(data)
     data._place = lambda: place
     data.setup(stage)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from test_module import tiny_model, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training import DataModule
 from lit_diffusion.training.run.metrics_csv import RunLogger
 
 pytestmark = pytest.mark.filterwarnings(
@@ -114,7 +114,7 @@ def test_the_logged_loss_of_an_accumulated_run_is_that_of_its_steps(tmp_path):
     found = {}
     for size, parts in ((32, 1), (4, 8)):
         folder = tmp_path / str(parts)
-        data = ImageDataModule(
+        data = DataModule(
             batch_size=size, steps_per_epoch=6 * parts, streaming=False, val_examples=4
         )
         run = trainer(

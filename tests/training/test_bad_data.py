@@ -32,9 +32,9 @@ from image_files import (
 )
 from PIL import Image
 
-from lit_diffusion.training.data import retry as network
-from lit_diffusion.training.data.bad_examples import Bad
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.module import DataModule
+from lit_diffusion.training.data.reading import retry as network
+from lit_diffusion.training.data.reading.bad_examples import Bad
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in (*PARDONS, "ignore:.*skipped ")]
@@ -146,7 +146,7 @@ def test_an_epoch_without_one_good_example_ends_the_run(tmp_path):
 def test_a_wrong_configuration_is_told_at_once(tmp_path):
     write_parquet(tmp_path / "x.parquet", [encode(image) for image in pixels(150)])
     with pytest.raises(ValueError, match=r"row 0 of .* expected an image of height × width 9"):
-        module(tmp_path / "x.parquet", image_shape=(1, 9, 9), val_split=None)
+        module(tmp_path / "x.parquet", shape=(1, 9, 9), val_split=None)
     images = [b""] * 5 + [encode(image) for image in pixels(145)]
     write_parquet(tmp_path / "y.parquet", images)
     module(tmp_path / "y.parquet", val_split=None).train_dataloader()
@@ -304,7 +304,7 @@ def fit(folder, root, steps, ckpt_path=None, **arguments):
         enable_checkpointing=False,
         default_root_dir=root,
     )
-    data = ImageDataModule(str(folder), batch_size=8, **GENEROUS, **arguments)
+    data = DataModule(str(folder), batch_size=8, **GENEROUS, **arguments)
     trainer.fit(Small(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -519,7 +519,7 @@ def check_records(tmp_path, n):
     parquet.write_table(table, tmp_path / "records.parquet", row_group_size=100)
     data = module(
         tmp_path / "records.parquet",
-        image_shape=SHAPE,
+        shape=SHAPE,
         val_split="train",
         val_examples=None,
         max_bad_share=1.0,

@@ -32,7 +32,7 @@ class Narrow(nn.Module):
     """A device that has room for so many images at a time.
 
     Args:
-        image_shape: (C, H, W).
+        shape: (C, H, W).
         room: Most images.
         after: Calls before it becomes narrow.
         evaluating: Whether it is narrow in evaluation instead of training.
@@ -40,7 +40,7 @@ class Narrow(nn.Module):
 
     def __init__(self, room=24, after=0, evaluating=False):
         super().__init__()
-        self.image_shape = (1, 8, 8)
+        self.shape = (1, 8, 8)
         self.room, self.after, self.evaluating = room, after, evaluating
         self.layer = nn.Conv2d(1, 1, 3, padding=1)
         self.calls, self.held, self.seen = 0, [], []
@@ -58,7 +58,7 @@ class Narrow(nn.Module):
 def model(network, **arguments):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be kept in checkpoints")
-        return LitDiffusion(network=network, image_shape=(1, 8, 8), **arguments)
+        return LitDiffusion(network=network, shape=(1, 8, 8), **arguments)
 
 
 def fail(folder, network, batch_size=64, kind=torch.OutOfMemoryError, **arguments):
@@ -325,15 +325,15 @@ class Small(nn.Module):
     """A device that has room for so many images.
 
     Args:
-        image_shape: (C, H, W).
+        shape: (C, H, W).
         rank: The rank with the small device.
     """
     room = 40
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 8, 8), rank: int = 0) -> None:
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), rank: int = 0) -> None:
         super().__init__()
-        self.image_shape, self.rank = tuple(image_shape), rank
-        self.layer = nn.Conv2d(image_shape[0], image_shape[0], 3, padding=1)
+        self.shape, self.rank = tuple(shape), rank
+        self.layer = nn.Conv2d(shape[0], shape[0], 3, padding=1)
 
     def forward(self, z, logsnr, label=None):
         if len(z) > self.room and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
@@ -345,12 +345,12 @@ class Heavy(nn.Module):
     """Keeps some 32 MiB for the backward pass of one image of 64 numbers, and computes little.
 
     Args:
-        image_shape: (C, H, W).
+        shape: (C, H, W).
     """
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 8, 8)) -> None:
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8)) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
+        self.shape = tuple(shape)
         self.layer = nn.Linear(64, 64)
 
     def forward(self, z, logsnr, label=None):

@@ -15,7 +15,7 @@ import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import (
     EMA,
-    ImageDataModule,
+    DataModule,
     LastCheckpoint,
     Likelihood,
     LitDiffusion,
@@ -29,7 +29,7 @@ DIGITS = ld.SoftmaxDecoder(17)
 def tiny_model(**arguments):
     torch.manual_seed(0)
     defaults = {
-        "network": UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
+        "network": UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
         "schedule": ld.LinearSchedule(-10.0, 13.3),
         "optimizer": functools.partial(torch.optim.AdamW, lr=1e-3),
         "sampler": ld.DDIMSampler(steps=3),
@@ -44,7 +44,7 @@ def learned_model(learn="both", **arguments):
 
 def tiny_data(**arguments):
     defaults = {"batch_size": 8, "steps_per_epoch": 5, "val_examples": 20, "streaming": False}
-    return ImageDataModule(**{**defaults, **arguments})
+    return DataModule(**{**defaults, **arguments})
 
 
 def trainer(folder, callbacks=(), **arguments):

@@ -15,9 +15,9 @@ from test_own_data import trainer
 import lit_diffusion as ld
 from lit_diffusion import load_pretrained
 from lit_diffusion.nn import ByteTransformer, UNet, bytes_text, text_bytes
-from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid, export, sample
+from lit_diffusion.training import DataModule, LitDiffusion, SampleGrid, export, sample
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.data.columns import MisfitError, caption
+from lit_diffusion.training.data.reading.columns import MisfitError, caption
 from lit_diffusion.training.reporting.write import write_report
 from lit_diffusion.training.restore.initial_weights import start_from
 from lit_diffusion.training.run.grid_texts import texts_of
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("captions"))
 
 
-SETTINGS = {"image_shape": SHAPE, "text_key": "said", "text_length": LENGTH, "batch_size": 4}
+SETTINGS = {"shape": SHAPE, "text_key": "said", "text_length": LENGTH, "batch_size": 4}
 
 
 def captioned(folder, place=(0, 1), stage="fit", **arguments):
@@ -116,7 +116,7 @@ def test_the_map_holds_bytes_and_one_without_captions_stays_valid(folder):
     assert longer.folder != found.folder
     plain = captioned(folder, streaming=False, text_key=None)._memory
     identity = json.loads((plain.folder / "identity.json").read_text())
-    assert set(identity) == {"format", "image_shape", "image_key", "label_key", "fingerprint"}
+    assert set(identity) == {"format", "shape", "image_key", "label_key", "fingerprint"}
 
 
 def worse(i):
@@ -136,7 +136,7 @@ BAD = {
 def test_bad_ones_are_left_out_and_named(tmp_path, streaming):
     """A caption that is too long is not cut off: that would be silent."""
     write(tmp_path / "x", [worse(i) for i in range(N)])
-    data = ImageDataModule(
+    data = DataModule(
         str(tmp_path / "x"), **SETTINGS, max_bad_share=0.5, streaming=streaming, shuffle_window=8
     )
     text = ByteTransformer(LENGTH, width=8, depth=1, heads=1)
@@ -304,7 +304,7 @@ def test_grids_in_training_have_prompts_or_captions(tmp_path, folder, prompts):
         UNet(SHAPE, channels=(8,), attention=(5,), text=text), sampler=ld.DDIMSampler(steps=2)
     )
     grid = SampleGrid(rows=2, columns=3, prompts=prompts, guidance=2.0)
-    data = ImageDataModule(str(folder), **SETTINGS)
+    data = DataModule(str(folder), **SETTINGS)
     trainer(tmp_path, max_steps=2, callbacks=[grid]).fit(model, data)
     (path,) = (tmp_path / "samples").glob("step-*.png")
     expected = [] if prompts else [CAPTIONS[:3], CAPTIONS[3:6]]
@@ -336,7 +336,7 @@ def test_a_text_beside_other_conditions(tmp_path, monkeypatch, folder):
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape)
     grid = SampleGrid(rows=1, columns=3, prompts=("a",))
-    data = ImageDataModule(str(folder), **SETTINGS, condition_keys=("age",))
+    data = DataModule(str(folder), **SETTINGS, condition_keys=("age",))
     run = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, callbacks=[grid], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
@@ -344,7 +344,7 @@ def test_a_text_beside_other_conditions(tmp_path, monkeypatch, folder):
     run.fit(model, data)
     saved(model)
     config = {"data": {"path": str(folder), **SETTINGS, "condition_keys": ["age"]}}
-    config["data"]["image_shape"] = list(SHAPE)
+    config["data"]["shape"] = list(SHAPE)
     Path("c.yaml").write_text(json.dumps(config))
     words = {"device": "cpu", "num_samples": 3, "config": "c.yaml"}
     one, other = (sample("x.ckpt", prompt=prompt, **words).images for prompt in ("a", "b"))

@@ -12,8 +12,8 @@ import torch
 from image_files import PARDONS, encode, labels, module, pixels, same, stored, take, write_parquet
 from PIL import Image
 
-from lit_diffusion.training.data import content
-from lit_diffusion.training.data.content import differ, digests
+from lit_diffusion.training.data.reading import content
+from lit_diffusion.training.data.reading.content import differ, digests
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]

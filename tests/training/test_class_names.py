@@ -13,8 +13,8 @@ from test_own_data import trainer
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, Overview, SampleGrid, sample
-from lit_diffusion.training.data.class_names import class_names
+from lit_diffusion.training import DataModule, LitDiffusion, Overview, SampleGrid, sample
+from lit_diffusion.training.data.reading.class_names import class_names
 from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.reporting.write import write_report
 
@@ -45,13 +45,13 @@ def flowers(tmp_path_factory):
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_they_are_those_of_the_folders_or_of_the_column(flowers, kind, streaming):
-    data = ImageDataModule(str(flowers / kind), image_shape=(1, 8, 8), streaming=streaming)
+    data = DataModule(str(flowers / kind), shape=(1, 8, 8), streaming=streaming)
     assert class_names(data) == NAMES
 
 
 def test_numbers_are_no_names():
-    assert class_names(ImageDataModule()) is None
-    assert class_names(ImageDataModule(label_key=None)) is None
+    assert class_names(DataModule()) is None
+    assert class_names(DataModule(label_key=None)) is None
     assert class_names(object()) is None
 
 
@@ -60,7 +60,7 @@ def test_they_reach_the_checkpoint_the_export_and_sample(flowers, cli):
         UNet(channels=(8,), attention=(), num_classes=3), sampler=ld.DDIMSampler(steps=2)
     )
     run = trainer(Path.cwd(), max_steps=1, max_epochs=-1, use_distributed_sampler=False)
-    run.fit(model, ImageDataModule(str(flowers / "parquet"), image_shape=(1, 8, 8), batch_size=2))
+    run.fit(model, DataModule(str(flowers / "parquet"), shape=(1, 8, 8), batch_size=2))
     run.save_checkpoint("x.ckpt")
     assert LitDiffusion.load_from_checkpoint("x.ckpt").class_names == NAMES
     by_name, by_number = (
@@ -93,7 +93,7 @@ def test_they_are_beside_the_grids_in_the_run_and_the_report(flowers, tmp_path, 
         UNet(channels=(8,), attention=(), num_classes=3), sampler=ld.DDIMSampler(steps=2)
     )
     logger = Pictures(Path.cwd(), "", "")
-    data = ImageDataModule(str(flowers / "parquet"), image_shape=(1, 8, 8), batch_size=2)
+    data = DataModule(str(flowers / "parquet"), shape=(1, 8, 8), batch_size=2)
     trainer(
         Path.cwd(),
         max_steps=1,

@@ -61,7 +61,7 @@ def test_base_config_runs(cli, base, rgb, rgb64, grey):
     folder = run_folder(out)
     assert folder.parts[:2] == ("runs", base)
     model = LitDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
-    assert model.denoiser.network.image_shape == model.image_shape  # the one link
+    assert model.denoiser.network.shape == model.shape  # the one link
 
 
 def test_every_overlay_is_a_published_objective():
@@ -414,8 +414,8 @@ MISTAKES = {
     ),
     "missing data": (["--data.path=./nowhere/data"], "./nowhere/data"),
     "wrong column": (["--data.image_key=picture"], "picture"),
-    "wrong size": (["--data.image_shape=[1,16,8]"], "16 × 8"),
-    "wrong channels": (["--data.image_shape=[3,8,8]"], "3 × 8 × 8"),
+    "wrong size": (["--data.shape=[1,16,8]"], "16 × 8"),
+    "wrong channels": (["--data.shape=[3,8,8]"], "3 × 8 × 8"),
     "not a checkpoint": (["--ckpt_path=junk.ckpt"], "not a checkpoint"),
     "no checkpoint": (["--ckpt_path=none.ckpt"], "No checkpoint at none.ckpt"),
     "two data_std": (

@@ -24,7 +24,7 @@ from lit_diffusion.training import (
     report,
     sample,
 )
-from lit_diffusion.training.commands.shipped_configs import shipped_configs
+from lit_diffusion.training.commands.shell.shipped_configs import shipped_configs
 from lit_diffusion.training.commands.table import COMMANDS
 
 FUNCTIONS = {name: one.function for name, one in COMMANDS.items() if one.function}

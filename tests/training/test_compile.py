@@ -104,7 +104,7 @@ def test_the_same_steps_to_rounding_in_one_piece(fresh, schedule, prediction):
 
 
 def test_sampling_is_compiled_too_and_copies_are_not(fresh):
-    model = tiny_model(network=Small(), image_shape=(1, 8, 8))
+    model = tiny_model(network=Small(), shape=(1, 8, 8))
     plain = copy.deepcopy(model)
     compiled_in_place(model)
     draw = {"n": 3, "label": 4, "guidance": 2.0}

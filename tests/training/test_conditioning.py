@@ -15,9 +15,9 @@ from torch import nn
 import lit_diffusion as ld
 from lit_diffusion.description import build, describe
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid
-from lit_diffusion.training.data import memory
-from lit_diffusion.training.data.columns import MisfitError, numbers
+from lit_diffusion.training import DataModule, LitDiffusion, SampleGrid
+from lit_diffusion.training.data.batching import memory
+from lit_diffusion.training.data.reading.columns import MisfitError, numbers
 from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.conditions import RESERVED
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def conditioned(folder, place=(0, 1), stage="fit", **arguments):
-    settings = {"image_shape": SHAPE, "condition_keys": KEYS, "batch_size": 4}
+    settings = {"shape": SHAPE, "condition_keys": KEYS, "batch_size": 4}
     return module(folder, place, stage, **(settings | arguments))
 
 
@@ -164,7 +164,7 @@ def test_the_map_holds_them_and_one_without_stays_valid(folder):
     assert np.array_equal(np.load(found.folder / "condition-1.npy"), AGE)
     plain = conditioned(folder, streaming=False, condition_keys=())._memory
     identity = json.loads((plain.folder / "identity.json").read_text())
-    assert set(identity) == {"format", "image_shape", "image_key", "label_key", "fingerprint"}
+    assert set(identity) == {"format", "shape", "image_key", "label_key", "fingerprint"}
     assert identity["format"] == memory.FORMAT
     assert not list(plain.folder.glob("condition-*"))
     path = found.folder / "condition-0.npy"
@@ -263,8 +263,8 @@ def test_bad_ones_are_left_out_and_named(tmp_path, streaming):
 
 def test_they_are_listed_in_the_run_folder(tmp_path):
     folder = write(tmp_path / "x", worse)
-    data = ImageDataModule(
-        str(folder), image_shape=SHAPE, condition_keys=KEYS, batch_size=4, max_bad_share=0.3
+    data = DataModule(
+        str(folder), shape=SHAPE, condition_keys=KEYS, batch_size=4, max_bad_share=0.3
     )
     with pytest.warns(UserWarning, match="skipped row"):
         run(tmp_path, max_steps=12).fit(spy_model(), data)
@@ -294,7 +294,7 @@ def test_both_splits_must_look_alike(tmp_path, folder):
         conditioned(folder, condition_keys=("height",))
     for keys in (("label",), ("image",), ("index",), ("total",), ("batch",), ("age", "age")):
         with pytest.raises(ValueError, match="must be different columns, none of them called"):
-            ImageDataModule(condition_keys=keys)
+            DataModule(condition_keys=keys)
 
 
 # --- hiding
@@ -326,9 +326,9 @@ class Spy(nn.Module):
 
     num_classes = 4
 
-    def __init__(self, image_shape=SHAPE):
+    def __init__(self, shape=SHAPE):
         super().__init__()
-        self.image_shape = image_shape
+        self.shape = shape
         self.weight = nn.Parameter(torch.ones(()))
         self.told = []
 
@@ -338,7 +338,7 @@ class Spy(nn.Module):
 
 
 def spy_model(conditions=KEYS, **arguments):
-    settings = {"image_shape": SHAPE, "sampler": ld.DDIMSampler(steps=2)}
+    settings = {"shape": SHAPE, "sampler": ld.DDIMSampler(steps=2)}
     return LitDiffusion(network=Spy(), conditions=conditions, **(settings | arguments))
 
 
@@ -452,7 +452,7 @@ def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path, streaming):
     def fit(steps, ckpt_path=None):
         torch.manual_seed(0)
         network = UNet(SHAPE, (8,), attention=(), num_classes=4, conditions={"angle": 6, "age": 1})
-        model = LitDiffusion(network=network, image_shape=SHAPE, label_dropout=0.5)
+        model = LitDiffusion(network=network, shape=SHAPE, label_dropout=0.5)
         data = conditioned(folder, streaming=streaming, num_workers=2, steps_per_epoch=10)
         trainer = run(tmp_path, max_steps=steps, limit_val_batches=0)
         trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
@@ -631,7 +631,7 @@ def test_a_unet_says_by_itself_what_it_is_told(tmp_path):
     assert LitDiffusion(network=unet(conditions=None)).conditions == ()
     inner = UNet((9, 5, 7), channels=(8,), attention=(), conditions={"age": 1})
     wrapped = FourierFeatures(inner, (3,), SHAPE)
-    assert LitDiffusion(network=wrapped, image_shape=SHAPE).conditions == ("age",)
+    assert LitDiffusion(network=wrapped, shape=SHAPE).conditions == ("age",)
     for p in inner.parameters():
         p.data += 0.1
     z, logsnr = torch.randn(4, *SHAPE), torch.zeros(4)
@@ -645,9 +645,9 @@ def test_a_unet_says_by_itself_what_it_is_told(tmp_path):
 class Brightness(nn.Module):
     """A perceptron that is told how bright the image is to be."""
 
-    def __init__(self, image_shape=(1, 4, 4)):
+    def __init__(self, shape=(1, 4, 4)):
         super().__init__()
-        self.image_shape = image_shape
+        self.shape = shape
         self.first = nn.Linear(16 + 3, 64)
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 16))
 
@@ -670,7 +670,7 @@ def test_a_model_obeys_and_guidance_makes_it_obey_more(tmp_path):
     model = LitDiffusion(
         network=Brightness(),
         conditions=["brightness"],
-        image_shape=(1, 4, 4),
+        shape=(1, 4, 4),
         schedule=ld.CosineSchedule(-8.0, 8.0),
         weighting=ld.SigmoidWeighting(),
         sampler=ld.DDIMSampler(steps=40),
@@ -707,7 +707,7 @@ def test_a_model_obeys_and_guidance_makes_it_obey_more(tmp_path):
 CONFIG = """
 seed_everything: 0
 data:
-  image_shape: [3, 5, 7]
+  shape: [3, 5, 7]
   batch_size: 4
   steps_per_epoch: 2
   val_examples: 6

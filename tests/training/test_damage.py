@@ -238,8 +238,8 @@ def test_weights_that_do_not_have_the_checksum_of_the_config_are_refused(tmp_pat
 
     from lit_diffusion.description import describe
 
-    network = ld.ResidualMLP(image_shape=(1, 1, 2), features=8, layers=1)
-    model = ld.Pretrained(network, image_shape=(1, 1, 2))
+    network = ld.ResidualMLP(shape=(1, 1, 2), features=8, layers=1)
+    model = ld.Pretrained(network, shape=(1, 1, 2))
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
     config = {"model": describe(model), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -82,8 +82,8 @@ def test_a_run_and_how_it_goes_on(cli):
 
     # The config is whole: all that config.yaml has, every default written out.
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    shape = first.config["model"].pop("image_shape")
-    config["model"].pop("image_shape", None)
+    shape = first.config["model"].pop("shape")
+    config["model"].pop("shape", None)
     assert shape == [1, 8, 8]
     assert first.config == config
     assert config["model"]["network"]["init_args"]["downsample"] is True  # a default

@@ -26,7 +26,7 @@ from image_files import (
 )
 from PIL import Image
 
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.module import DataModule
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def test_shipped_digits():
-    data = ImageDataModule()
+    data = DataModule()
     data.setup("fit")
     train = take(data.train_dataloader(), 1500 // 4 // 64 * 4 + 4)
     assert len(data.train_dataloader()) == 1500 // 64
@@ -49,7 +49,7 @@ def test_shipped_digits():
     assert train[0]["label"].dtype == torch.int64
     val = list(data.val_dataloader())
     assert sum(len(batch["index"]) for batch in val) == val[0]["total"] == 297
-    whole = ImageDataModule(val_split="train", val_examples=None, streaming=False)
+    whole = DataModule(val_split="train", val_examples=None, streaming=False)
     whole.setup("validate")
     images = torch.cat([batch["image"] for batch in whole.val_dataloader()])
     counts = torch.cat([batch["label"] for batch in whole.val_dataloader()]).bincount()
@@ -62,7 +62,7 @@ def test_shipped_digits():
 
 
 def test_bytes_become_numbers_on_the_device():
-    data = ImageDataModule()
+    data = DataModule()
     x = data.on_after_batch_transfer({"image": torch.tensor([0, 255, 51], dtype=torch.uint8)}, 0)
     assert x["image"].tolist() == pytest.approx([-1, 1, -0.6])
     floats = {"image": torch.randn(3)}
@@ -72,11 +72,11 @@ def test_bytes_become_numbers_on_the_device():
 def test_arguments_are_attributes_and_documented():
     import inspect
 
-    data = ImageDataModule(image_shape=[3, 5, 7])
-    assert data.image_shape == (3, 5, 7)
-    for name in inspect.signature(ImageDataModule).parameters:
+    data = DataModule(shape=[3, 5, 7])
+    assert data.shape == (3, 5, 7)
+    for name in inspect.signature(DataModule).parameters:
         assert hasattr(data, name)
-        assert f"        {name}: " in ImageDataModule.__doc__
+        assert f"        {name}: " in DataModule.__doc__
 
 
 # --- validation
@@ -127,7 +127,7 @@ def test_folder_of_images(tmp_path, streaming):
             file = tmp_path / "set" / split / f"class{number % 2}" / f"{number:02d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(encode(image))
-    data = module(tmp_path / "set", image_shape=(3, 5, 7), batch_size=4, streaming=streaming)
+    data = module(tmp_path / "set", shape=(3, 5, 7), batch_size=4, streaming=streaming)
     epoch = take(data.train_dataloader(), 3)
     seen = torch.cat([batch["image"] for batch in epoch])
     assert sorted(map(bytes, seen.numpy())) == sorted(map(bytes, images))
@@ -146,7 +146,7 @@ def test_data_of_unknown_length(tmp_path, files):
         lines = [json.dumps({"image": images[i].tolist(), "label": i}) for i in rows]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
     source = {"data_files": {"train": str(tmp_path / "*.jsonl")}, "val_split": None}
-    settings = source | {"image_shape": (2, 3, 4), "batch_size": 5, "num_workers": 2}
+    settings = source | {"shape": (2, 3, 4), "batch_size": 5, "num_workers": 2}
     settings |= {"shuffle_window": 3}
     loader = module("json", **settings).train_dataloader()
     assert len(loader) == 1000
@@ -192,7 +192,7 @@ def test_one_parquet_file_without_labels(tmp_path):
 def test_encodings_are_undone(tmp_path, mode, kind, channels):
     image = picture(mode)
     write_parquet(tmp_path / "x.parquet", [stored(image, kind)])
-    data = module(tmp_path / "x.parquet", val_split="train", image_shape=(channels, 5, 7))
+    data = module(tmp_path / "x.parquet", val_split="train", shape=(channels, 5, 7))
     got = next(iter(data.val_dataloader()))["image"][0]
     plain = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
     expected = np.asarray(image.convert(plain)).reshape(5, 7, channels).transpose(2, 0, 1)
@@ -213,7 +213,7 @@ def bad_images():
     return {
         "size": (
             stored(picture("RGB", (6, 5))),
-            r"height × width 5 × 7, got 5 × 6; set data.image_shape to .channels, height, width.",
+            r"height × width 5 × 7, got 5 × 6; set data.shape to .channels, height, width.",
         ),
         "grey": (stored(picture("L")), r"3 × 5 × 7, got 1 × 5 × 7 \(mode L\)"),
         "transparent": (
@@ -234,7 +234,7 @@ def test_an_image_that_does_not_fit_is_named(tmp_path, case, workers):
     data, message = bad_images()[case]
     images = [stored(picture("RGB"))] * 4
     write_parquet(tmp_path / "x.parquet", [*images, data], group=2)
-    settings = {"val_split": None, "image_shape": (3, 5, 7), "on_bad_example": "raise"}
+    settings = {"val_split": None, "shape": (3, 5, 7), "on_bad_example": "raise"}
     loader = module(tmp_path / "x.parquet", num_workers=workers, **settings).train_dataloader()
     named = rf"^row 4 of \S+/x.parquet, split 'train': expected .*{message}"
     with pytest.raises(ValueError, match=named):
@@ -257,8 +257,8 @@ def one(tmp_path, **columns):
         ({"image_key": "label"}, "expected an image, got int; set data.image_key"),
         ({"val_split": "dev"}, "expected a split 'dev', got train; set data.train_split"),
         (
-            {"image_shape": (3, 8, 8)},
-            "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.image_shape to .channels, height, width.",
+            {"shape": (3, 8, 8)},
+            "width 3 × 8 × 8, got 1 × 8 × 8 .* set data.shape to .channels, height, width.",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -329,7 +329,7 @@ def test_other_bad_places(tmp_path, monkeypatch):
     [
         {"batch_size": 0},
         {"num_workers": -1},
-        {"image_shape": (8, 8)},
+        {"shape": (8, 8)},
         {"steps_per_epoch": 0},
         {"seed": -1},
         {"open_shards": 0},
@@ -340,7 +340,7 @@ def test_other_bad_places(tmp_path, monkeypatch):
 )
 def test_arguments_are_checked(argument):
     with pytest.raises(ValueError, match=f"data.{next(iter(argument))} must be .*, got"):
-        ImageDataModule(**argument)
+        DataModule(**argument)
 
 
 # --- with Lightning
@@ -396,7 +396,7 @@ def fit(folder, root, steps, *, ckpt_path=None, ask=False, **arguments):
         callbacks=[Save()] if ckpt_path is None else [],
         default_root_dir=root,
     )
-    data = ImageDataModule(path=str(folder), batch_size=8, horizontal_flip=True, **arguments)
+    data = DataModule(path=str(folder), batch_size=8, horizontal_flip=True, **arguments)
     trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return recorder
 

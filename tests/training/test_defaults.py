@@ -5,7 +5,7 @@ import yaml
 
 import lit_diffusion as ld
 from lit_diffusion.training import LitDiffusion
-from lit_diffusion.training.commands.without_config import MAX_STEPS
+from lit_diffusion.training.commands.fit_setup.without_config import MAX_STEPS
 
 
 def test_the_default_objective_fits_its_schedule():
@@ -13,7 +13,7 @@ def test_the_default_objective_fits_its_schedule():
     found = ld.Objective(loss.schedule, loss.weighting, ld.VPrediction())
     assert found.std_over_mean() < 1  # w = 1 under the same cosine: 20
     assert found.monotone
-    model = LitDiffusion(image_shape=(1, 8, 8))
+    model = LitDiffusion(shape=(1, 8, 8))
     assert repr(model.loss.weighting) == repr(loss.weighting)
     assert repr(model.loss.schedule) == repr(loss.schedule)
 

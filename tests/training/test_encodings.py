@@ -5,9 +5,9 @@ import pytest
 from image_files import stored
 from PIL import Image
 
-from lit_diffusion.training.data.columns import MisfitError
-from lit_diffusion.training.data.images import ImageDecoder
-from lit_diffusion.training.data.source import Example
+from lit_diffusion.training.data.decoding.images import ImageDecoder
+from lit_diffusion.training.data.reading.columns import MisfitError
+from lit_diffusion.training.data.reading.source import Example
 
 GREYS = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
 COLOURS = np.stack([GREYS, 255 - GREYS, GREYS // 2], -1)

@@ -160,7 +160,7 @@ MISTAKES = [
         ["--likelihood.samples_per_example=0"],
         "num_timesteps and samples_per_example must be at least 1",
     ),
-    (["--data.image_shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
+    (["--data.shape=[3,8,8]"], "of the model's shape (1, 8, 8), got (3, 8, 8)"),
     (["--nope=1"], "no argument is called --nope"),
 ]
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def unet(num_classes=None):
-    return UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=num_classes)
+    return UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=num_classes)
 
 
 def classes():
@@ -68,8 +68,8 @@ def chain():
 
 def toy():
     inner = ResidualMLP((10, 1, 1), features=16, layers=1)
-    network = FourierFeatures(inner, exponents=(1, 6), image_shape=(2, 1, 1))
-    return {"network": network, "image_shape": (2, 1, 1), "clip_denoised": False}, []
+    network = FourierFeatures(inner, exponents=(1, 6), shape=(2, 1, 1))
+    return {"network": network, "shape": (2, 1, 1), "clip_denoised": False}, []
 
 
 MODELS = [classes, learned, adaptive, chain, toy]
@@ -84,7 +84,7 @@ def trained(folder, make, callbacks=(), steps=3):
     )
     data = tiny_data()
     if make is toy:
-        data = tiny_data(path="swirl", image_shape=(2, 1, 1), label_key=None)
+        data = tiny_data(path="swirl", shape=(2, 1, 1), label_key=None)
     callbacks = [EMA(0.9), *own, LastCheckpoint(), *callbacks]
     trainer(folder, max_steps=steps, callbacks=callbacks).fit(model, data)
     return folder
@@ -119,7 +119,7 @@ def test_the_folder_draws_the_same_images(cli, tmp_path, make):
         for one, other in zip(*drawn, strict=True):
             assert torch.equal(one, other)
     assert theirs.schedule.ends == ours.loss.schedule.ends
-    x, t = -torch.ones(2, *ours.image_shape), torch.tensor([0.2, 0.8])
+    x, t = -torch.ones(2, *ours.shape), torch.tensor([0.2, 0.8])
     eps, generator = torch.ones_like(x), torch.Generator()
     terms = [
         model.loss(model.denoiser, x, t=t, eps=eps, generator=generator.manual_seed(0))

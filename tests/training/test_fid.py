@@ -16,7 +16,7 @@ from torch import nn
 
 from lit_diffusion import SAMPLERS, AncestralSampler, DDIMSampler, HeunSampler
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import EMA, FID, ImageDataModule, LitDiffusion
+from lit_diffusion.training import EMA, FID, DataModule, LitDiffusion
 from lit_diffusion.training.evaluation import reference, scores
 from lit_diffusion.training.evaluation.features import (
     ClassifierFeatures,
@@ -44,14 +44,12 @@ SHAPE = (3, 9, 13)  # channels ≠ height ≠ width
 
 def network(shape=(1, 8, 8), num_classes=10):
     torch.manual_seed(0)
-    return UNet(
-        image_shape=shape, channels=[8, 8], blocks=1, attention=[], num_classes=num_classes
-    )
+    return UNet(shape=shape, channels=[8, 8], blocks=1, attention=[], num_classes=num_classes)
 
 
 def model(shape=(1, 8, 8), num_classes=10, steps=3):
     return LitDiffusion(
-        network(shape, num_classes), image_shape=shape, sampler=AncestralSampler(steps=steps)
+        network(shape, num_classes), shape=shape, sampler=AncestralSampler(steps=steps)
     )
 
 
@@ -76,7 +74,7 @@ def whole(data, split):
 
 
 def open_digits(net, split="test", rows=False, **arguments):
-    return open_reference(ImageDataModule(), split, net, torch.device("cpu"), rows, **arguments)
+    return open_reference(DataModule(), split, net, torch.device("cpu"), rows, **arguments)
 
 
 # Samples ----------------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ OTHERS = (
 
 
 def test_the_data_themselves_are_no_distance_away():
-    images = whole(ImageDataModule(), "test")
+    images = whole(DataModule(), "test")
     found = judge(images, ClassifierFeatures(), OTHERS)
     assert abs(found["fid"].value) < 1e-6
     assert found["precision"].value == found["recall"].value == found["coverage"].value == 1
@@ -218,7 +216,7 @@ def test_the_kernel_distance_of_a_handful_of_images_is_left_out():
 
 
 def test_features_are_looked_at_in_float32_under_any_autocast():
-    images = whole(ImageDataModule(), "test")[:33]
+    images = whole(DataModule(), "test")[:33]
     net = ClassifierFeatures()
     plain = extract(net, images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +228,7 @@ def test_features_are_looked_at_in_float32_under_any_autocast():
 
 
 def test_any_module_will_do_without_logits_too():
-    images = whole(ImageDataModule(), "train")[:100]
+    images = whole(DataModule(), "train")[:100]
     found = judge(images, Flat(), (scores.kernel_distance,))
     assert found["fid"].value > 0
     with pytest.raises(ValueError, match="expected logits for the Inception Score, got none"):
@@ -249,7 +247,7 @@ def test_a_module_that_returns_no_features_is_refused(wrong):
 
 def test_one_sample_is_too_few():
     with pytest.raises(ValueError, match="two images on either side of a Fréchet distance, got 1"):
-        judge(whole(ImageDataModule(), "test")[:1], Flat())
+        judge(whole(DataModule(), "test")[:1], Flat())
 
 
 # The reference ----------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ def test_the_reference_is_measured_once_and_is_that_of_the_data():
     assert net.seen == 297
     again = open_digits(net, rows=True)
     assert net.seen == 297  # from the cache
-    images = whole(ImageDataModule(), "test")
+    images = whole(DataModule(), "test")
     features = extract(net, images).features
     for one in (first, again):
         assert one.count == 297
@@ -295,7 +293,7 @@ def test_another_network_split_or_data_is_another_reference(tmp_path):
         last = 255 - pixels(20)[-1] if changed else pixels(20)[-1]
         stored = [*images[:-1], encode(last)]
         write_parquet(folder / "test.parquet", stored)
-        data = ImageDataModule(str(folder), image_shape=shape)
+        data = DataModule(str(folder), shape=shape)
         wide = Flat(shape[0] * shape[1] * shape[2])
         found.append(open_reference(data, "test", wide, torch.device("cpu")))
         assert wide.seen == 20  # not what was kept of the other
@@ -331,7 +329,7 @@ def test_a_kept_file_that_is_another_is_refused(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
-    data = ImageDataModule(cache_dir=str(tmp_path / "file" / "below"))
+    data = DataModule(cache_dir=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="the reference could not be cached in"):
         found = open_reference(data, "test", Flat(), torch.device("cpu"))
@@ -410,7 +408,7 @@ def test_the_shipped_classifier_is_small_and_right():
     net = ClassifierFeatures()
     path = Path(reference.__file__).parents[2] / "data" / "digits8x8" / "features.safetensors"
     assert path.stat().st_size <= 300 * 1024
-    data = ImageDataModule()
+    data = DataModule()
     batches = list(data.examples("test", 512))
     right = net(batches[0]["image"]).logits.argmax(1) == batches[0]["label"]
     assert right.float().mean() > 0.98
@@ -467,7 +465,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
 
     folder = tmp_path / "data"
     folder.mkdir()
-    data = ImageDataModule()
+    data = DataModule()
     for split, n in (("train", 16), ("test", 24)):
         stored = [encode(image.numpy()) for image in whole(data, split)[:n]]
         write_parquet(folder / f"{split}.parquet", stored, labels=[i % 10 for i in range(n)])
@@ -493,7 +491,7 @@ def test_callback_evaluate_and_torch_fidelity_agree(inception, cli, tmp_path):
     assert "seed" not in row["protocol"]
 
     subject = LitDiffusion.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
-    data = ImageDataModule(str(folder))
+    data = DataModule(str(folder))
     shares = torch.ones(10) + (torch.arange(10) < 6)  # 16 training images, labels i % 10
     drawn = Generation(N, seed=5, batch_size=16).sample(subject, shares)
     theirs = torch_fidelity.calculate_metrics(
@@ -539,7 +537,7 @@ JOB = """
 import sys
 import lightning as L
 from test_fid import model
-from lit_diffusion.training import EMA, FID, ImageDataModule
+from lit_diffusion.training import EMA, FID, DataModule
 from lit_diffusion.training.evaluation.features import ClassifierFeatures
 
 if __name__ == "__main__":
@@ -554,7 +552,7 @@ if __name__ == "__main__":
         logger=L.pytorch.loggers.CSVLogger(folder, name="", version=""),
     )
     subject = model()
-    trainer.test(subject, ImageDataModule(val_examples=8, cache_dir=folder + "/cache"))
+    trainer.test(subject, DataModule(val_examples=8, cache_dir=folder + "/cache"))
 """
 
 
@@ -622,7 +620,7 @@ def test_samples_are_those_of_the_average_whatever_the_order(tmp_path):
         callbacks = [EMA(0.5), FID(9, Flat(), "test", batch_size=4)]
         subject = model()
         run = trainer(tmp_path / str(number), callbacks[:: -1 if flip else 1], max_steps=6)
-        run.fit(subject, ImageDataModule(steps_per_epoch=6, val_examples=8))
+        run.fit(subject, DataModule(steps_per_epoch=6, val_examples=8))
         (one,) = read_measurements(tmp_path / str(number))
         found.append(one)
         # After the fit the module holds the average: what is drawn now was measured then.
@@ -638,7 +636,7 @@ def test_samples_are_those_of_the_average_whatever_the_order(tmp_path):
 def test_validations_are_counted_and_the_last_is_measured(tmp_path):
     callback = FID(4, Flat(), "test", every_n_validations=2, baseline_split="train")
     run = trainer(tmp_path, [callback], max_steps=5)
-    run.fit(model(), ImageDataModule(steps_per_epoch=1, val_examples=8))
+    run.fit(model(), DataModule(steps_per_epoch=1, val_examples=8))
     steps = [one.step for one in read_measurements(tmp_path) if one.name == "fid"]
     assert steps == [2, 4, 5]
     baseline = [one for one in read_measurements(tmp_path) if one.name == "fid_baseline"]
@@ -652,7 +650,7 @@ def test_nothing_of_it_is_in_checkpoints(tmp_path):
     callback = FID(4, ClassifierFeatures(), "test")
     run = trainer(tmp_path, [callback], max_steps=1, enable_checkpointing=True)
     subject = model()
-    run.fit(subject, ImageDataModule(steps_per_epoch=1, val_examples=8))
+    run.fit(subject, DataModule(steps_per_epoch=1, val_examples=8))
     run.save_checkpoint(tmp_path / "x.ckpt")
     kept = torch.load(tmp_path / "x.ckpt", weights_only=True)
     names = set(kept["state_dict"])
@@ -673,16 +671,16 @@ def test_a_wrong_hash_stops_a_run_before_it_begins(tmp_path):
     run = trainer(tmp_path, [FID(4, Flat(), "test", reference_hash="00")])
     subject = model()
     with pytest.raises(ValueError, match="expected a reference whose hash begins with 00"):
-        run.fit(subject, ImageDataModule(steps_per_epoch=1, val_examples=8))
+        run.fit(subject, DataModule(steps_per_epoch=1, val_examples=8))
     assert run.global_step == 0
 
 
 def test_measurements_are_replaced_when_they_are_repeated(tmp_path):
     callback = FID(4, Flat(), "test")
     for _ in range(2):
-        trainer(tmp_path, [callback], logger=False).test(model(), ImageDataModule(val_examples=8))
+        trainer(tmp_path, [callback], logger=False).test(model(), DataModule(val_examples=8))
     assert [one.name for one in read_measurements(tmp_path)] == ["fid"]
     other = dataclasses.replace(callback.generation, seed=3)
     callback.generation = other
-    trainer(tmp_path, [callback], logger=False).test(model(), ImageDataModule(val_examples=8))
+    trainer(tmp_path, [callback], logger=False).test(model(), DataModule(val_examples=8))
     assert [one.protocol["seed"] for one in read_measurements(tmp_path)] == [0, 3]

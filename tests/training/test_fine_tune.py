@@ -27,7 +27,7 @@ TINY = [
 
 
 def network(**arguments):
-    defaults = {"image_shape": (1, 8, 8), "channels": (8, 8), "attention": (), "num_classes": 10}
+    defaults = {"shape": (1, 8, 8), "channels": (8, 8), "attention": (), "num_classes": 10}
     return UNet(**{**defaults, **arguments})
 
 

@@ -14,7 +14,7 @@ from test_module import tiny_data, tiny_model, trainer
 
 from lit_diffusion.training import FID, LastCheckpoint, Likelihood, NoiseLevelLoss, SampleGrid
 from lit_diffusion.training.callbacks import noise_level_loss
-from lit_diffusion.training.data.bad_examples import Bad, BadExamples
+from lit_diffusion.training.data.reading.bad_examples import Bad, BadExamples
 from lit_diffusion.training.run import measurements, tolerance, whole_file
 from lit_diffusion.training.run.checkpoints import load_checkpoint
 from lit_diffusion.training.run.measurements import (

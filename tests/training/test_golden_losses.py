@@ -16,7 +16,7 @@ import torch
 
 import lit_diffusion as ld
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 
 OBJECTIVES = {
     "vdm": lambda: {
@@ -91,7 +91,7 @@ class _Losses(L.Callback):
 def losses(objective):
     """Train for 50 steps of float64; return the loss of each."""
     torch.manual_seed(0)
-    network = UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10)
+    network = UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10)
     model = LitDiffusion(
         network=network,
         optimizer=functools.partial(torch.optim.AdamW, lr=2e-3),
@@ -111,7 +111,7 @@ def losses(objective):
         limit_val_batches=0,
         callbacks=[record],
     )
-    data = ImageDataModule(batch_size=16, steps_per_epoch=50, val_examples=8, streaming=False)
+    data = DataModule(batch_size=16, steps_per_epoch=50, val_examples=8, streaming=False)
     trainer.fit(model, data)
     assert next(model.parameters()).dtype == torch.float64
     return record.losses

@@ -48,8 +48,8 @@ class Exponential(nn.Module):
 class Breaking(UNet):
     """A network that breaks at the clean end, in its output or in its gradient alone."""
 
-    def __init__(self, image_shape=(1, 8, 8), above: float = ABOVE, backwards: bool = False):
-        super().__init__(image_shape=image_shape, channels=(8, 8), attention=(), num_classes=10)
+    def __init__(self, shape=(1, 8, 8), above: float = ABOVE, backwards: bool = False):
+        super().__init__(shape=shape, channels=(8, 8), attention=(), num_classes=10)
         self.layer = Exponential()
         self.above, self.backwards = above, backwards
 
@@ -400,8 +400,8 @@ import test_guard
 
 
 class Breaking(test_guard.Breaking):
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 8, 8), above: float = 0.0):
-        super().__init__(image_shape, above)
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), above: float = 0.0):
+        super().__init__(shape, above)
 """
 FAST = [
     "--trainer.accelerator=cpu",

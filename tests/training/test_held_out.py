@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from image_files import PARDONS, encode, module, pixels, stop_workers, take, write_parquet
 
-from lit_diffusion.training.data.held_out import HELD_OUT
+from lit_diffusion.training.data.reading.held_out import HELD_OUT
 
 pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
 

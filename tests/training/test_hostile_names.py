@@ -34,7 +34,7 @@ def test_a_report_obeys_nothing_that_a_run_folder_says(tmp_path):
     run = tmp_path / IMAGE / "1"
     run.mkdir(parents=True)
     config = {"name": IMAGE, "data": {IMAGE: IMAGE, "path": IMAGE}, "model": {"network": IMAGE}}
-    config["model"] |= {"image_shape": IMAGE, "schedule": {"class_path": IMAGE}}
+    config["model"] |= {"shape": IMAGE, "schedule": {"class_path": IMAGE}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "metrics.csv").write_text(f'epoch,step,train/loss,"train/{IMAGE}"\n0,0,1,2\n0,1,1,2\n')
     session = dict.fromkeys(("outcome", "device", "precision", "torch", IMAGE), IMAGE)
@@ -68,7 +68,7 @@ Named.__name__ = LINKS
 
 @pytest.mark.parametrize("hostile", [IMAGE, LINKS])
 def test_a_model_card_obeys_no_name(hostile):
-    model = ld.Pretrained(Named(), image_shape=(1, 1, 1), conditions=[hostile])
+    model = ld.Pretrained(Named(), shape=(1, 1, 1), conditions=[hostile])
     measured = [
         Measurement("fid", 1.0, None, 1, hostile, {"weights": hostile, hostile: hostile}),
         Measurement(hostile, 1.0, None, 1, "val", {"weights": hostile, "x": [hostile]}),
@@ -91,8 +91,8 @@ def test_a_model_card_obeys_no_name(hostile):
 
 
 def test_the_card_shows_usual_names_as_they_are():
-    network = ld.ResidualMLP(image_shape=(1, 1, 2), features=8, layers=1)
-    model = ld.Pretrained(network, image_shape=(1, 1, 2))
+    network = ld.ResidualMLP(shape=(1, 1, 2), features=8, layers=1)
+    model = ld.Pretrained(network, shape=(1, 1, 2))
     card = model_card(
         model, describe(model), "my_run-1", "mit", "EMA(decay=0.9), step 3", [], False
     )

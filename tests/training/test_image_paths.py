@@ -17,11 +17,11 @@ import torch
 from image_files import PARDONS, encode, labels, module, pixels, stored, take
 from PIL import Image
 
-from lit_diffusion.training.data import image_paths
-from lit_diffusion.training.data.columns import MisfitError
-from lit_diffusion.training.data.image_paths import ImagePaths
-from lit_diffusion.training.data.images import ImageDecoder
-from lit_diffusion.training.data.source import Example
+from lit_diffusion.training.data.decoding.images import ImageDecoder
+from lit_diffusion.training.data.reading import image_paths
+from lit_diffusion.training.data.reading.columns import MisfitError
+from lit_diffusion.training.data.reading.image_paths import ImagePaths
+from lit_diffusion.training.data.reading.source import Example
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in (*PARDONS, "ignore:.*skipped ")]
@@ -240,7 +240,7 @@ def test_one_damaged_array_does_not_end_a_run(tmp_path, streaming):
     rows = [{"bytes": npy(np.full((1, 4, 4), k, np.float32)), "path": None} for k in range(N)]
     rows[5] = {"bytes": claiming((10**6, 10**6)), "path": None}
     write(tmp_path / "x.parquet", rows)
-    settings = {"image_shape": (1, 4, 4), "streaming": streaming, "max_bad_share": 0.1}
+    settings = {"shape": (1, 4, 4), "streaming": streaming, "max_bad_share": 0.1}
     data = module(tmp_path / "x.parquet", val_split=None, **settings)
     batches = take(data.train_dataloader(), 2 * N // 8)
     assert set(labels(batches)) == set(range(N)) - {5}

@@ -26,7 +26,7 @@ UNET = {
     "attention_head_dim": None,
 }
 DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "norm_num_groups": 4}
-DATA = {"path": "digits8x8", "image_shape": [1, 8, 8], "batch_size": 4, "steps_per_epoch": 2}
+DATA = {"path": "digits8x8", "shape": [1, 8, 8], "batch_size": 4, "steps_per_epoch": 2}
 TRAINER = {
     "enable_progress_bar": False,
     "accelerator": "cpu",
@@ -69,7 +69,7 @@ def test_a_config_trains_a_model_of_diffusers(cli, tmp_path, model, given):
     path = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     lit = LitDiffusion.load_from_checkpoint(path / "checkpoints" / "last.ckpt")
     net = lit.denoiser.network
-    assert (type(net.network).__name__, net.image_shape) == (model, (1, 8, 8))
+    assert (type(net.network).__name__, net.shape) == (model, (1, 8, 8))
     assert lit.num_classes == 10
     last = path / "checkpoints" / "last.ckpt"
     code, _, err = cli("fit", "--config", file, "--trainer.max_steps=3", "--ckpt_path", last)

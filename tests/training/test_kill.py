@@ -387,7 +387,7 @@ def test_orphans_are_cleaned(tmp_path):
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     import lightning as L
 
-    from lit_diffusion.training import ImageDataModule, LitDiffusion, WholeCheckpointIO
+    from lit_diffusion.training import DataModule, LitDiffusion, WholeCheckpointIO
 
     class Evil:
         def __reduce__(self):
@@ -405,7 +405,5 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             plugins=plugins,
         )
         with pytest.raises((ValueError, pickle.UnpicklingError), match=r"safely|weights_only"):
-            trainer.fit(
-                LitDiffusion(), ImageDataModule(), ckpt_path=path, weights_only=weights_only
-            )
+            trainer.fit(LitDiffusion(), DataModule(), ckpt_path=path, weights_only=weights_only)
     assert not (tmp_path / "executed").exists()

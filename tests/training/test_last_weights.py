@@ -297,13 +297,13 @@ def test_a_signal_in_the_last_step_leaves_without_a_measurement(tmp_path):
 
 
 def test_ctrl_c_before_training_has_the_code_that_shells_expect(cli, tmp_path, monkeypatch):
-    from lit_diffusion.training import ImageDataModule
+    from lit_diffusion.training import DataModule
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr(ImageDataModule, "setup", interrupt)
+    monkeypatch.setattr(DataModule, "setup", interrupt)
     before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from here on
     code, _, _ = cli("fit", "--config", "tiny.yaml")
     signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from lit_diffusion.nn import bytes_text
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.run.whole_file import unfinished_path
 
@@ -48,9 +48,9 @@ def latents(n, dtype=np.float16, seed=0):
 
 
 def module(folder, **arguments):
-    settings = {"image_shape": SHAPE, "image_key": "latent", "label_key": None, "batch_size": 3}
+    settings = {"shape": SHAPE, "image_key": "latent", "label_key": None, "batch_size": 3}
     settings |= {"val_split": None} | arguments
-    data = ImageDataModule(str(folder), **settings)
+    data = DataModule(str(folder), **settings)
     data.setup("fit")
     return data
 
@@ -184,7 +184,7 @@ def vae(tmp_path_factory):
 
 def encode(cli, vae, rgb, out="latents", *further):
     words = ["--vae", vae[0], "--data.path", rgb, "--data.image_key", "img", "--out", out]
-    return cli("encode", *words, "--data.image_shape", "[3,32,32]", "--batch_size", 5, *further)
+    return cli("encode", *words, "--data.shape", "[3,32,32]", "--batch_size", 5, *further)
 
 
 def pixels(rgb, split):
@@ -208,7 +208,7 @@ def test_conditions_and_captions_stay_beside_their_latent(cli, vae, rgb, tmp_pat
     told = ("--data.text_key=said", "--data.condition_keys=[angle]")
     code, _, err = encode(cli, vae, tmp_path / "told", "latents", "--mirrored=true", *told)
     assert code == 0, err
-    settings = {"image_shape": (4, 16, 16), "text_key": "said", "condition_keys": ("angle",)}
+    settings = {"shape": (4, 16, 16), "text_key": "said", "condition_keys": ("angle",)}
     data = module("latents", label_key="label", text_length=8, **settings)
     (batch,) = data.examples("train", 50)
     assert bytes_text(batch["text"]) == [f"é {i}" for i in range(8) for _ in "ab"]
@@ -231,7 +231,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     assert {path.name for path in Path().iterdir()} == {"latents"}
 
     # What is stored is what the autoencoder says.
-    settings = {"label_key": "label", "val_split": "test", "image_shape": (4, 16, 16)}
+    settings = {"label_key": "label", "val_split": "test", "shape": (4, 16, 16)}
     data = module("latents", **settings)
     batches = list(data.examples("train", 50))
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     # The config trains on them.
     code, out, err = cli(
         "fit", "--config", CONFIG, "--data.path=latents", "--data.val_split=test",
-        "--data.image_shape=[4,16,16]", "--data.num_workers=0", "--data.batch_size=4",
+        "--data.shape=[4,16,16]", "--data.num_workers=0", "--data.batch_size=4",
         "--data.steps_per_epoch=2", "--trainer.max_steps=2", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", "--model.network.depth=1",
         "--model.network.width=32", "--model.network.heads=2", "--model.sampler.steps=2",
@@ -268,7 +268,7 @@ def test_encoded_trained_sampled_and_decoded(cli, vae, rgb):
     assert list(folder.glob("samples/*.png"))
     model = LitDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
     network = model.denoiser.network
-    assert (type(network).__name__, network.image_shape) == ("DiT", (4, 16, 16))
+    assert (type(network).__name__, network.shape) == ("DiT", (4, 16, 16))
     assert (network.depth, network.qk_norm, network.num_classes) == (1, True, 1000)
     assert not model.clip_denoised
 
@@ -323,7 +323,7 @@ def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkey
     assert not list(Path().iterdir())
     code, _, err = encode(cli, vae, rgb, "latents", "--data.label_key", "null")
     assert code == 0, err
-    data = module("latents", image_shape=(4, 16, 16))
+    data = module("latents", shape=(4, 16, 16))
     assert len(data.train_dataloader()) == 24 // 3
 
 
@@ -331,7 +331,7 @@ def test_a_failure_leaves_nothing_and_the_next_begins_anew(cli, vae, rgb, monkey
 @pytest.mark.filterwarnings("ignore")
 def test_a_flipped_bit_of_a_latent_is_noticed(cli, vae, rgb, alone):
     assert encode(cli, vae, rgb)[0] == 0
-    arguments = {"label_key": "label", "val_split": "test", "image_shape": (4, 16, 16)}
+    arguments = {"label_key": "label", "val_split": "test", "shape": (4, 16, 16)}
     before = [one["image"] for one in module("latents", **arguments).examples("train", 24)]
     path = Path("latents/train-00000.parquet")
     whole = bytearray(path.read_bytes())
@@ -351,9 +351,9 @@ def test_mistakes_are_one_line(cli, vae, rgb, tmp_path):
 
     (tmp_path / "there").mkdir()
     assert "exists already" in refused(*encode(cli, vae, rgb, "there"))
-    line = refused(*encode(cli, vae, rgb, "new", "--data.image_shape", "[3,33,32]"))
+    line = refused(*encode(cli, vae, rgb, "new", "--data.shape", "[3,33,32]"))
     assert "multiples of 2, got (3, 33, 32)" in line
-    assert "3 channels" in refused(*encode(cli, vae, rgb, "new", "--data.image_shape", "[1,8,8]"))
+    assert "3 channels" in refused(*encode(cli, vae, rgb, "new", "--data.shape", "[1,8,8]"))
     assert "--batch_size must be at least 1" in refused(
         *encode(cli, vae, rgb, "n", "--batch_size=0")
     )

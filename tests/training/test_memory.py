@@ -23,12 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_diffusion.training.data import bad_examples, map_writer, memory
-from lit_diffusion.training.data.bad_examples import BadExample
-from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.order import Position, coin
-from lit_diffusion.training.data.split import Split
+from lit_diffusion.training.data.batching import map_writer, memory
+from lit_diffusion.training.data.batching.memory import MemoryBatches, MemoryMap
+from lit_diffusion.training.data.decoding.split import Split
+from lit_diffusion.training.data.module import DataModule
+from lit_diffusion.training.data.reading import bad_examples
+from lit_diffusion.training.data.reading.bad_examples import BadExample
+from lit_diffusion.training.data.reading.order import Position, coin
 from lit_diffusion.training.run import whole_folder
 
 N = 60
@@ -80,7 +81,7 @@ def cache(tmp_path, monkeypatch):
 
 def module(path, place=(0, 1), **arguments):
     settings = {"batch_size": 6, "streaming": False, "val_split": None} | arguments
-    data = ImageDataModule(path=str(path), **settings)
+    data = DataModule(path=str(path), **settings)
     data._place = lambda: place
     data.setup("fit")
     return data
@@ -203,14 +204,14 @@ def test_the_name_changes_with_what_decides_the_bytes(file, cache, tmp_path):
     [
         ("format", 2),
         ("fingerprint", "b"),
-        ("image_shape", (1, 8, 9)),
+        ("shape", (1, 8, 9)),
         ("image_key", "b"),
         ("label_key", "b"),
         ("label_key", None),
     ],
 )
 def test_each_part_of_the_identity_counts(file, tmp_path, key, value):
-    identity = {"format": 1, "fingerprint": "a", "image_shape": (1, 8, 8)}
+    identity = {"format": 1, "fingerprint": "a", "shape": (1, 8, 8)}
     identity |= {"image_key": "a", "label_key": "a"}
     decode = module(file, streaming=True)._train
     first = memory.open_map(decode, identity, tmp_path / "maps")
@@ -226,8 +227,8 @@ def test_the_name_does_not_change_with_anything_else(file, cache):
     folders = {open_map(file, **{name: value}).folder for name, value in others.items()}
     assert len(folders) == len(names(cache)[0]) == 1
     code = (
-        "import sys; from lit_diffusion.training.data.module import ImageDataModule\n"
-        "d = ImageDataModule(path=sys.argv[1], streaming=False, val_split=None)\n"
+        "import sys; from lit_diffusion.training.data.module import DataModule\n"
+        "d = DataModule(path=sys.argv[1], streaming=False, val_split=None)\n"
         "d.setup('fit'); print(d._memory.folder.name)"
     )
     for seed in ("1", "2"):

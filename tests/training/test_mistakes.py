@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from test_cli import FAST
 
-from lit_diffusion.training.commands.config_places import located
-from lit_diffusion.training.commands.differences import another_model
+from lit_diffusion.training.commands.fit_setup.differences import another_model
+from lit_diffusion.training.commands.shell.config_places import located
 
 FILES = {
     "good.yaml": "model:\n  network: {class_path: UNet, init_args: {channels: [8, 8]}}\n",

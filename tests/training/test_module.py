@@ -16,7 +16,7 @@ from lit_diffusion.description import build, describe
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import (
     EMA,
-    ImageDataModule,
+    DataModule,
     LastCheckpoint,
     LitDiffusion,
     SampleGrid,
@@ -29,7 +29,7 @@ from lit_diffusion.training.run.checkpoints import load_checkpoint
 def tiny_model(**arguments):
     torch.manual_seed(0)
     defaults = {
-        "network": UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
+        "network": UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
         "schedule": ld.LinearSchedule(-10.0, 13.3),
         "weighting": ld.SigmoidWeighting(1.0),
         "optimizer": functools.partial(torch.optim.AdamW, lr=1e-3),
@@ -41,7 +41,7 @@ def tiny_model(**arguments):
 
 def tiny_data(**arguments):
     defaults = {"batch_size": 8, "steps_per_epoch": 5, "val_examples": 20, "streaming": False}
-    return ImageDataModule(**{**defaults, **arguments})
+    return DataModule(**{**defaults, **arguments})
 
 
 def trainer(folder, **arguments):
@@ -347,7 +347,7 @@ def test_descriptions_round_trip():
         ld.MonotoneWeighting(ld.P2Weighting(0.5)),
         ld.DDIMSampler(steps=7, schedule=ld.KarrasSchedule(), eta=0.5),
         ld.EDMPrediction(0.25),
-        UNet(image_shape=(3, 16, 8), channels=(8, 16), num_classes=4),
+        UNet(shape=(3, 16, 8), channels=(8, 16), num_classes=4),
     ]:
         again = build(describe(value))
         assert repr(again) == repr(value)

@@ -11,14 +11,18 @@ import yaml
 from PIL import Image
 
 from lit_diffusion.nn import UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, new
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.parsing import instantiate
-from lit_diffusion.training.commands.proposal import data_arguments, propose_recipe, propose_shape
-from lit_diffusion.training.commands.proposed_config import config_text
-from lit_diffusion.training.commands.trial_steps import Trial
-from lit_diffusion.training.data.held_out import is_held_out
-from lit_diffusion.training.data.survey import Files, Pixels
+from lit_diffusion.training import DataModule, LitDiffusion, new
+from lit_diffusion.training.commands.proposal.config import config_text
+from lit_diffusion.training.commands.proposal.recipe import (
+    data_arguments,
+    propose_recipe,
+    propose_shape,
+)
+from lit_diffusion.training.commands.proposal.trial_steps import Trial
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.parsing import instantiate
+from lit_diffusion.training.data.decoding.survey import Files, Pixels
+from lit_diffusion.training.data.reading.held_out import is_held_out
 from lit_diffusion.training.run.folder import check_name
 
 module = importlib.import_module("lit_diffusion.training.commands.new")
@@ -45,15 +49,15 @@ def quick(monkeypatch):
 
 #: What the config of each must say.
 TRAINS = {
-    make.mixed: {"image_shape": [3, 24, 24], "mode": "RGB", "val_share": 0.1},
-    make.classes: {"label_key": "label", "image_shape": [3, 24, 24], "val_share": 0.1},
+    make.mixed: {"shape": [3, 24, 24], "mode": "RGB", "val_share": 0.1},
+    make.classes: {"label_key": "label", "shape": [3, 24, 24], "val_share": 0.1},
     make.splits: {"label_key": "label", "val_split": "test"},
-    make.nested: {"label_key": None, "image_shape": [3, 24, 24], "val_split": None},
+    make.nested: {"label_key": None, "shape": [3, 24, 24], "val_split": None},
     make.labelled_parquet: {"label_key": "label"},
-    make.plain_parquet: {"label_key": None, "image_key": "picture", "image_shape": [1, 24, 24]},
-    make.single_bits: {"image_shape": [1, 16, 16]},
+    make.plain_parquet: {"label_key": None, "image_key": "picture", "shape": [1, 24, 24]},
+    make.single_bits: {"shape": [1, 16, 16]},
     make.one_image: {"val_split": None, "batch_size": 8},
-    make.grey_in_colour: {"image_shape": [1, 24, 24], "mode": "L"},
+    make.grey_in_colour: {"shape": [1, 24, 24], "mode": "L"},
     make.tar: {"label_key": "cls", "image_key": "png", "path": "webdataset"},
 }
 
@@ -66,11 +70,11 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
     assert TRAINS[kind].items() <= config["data"].items()
     with Image.open(proposed.contact_sheet) as sheet:
         assert min(sheet.size) >= 24
-    data = instantiate(ImageDataModule, config["data"])
+    data = instantiate(DataModule, config["data"])
     data.setup("fit")
     try:
         batch = next(iter(data.train_dataloader()))
-        assert batch["image"].shape == (config["data"]["batch_size"], *data.image_shape)
+        assert batch["image"].shape == (config["data"]["batch_size"], *data.shape)
         has_classes = config["data"]["label_key"] is not None
         assert ("label" in batch) == has_classes
         validates = config["data"].get("val_split") is not None or "val_share" in config["data"]
@@ -81,9 +85,9 @@ def test_a_kind_of_data_gives_a_config_of_which_batches_come(kind, tmp_path, qui
     assert ("num_classes" in arguments) == has_classes
     if has_classes:
         assert batch["label"].max() < arguments["num_classes"]
-    arguments["image_shape"] = config["data"]["image_shape"]
+    arguments["shape"] = config["data"]["shape"]
     model = instantiate(LitDiffusion, config["model"])
-    assert model.denoiser.network.image_shape == data.image_shape
+    assert model.denoiser.network.shape == data.shape
 
 
 def test_what_is_reported(tmp_path, quick):
@@ -190,7 +194,7 @@ def test_the_shipped_digits_are_recognised(quick):
     proposed = new("digits8x8")
     config = yaml.safe_load(proposed.config.read_text())
     assert config["data"]["path"] == "digits8x8"
-    assert (config["data"]["image_shape"], config["data"]["val_split"]) == ([1, 8, 8], "test")
+    assert (config["data"]["shape"], config["data"]["val_split"]) == ([1, 8, 8], "test")
     network = config["model"]["network"]["init_args"]
     assert [network[k] for k in ("num_classes", "fourier", "attention")] == [
         10,
@@ -209,7 +213,7 @@ def test_what_is_asked_for_is_in_the_config(tmp_path, quick):
     config = yaml.safe_load(proposed.config.read_text())
     assert proposed.survey.pixels.looked == 5
     assert config["data"]["horizontal_flip"] is True
-    assert config["data"]["image_shape"] == [1, 100, 100]
+    assert config["data"]["shape"] == [1, 100, 100]
     assert config["model"]["schedule"]["class_path"] == "ShiftedSchedule"
     for wrong in ({"size": 0}, {"looks": 0}):
         with pytest.raises(UsageError, match="at least 1"):
@@ -276,7 +280,7 @@ def test_every_size_has_a_network_with_attention(side, levels, fast):
         total=9,
     )
     config = yaml.safe_load(text)["model"]
-    config["network"]["init_args"]["image_shape"] = [*shape.image_shape]
+    config["network"]["init_args"]["shape"] = [*shape.shape]
     with torch.device("meta"):
         network = UNet(**config["network"]["init_args"])
     assert any("Attention" in type(part).__name__ for part in network.modules())

@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def tiny_model(**arguments):
     torch.manual_seed(0)
     defaults = {
-        "network": UNet(image_shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
+        "network": UNet(shape=(1, 8, 8), channels=(8, 8), attention=(), num_classes=10),
         "schedule": ld.LinearSchedule(-10.0, 13.3),
         "optimizer": functools.partial(torch.optim.AdamW, lr=1e-3),
     }

@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 class Unpickles(nn.Module):
     """Stands for any class of the process whose constructor executes the file it is given."""
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 8, 8), file: str = "") -> None:
+    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), file: str = "") -> None:
         super().__init__()
         Path("executed").touch()
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from lit_diffusion import SAMPLERS
-from lit_diffusion.training.commands.config_check import check_config
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.output import lasting_output
+from lit_diffusion.training.commands.shell.config_check import check_config
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.output import lasting_output
 
 
 class Broken(io.StringIO):

@@ -42,7 +42,7 @@ def loader(data, batch_size=4):
 
 def model(num_classes=10, shape=(1, 8, 8), **arguments):
     torch.manual_seed(0)
-    network = UNet(image_shape=shape, channels=(8,), attention=(), num_classes=num_classes)
+    network = UNet(shape=shape, channels=(8,), attention=(), num_classes=num_classes)
     return LitDiffusion(network, sampler=ld.DDIMSampler(steps=2), **arguments)
 
 
@@ -181,16 +181,16 @@ def test_images_from_0_to_1_are_reported_once(tmp_path):
 
 def test_the_shape_is_that_of_the_network():
     subject = model(shape=(3, 16, 8))
-    assert subject.image_shape == (3, 16, 8)
+    assert subject.shape == (3, 16, 8)
     assert subject.sample(2).shape == (2, 3, 16, 8)
-    assert subject.hparams["image_shape"] == [3, 16, 8]
-    assert ld.Pretrained(UNet((3, 16, 8), channels=(8,), attention=())).image_shape == (3, 16, 8)
+    assert subject.hparams["shape"] == [3, 16, 8]
+    assert ld.Pretrained(UNet((3, 16, 8), channels=(8,), attention=())).shape == (3, 16, 8)
 
 
 @pytest.mark.parametrize("kind", [LitDiffusion, ld.Pretrained])
 def test_an_argument_that_contradicts_the_network_is_refused(kind):
-    with pytest.raises(ValueError, match=r"image_shape=\(1, 8, 8\), for which the UNet is built"):
-        kind(UNet(image_shape=(1, 8, 8)), image_shape=(1, 28, 28))
+    with pytest.raises(ValueError, match=r"shape=\(1, 8, 8\), for which the UNet is built"):
+        kind(UNet(shape=(1, 8, 8)), shape=(1, 28, 28))
 
 
 def test_images_of_another_shape_are_refused_before_the_first_step(tmp_path):
@@ -216,14 +216,14 @@ class Plain(nn.Module):
 def test_a_network_that_does_not_say_gets_the_shape_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(description, "_ALLOWED", [*description._ALLOWED, __name__])
     subject = LitDiffusion(Plain(), sampler=ld.DDIMSampler(steps=2))
-    with pytest.raises(ValueError, match="give the model image_shape"):
+    with pytest.raises(ValueError, match="give the model shape"):
         subject.sample(1)
     run = trainer(tmp_path)
     run.fit(subject, loader(torch.zeros(4, 3, 6, 5)))
     assert subject.sample(2).shape == (2, 3, 6, 5)
     run.save_checkpoint(tmp_path / "plain.ckpt")
     loaded = LitDiffusion.load_from_checkpoint(tmp_path / "plain.ckpt")
-    assert loaded.image_shape == (3, 6, 5)
+    assert loaded.shape == (3, 6, 5)
 
 
 # Labels and guidance --------------------------------------------------------------------------
@@ -276,10 +276,10 @@ TWO_RANKS = """
 import sys
 import torch
 from torch.utils.data import DataLoader
-from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training import DataModule
 from lit_diffusion.training.cli import main
 
-class OwnLoader(ImageDataModule):
+class OwnLoader(DataModule):
     def train_dataloader(self):
         rows = [{"image": torch.zeros(1, 8, 8), "label": torch.tensor(0), "index": torch.tensor(i)}
                 for i in range(16)]

@@ -190,7 +190,7 @@ def test_its_own_class_needs_no_permission(mine, tmp_path):
 def test_an_argument_that_is_not_kept_is_reported_before_training(mine, tmp_path):
     with pytest.warns(UserWarning, match=r"width cannot be kept .*set self\.width"):
         path = saved(mine.Forgetful(16), tmp_path / "one.ckpt")
-    assert mine.Forgetful.load_from_checkpoint(path, width=16).image_shape == (1, 8, 8)
+    assert mine.Forgetful.load_from_checkpoint(path, width=16).shape == (1, 8, 8)
 
 
 def test_a_checkpoint_may_not_name_any_other_class(mine, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lit_diffusion.training import export, objective, report, sample
 from lit_diffusion.training.cli import main
-from lit_diffusion.training.commands.choices import find_run, resolve_checkpoint
+from lit_diffusion.training.commands.shell.choices import find_run, resolve_checkpoint
 from lit_diffusion.training.run import dashboard
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 from lit_diffusion.training.run.dashboard import Dashboard, show

@@ -16,7 +16,7 @@ import lit_diffusion as ld
 from lit_diffusion.nn import UNet
 from lit_diffusion.training import (
     FID,
-    ImageDataModule,
+    DataModule,
     LitDiffusion,
     Predictions,
     evaluate,
@@ -161,7 +161,7 @@ class Tinted(Plain):
 
     conditions = ("age",)
     num_classes = 4
-    image_shape = SHAPE
+    shape = SHAPE
 
     def forward(self, z, logsnr, label=None, age=None, dropped=None):
         x = (age / 20 + label / 100)[:, None, None, None] * self.scale
@@ -169,9 +169,7 @@ class Tinted(Plain):
 
 
 def tinted_data(folder, **arguments):
-    return ImageDataModule(
-        str(folder), image_shape=SHAPE, condition_keys=("age",), batch_size=4, **arguments
-    )
+    return DataModule(str(folder), shape=SHAPE, condition_keys=("age",), batch_size=4, **arguments)
 
 
 AGE, LABEL = [(i * 7) % 11 for i in range(10)], [i % 4 for i in range(10)]
@@ -193,9 +191,7 @@ def tinted(tmp_path, monkeypatch):
     model = LitDiffusion(
         Tinted(), prediction=ld.XPrediction(), sampler=ld.DDIMSampler(steps=2), conditions=("age",)
     )
-    Path("c.yaml").write_text(
-        f"data: {{path: {folder}, image_shape: [1, 8, 8], condition_keys: [age]}}"
-    )
+    Path("c.yaml").write_text(f"data: {{path: {folder}, shape: [1, 8, 8], condition_keys: [age]}}")
     return saved(model), folder
 
 
@@ -248,7 +244,7 @@ def test_ranks_share_the_examples(tinted, monkeypatch):
     model, folder = tinted
     found = {}
     for rank in range(2):
-        monkeypatch.setattr(ImageDataModule, "_place", lambda self, rank=rank: (rank, 2))
+        monkeypatch.setattr(DataModule, "_place", lambda self, rank=rank: (rank, 2))
         rows = RowConditions(model, tinted_data(folder), "train", 4)
         found |= {
             number: rows(number, 4)["age"].flatten().tolist() for number in range(rank, 3, 2)
@@ -262,7 +258,7 @@ def test_ranks_share_the_examples(tinted, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (4, 8, 8)], ids=["images", "latents"])
 def test_predict_writes_each_sample_by_the_number_of_its_example(tmp_path, monkeypatch, shape):
     monkeypatch.chdir(tmp_path)
-    model = LitDiffusion(Plain(), sampler=ld.DDIMSampler(steps=2), image_shape=shape)
+    model = LitDiffusion(Plain(), sampler=ld.DDIMSampler(steps=2), shape=shape)
     loader = [
         {"image": torch.zeros(2, *shape), "index": torch.tensor(i)} for i in ((4, 2), (9, 0))
     ]

@@ -11,10 +11,10 @@ import yaml
 from image_files import encode, pixels, serving, write_parquet
 from test_cli import FAST
 
-from lit_diffusion.training import ImageDataModule
-from lit_diffusion.training.commands.errors import fail
-from lit_diffusion.training.data.retry import NetworkError, patiently
-from lit_diffusion.training.data.sources import find_splits, locate
+from lit_diffusion.training import DataModule
+from lit_diffusion.training.commands.shell.errors import fail
+from lit_diffusion.training.data.reading.retry import NetworkError, patiently
+from lit_diffusion.training.data.reading.sources import find_splits, locate
 from lit_diffusion.training.reporting.page import text
 from lit_diffusion.training.run.messages import logger
 from lit_diffusion.training.run.secrets import masked, refuse_masked, without_secrets
@@ -80,7 +80,7 @@ def clean(*texts):
 
 
 def test_no_error_and_no_message_has_them(capsys, caplog, monkeypatch):
-    monkeypatch.setattr("lit_diffusion.training.data.retry.FIRST_WAIT", 0)
+    monkeypatch.setattr("lit_diffusion.training.data.reading.retry.FIRST_WAIT", 0)
     url = SECRET_URL.format("127.0.0.1:9")
 
     def broken():
@@ -154,9 +154,7 @@ def test_measurements_have_them_not(served, monkeypatch, tmp_path):
         def forward(self, images):
             return images.flatten(1).float()
 
-    data = ImageDataModule(
-        served, val_split=None, max_bad_share=0.5, cache_dir=str(tmp_path / "cache")
-    )
+    data = DataModule(served, val_split=None, max_bad_share=0.5, cache_dir=str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match=r"skipped row 10 of http://\*\*\*@"):
         found = open_reference(data, "train", Flat(), torch.device("cpu"))
     assert found.protocol["data"] == "train.parquet?X-Amz-Signature=***"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lit_diffusion.training import ImageDataModule, LitDiffusion
+from lit_diffusion.training import DataModule, LitDiffusion
 
 QUICK = (
     "--trainer.max_steps=2", "--data.steps_per_epoch=2", "--data.batch_size=8",
@@ -69,5 +69,5 @@ def test_a_resumed_run_keeps_its_seeds(seeded):
 def test_in_python_the_seeds_are_zero_whatever_the_global_state(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     torch.manual_seed(5)
-    assert (LitDiffusion().seed, ImageDataModule().seed) == (0, 0)
+    assert (LitDiffusion().seed, DataModule().seed) == (0, 0)
     assert LitDiffusion(seed=2).hparams["seed"] == 2

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.shipped_configs import shipped_configs, with_shipped_configs
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.shipped_configs import (
+    shipped_configs,
+    with_shipped_configs,
+)
 
 ROOT = Path(__file__).parents[2]
 

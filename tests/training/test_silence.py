@@ -10,7 +10,8 @@ import time
 import pytest
 from image_files import PARDONS, encode, module, pixels, take, write_parquet
 
-from lit_diffusion.training.data import retry, workers
+from lit_diffusion.training.data.batching import workers
+from lit_diffusion.training.data.reading import retry
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]

@@ -37,14 +37,14 @@ from image_files import (
     write_sixty,
 )
 
-from lit_diffusion.training.data import retry as network
-from lit_diffusion.training.data.columns import Columns
-from lit_diffusion.training.data.images import ImageDecoder
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.order import Position, coin, deal
-from lit_diffusion.training.data.sources import find_splits, open_source
-from lit_diffusion.training.data.split import Split
-from lit_diffusion.training.data.stream import follow
+from lit_diffusion.training.data.batching.stream import follow
+from lit_diffusion.training.data.decoding.images import ImageDecoder
+from lit_diffusion.training.data.decoding.split import Split
+from lit_diffusion.training.data.module import DataModule
+from lit_diffusion.training.data.reading import retry as network
+from lit_diffusion.training.data.reading.columns import Columns
+from lit_diffusion.training.data.reading.order import Position, coin, deal
+from lit_diffusion.training.data.reading.sources import find_splits, open_source
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 pytestmark += [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
@@ -313,11 +313,11 @@ def test_every_source_can_be_sent_to_a_spawned_worker(folder, tmp_path):
 
 SPAWN = """
 import multiprocessing, sys
-from lit_diffusion.training import ImageDataModule
+from lit_diffusion.training import DataModule
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[2])
-    data = ImageDataModule(sys.argv[1], batch_size=8, num_workers=2, val_split=None)
+    data = DataModule(sys.argv[1], batch_size=8, num_workers=2, val_split=None)
     data.setup("fit")
     print([batch["label"].tolist() for batch in data.train_dataloader()])
 """
@@ -476,7 +476,7 @@ def _rank(rank, port, path, answers):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     settings = {"batch_size": 5, "num_workers": 2, "horizontal_flip": True, "shuffle_window": 4}
-    data = ImageDataModule(path=path, **settings)
+    data = DataModule(path=path, **settings)
     data.setup("fit")
     loader = data.train_dataloader()
     length = len(loader)
@@ -484,7 +484,7 @@ def _rank(rank, port, path, answers):
     state = loader.state_dict()
     expected = take(loader, 9)
     epoch = labels(begun + expected[:3])
-    again = ImageDataModule(path=path, **settings)
+    again = DataModule(path=path, **settings)
     again.setup("fit")
     resumed = again.train_dataloader()
     resumed.load_state_dict(state)

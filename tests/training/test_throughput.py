@@ -220,7 +220,7 @@ class Convolution(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image_shape = (1, 8, 8)
+        self.shape = (1, 8, 8)
         self.norm = nn.BatchNorm2d(1)
         self.layer = nn.Conv2d(1, 1, 3, padding=1)
         self.drop = nn.Dropout(0.5)
@@ -278,7 +278,7 @@ def test_what_cannot_be_counted_ends_no_run(tmp_path):
     class Nothing(nn.Module):
         def __init__(self):
             super().__init__()
-            self.image_shape = (1, 8, 8)
+            self.shape = (1, 8, 8)
             self.scale = nn.Parameter(torch.ones(()))
 
         def forward(self, z, logsnr):

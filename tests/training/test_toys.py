@@ -9,7 +9,7 @@ import torch
 
 import lit_diffusion as ld
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
-from lit_diffusion.training import ImageDataModule, LitDiffusion, SampleGrid
+from lit_diffusion.training import DataModule, LitDiffusion, SampleGrid
 from lit_diffusion.training.callbacks.sample_grid import BAR, MARGIN, save_grid
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ SHIPPED = ROOT / "lit_diffusion" / "data"
 
 def bytes_of(path, shape):
     """All training and test examples as the module hands them out, as bytes (n, C·H·W)."""
-    data = ImageDataModule(path, image_shape=shape, label_key=None, batch_size=256)
+    data = DataModule(path, shape=shape, label_key=None, batch_size=256)
     data.setup("fit")
     loader = iter(data.train_dataloader())
     train = [next(loader) for _ in range(len(data.train_dataloader()))]
@@ -111,7 +111,7 @@ def test_lesson_runs(cli, configs, name):
     folder = Path(out.strip().splitlines()[-1].removeprefix("Run folder: "))
     checkpoint = folder / "checkpoints" / "last.ckpt"
     network = LitDiffusion.load_from_checkpoint(checkpoint).denoiser.network
-    assert network.image_shape == {"swirl": (2, 1, 1), "toy1d": (1, 1, 1)}[name]
+    assert network.shape == {"swirl": (2, 1, 1), "toy1d": (1, 1, 1)}[name]
     assert type(network.network) is ResidualMLP
     code, _, err = cli("sample", "--ckpt_path", checkpoint, "--num_samples=50", "--out=points.png")
     assert code == 0, err
@@ -138,7 +138,7 @@ def test_a_wrapper_by_bare_name_hands_the_shape_on(cli, configs, tmp_path):
     assert (network.exponents, network.network.exponents) == ((3, 4), (6,))
     inner = network.network.network
     assert isinstance(inner, UNet)
-    shapes = [net.image_shape for net in (network, network.network, inner)]
+    shapes = [net.shape for net in (network, network.network, inner)]
     assert shapes == [(1, 8, 8), (5, 8, 8), (15, 8, 8)]
     assert network.num_classes == 10
     # From the checkpoint's description, too.
@@ -215,7 +215,7 @@ def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, step
     monkeypatch.setattr(module, "tqdm", watch)
     model = LitDiffusion(
         ResidualMLP((2, 1, 1), features=4),
-        image_shape=(2, 1, 1),
+        shape=(2, 1, 1),
         sampler=ld.DDIMSampler(steps=steps),
     )
     trainer = L.Trainer(
@@ -224,8 +224,8 @@ def test_a_long_walk_shows_a_bar_if_the_trainer_does(tmp_path, monkeypatch, step
         enable_checkpointing=False, num_sanity_val_steps=0,
     )  # fmt: skip
     monkeypatch.setattr(type(trainer), "log_dir", str(tmp_path), raising=False)
-    data = ImageDataModule(
-        "swirl", image_shape=(2, 1, 1), label_key=None, batch_size=4, val_examples=4,
+    data = DataModule(
+        "swirl", shape=(2, 1, 1), label_key=None, batch_size=4, val_examples=4,
         steps_per_epoch=1,
     )  # fmt: skip
     trainer.fit(model, data)

@@ -25,14 +25,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lit_diffusion.training.callbacks import Likelihood
-from lit_diffusion.training.commands.parsing import instantiate
-from lit_diffusion.training.data import ImageDataModule
-from lit_diffusion.training.data.bad_examples import BadExample
-from lit_diffusion.training.data.images import ImageDecoder
-from lit_diffusion.training.data.source import Example
-from lit_diffusion.training.data.transform_classes import FIXED, REFUSED
-from lit_diffusion.training.data.transforms import Fit, Transforms, protocol_of
-from lit_diffusion.training.data.transforms import restored_generators as restored
+from lit_diffusion.training.commands.shell.parsing import instantiate
+from lit_diffusion.training.data import DataModule
+from lit_diffusion.training.data.decoding.images import ImageDecoder
+from lit_diffusion.training.data.decoding.transform_classes import FIXED, REFUSED
+from lit_diffusion.training.data.decoding.transforms import Fit, Transforms, protocol_of
+from lit_diffusion.training.data.decoding.transforms import restored_generators as restored
+from lit_diffusion.training.data.reading.bad_examples import BadExample
+from lit_diffusion.training.data.reading.source import Example
 from lit_diffusion.training.module import LitDiffusion
 
 pytestmark = [pytest.mark.filterwarnings(pardon) for pardon in PARDONS]
@@ -62,8 +62,8 @@ def mixed(tmp_path_factory):
 
 
 def opened(path, transform, **arguments):
-    shape = arguments.pop("image_shape", (3, 8, 8))
-    return module(path, image_shape=shape, transform=transform, **arguments)
+    shape = arguments.pop("shape", (3, 8, 8))
+    return module(path, shape=shape, transform=transform, **arguments)
 
 
 def by_label(batches):
@@ -142,7 +142,7 @@ def test_grey_pictures_among_coloured_ones_are_used_with_a_mode(tmp_path):
     grey = [stored(Image.fromarray(pixels(1, (8, 8), k)[0]), "JPEG") for k in range(12)]
     colour = [stored(Image.fromarray(pixels(1, (8, 8, 3), k)[0]), "JPEG") for k in range(48)]
     write_parquet(tmp_path / "d" / "train.parquet", colour + grey)
-    quiet = {"image_shape": (3, 8, 8), "val_split": None, "batch_size": 60, "max_bad_share": 1}
+    quiet = {"shape": (3, 8, 8), "val_split": None, "batch_size": 60, "max_bad_share": 1}
     with pytest.warns(UserWarning, match=r"--data\.mode=RGB"):
         few = by_label(take(module(tmp_path / "d", **quiet).train_dataloader(), 1))
     assert max(few) < 48
@@ -278,7 +278,8 @@ def test_a_transform_of_ones_own_needs_permission_and_says_whether_it_is_random(
     with pytest.raises(ValueError, match=r"named by --plugins, got .*Brighter"):
         made(path)
     monkeypatch.setattr(
-        "lit_diffusion.training.data.transform_classes.allowed_modules", lambda: [__name__]
+        "lit_diffusion.training.data.decoding.transform_classes.allowed_modules",
+        lambda: [__name__],
     )
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     picture = torch.from_numpy(pixels(1, (3, 8, 8))[0])
@@ -334,7 +335,7 @@ def test_a_wrong_result_is_one_sentence_with_the_name_of_the_transform(mixed, tr
 
 
 def test_a_list_is_the_same_data_however_it_is_written():
-    long = {"class_path": "lit_diffusion.training.data.transforms.Fit"}
+    long = {"class_path": "lit_diffusion.training.data.decoding.transforms.Fit"}
     long["init_args"] = {"mode": "center_crop"}
     assert made("Fit").description == made(long).description
     resize = {"class_path": "Resize", "init_args": {"size": [12, 12]}}
@@ -370,7 +371,7 @@ def test_in_memory_each_list_has_a_map_of_its_own(mixed, tmp_path):
 
 
 def test_the_line_that_an_error_names_works(cli, mixed):
-    words = ["fit", "--data.path", mixed, "--data.image_shape=[3,8,8]"]
+    words = ["fit", "--data.path", mixed, "--data.shape=[3,8,8]"]
     words += ["--trainer.max_steps=1", "--trainer.log_every_n_steps=1", "--data.val_split=null"]
     code, _, err = cli(*words)
     assert code == 2
@@ -381,7 +382,7 @@ def test_the_line_that_an_error_names_works(cli, mixed):
 
 def test_a_number_says_how_its_images_were_made(mixed):
     data = opened(mixed, ["RandomInvert", RANDOM_FIT], mode="RGB", val_share=0.5)
-    model = LitDiffusion(image_shape=(3, 8, 8))
+    model = LitDiffusion(shape=(3, 8, 8))
     sums = torch.tensor([1.0, 1, 1, 9, 3], dtype=torch.float64)
     (bits, *_) = Likelihood().measurements(model, sums, 0, "val", "raw", data)
     assert bits.protocol["mode"] == "RGB"
@@ -397,4 +398,4 @@ def test_nothing_is_made_of_a_nested_description_while_a_config_is_parsed():
     inner = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1, "out_features": 1}}
     given = {"class_path": "RandomApply", "init_args": {"transforms": [inner]}}
     with pytest.raises(ValueError, match=r"transforms\[0\] must be Fit, .* got 'torch.nn.Linear'"):
-        instantiate(ImageDataModule, {"path": "digits8x8", "transform": [given]})
+        instantiate(DataModule, {"path": "digits8x8", "transform": [given]})

@@ -13,7 +13,7 @@ from lit_diffusion.decoders import Decoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
-from lit_diffusion.training.data.transforms import protocol_of
+from lit_diffusion.training.data.decoding.transforms import protocol_of
 from lit_diffusion.training.last_weights import has_validation
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import (

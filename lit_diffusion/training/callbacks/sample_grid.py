@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.callbacks.periodic import Periodic
-from lit_diffusion.training.data.columns import TEXT
+from lit_diffusion.training.data.reading.columns import TEXT
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.run.dashboard import show

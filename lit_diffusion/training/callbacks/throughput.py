@@ -54,7 +54,7 @@ class Throughput(L.Callback):
     - `throughput/images_per_s`, over all ranks and accumulated micro-batches;
     - `throughput/step_ms`, for one optimizer step;
     - `throughput/data_wait`, the fraction of time in which this rank waited for the loader, if
-      the loader measures it in an attribute `wait_seconds`, as that of `ImageDataModule` does;
+      the loader measures it in an attribute `wait_seconds`, as that of `DataModule` does;
     - `throughput/mfu`, the floating-point operations of the model per second, over the peak of the
       devices, if that is known.
 

@@ -31,20 +31,20 @@ class Autoencoder:
         self.shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, H, W) of the latents of images of a shape.
 
         Args:
-            image_shape: (C, H, W) of the images.
+            shape: (C, H, W) of the images.
 
         Raises:
             ValueError: If the autoencoder does not take images of this shape.
         """
-        channels, height, width = image_shape
+        channels, height, width = shape
         if channels != self.vae.config.in_channels or height % self.factor or width % self.factor:
             raise ValueError(
                 f"{self.path} encodes images of {self.vae.config.in_channels} channels whose "
-                f"sides are multiples of {self.factor}, got {image_shape}: set data.image_shape "
+                f"sides are multiples of {self.factor}, got {shape}: set data.shape "
                 "to that of the images, and resize images that do not fit."
             )
         return self.vae.config.latent_channels, height // self.factor, width // self.factor

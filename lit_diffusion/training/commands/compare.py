@@ -12,13 +12,13 @@ import torch
 from tqdm import tqdm
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import (
+from lit_diffusion.training.commands.shell.choices import (
     find_device,
     find_run,
     resolve_checkpoint,
 )
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.load import load_model
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.load import load_model
 from lit_diffusion.training.reporting.comparison import (
     comparison_page,
     config_differences,

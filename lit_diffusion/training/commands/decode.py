@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.autoencoder import Autoencoder
-from lit_diffusion.training.commands.choices import find_device
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.shell.choices import find_device
+from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.evaluation.sample_files import ImageFolder
 
 __all__ = ["decode"]

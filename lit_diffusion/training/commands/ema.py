@@ -9,8 +9,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_diffusion.averaging import PowerProfile, Snapshot, reconstruct
-from lit_diffusion.training.commands.choices import name_checkpoint, resolve_checkpoint, run_of
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.shell.choices import (
+    name_checkpoint,
+    resolve_checkpoint,
+    run_of,
+)
+from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.run.checkpoints import (
     CLASS_NAMES,
     WholeCheckpointIO,

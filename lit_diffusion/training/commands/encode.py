@@ -3,7 +3,7 @@
 A latent model is trained on the latents of images under an autoencoder, about fifty times fewer
 numbers that are still arranged as an image. They are fixed, so they are computed once:
 
-    lit-diffusion encode --vae FOLDER --data.path NAME --data.image_shape [3,256,256] --out LATENTS
+    lit-diffusion encode --vae FOLDER --data.path NAME --data.shape [3,256,256] --out LATENTS
     lit-diffusion fit --config imagenet256-latent --data.path LATENTS
     lit-diffusion sample --ckpt_path last --num_samples 16 --out samples.npy
     lit-diffusion decode samples.npy --vae FOLDER --out samples.png
@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.commands.autoencoder import Autoencoder
-from lit_diffusion.training.commands.choices import find_device
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.data.columns import TEXT
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.commands.shell.choices import find_device
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.data.module import DataModule
+from lit_diffusion.training.data.reading.columns import TEXT
 from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_folder import (
     publish,
@@ -59,7 +59,7 @@ standard deviation of their channels. An image is decoded from latent / scale + 
 
 def encode(
     vae: str | Path,
-    data: ImageDataModule,
+    data: DataModule,
     *,
     out: str | Path,
     mirrored: bool = False,
@@ -92,7 +92,7 @@ def encode(
             f"the result has a column {taken.pop()!r} of its own: rename that of the conditions."
         )
     autoencoder = Autoencoder(str(vae), find_device(device))
-    channels, height, width = data.image_shape
+    channels, height, width = data.shape
     shape = autoencoder.latent_shape((channels, height, width))
     remove_unfinished(out)
     with unfinished_folder(out) as partial:
@@ -107,7 +107,7 @@ def encode(
         card = {"autoencoder": str(vae), "scale": autoencoder.scale, "shift": autoencoder.shift}
         card |= {
             "images": without_secrets(data.path),
-            "image_shape": [*data.image_shape],
+            "shape": [*data.shape],
             "latent_shape": [*shape],
         }
         card |= {"mirrored": mirrored, "splits": moments}
@@ -155,7 +155,7 @@ def _rows(
     autoencoder: Autoencoder,
     batches: Iterable[dict[str, Any]],
     mirrored: bool,
-    data: ImageDataModule,
+    data: DataModule,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of each image, and of its mirror image if requested: latent, label, others."""
     for batch in batches:

@@ -22,22 +22,22 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.choices import (
+from lit_diffusion.training.commands.sample import NO_GUIDANCE
+from lit_diffusion.training.commands.shell.choices import (
     find_device,
     resolve_checkpoint,
     run_of,
 )
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.experiment import (
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.experiment import (
     callback_arguments,
     evaluation_defaults,
     own_data,
     read_experiment,
 )
-from lit_diffusion.training.commands.load import load_model
-from lit_diffusion.training.commands.parsing import instantiate
-from lit_diffusion.training.commands.sample import NO_GUIDANCE
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.commands.shell.load import load_model
+from lit_diffusion.training.commands.shell.parsing import instantiate
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.evaluation.generation import Generation
@@ -112,7 +112,7 @@ def evaluate(
     device: str = "auto",
     compile: bool = False,
     likelihood: Likelihood | None = None,
-    data: ImageDataModule | None = None,
+    data: DataModule | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint: FID and other scores of its samples, and bits per dimension.
 
@@ -213,13 +213,13 @@ def _check(settings: _Settings, out: str | Path | None) -> None:
         raise UsageError(f"--out must be a folder, got {out}.")
 
 
-def _load(path: Path, run: Path | None, device: str, data: ImageDataModule) -> _Model:
+def _load(path: Path, run: Path | None, device: str, data: DataModule) -> _Model:
     """The model of a checkpoint, if it can be evaluated on these data."""
     model = load_model(path, find_device(device))
-    if model.image_shape != tuple(data.image_shape):
+    if model.shape != tuple(data.shape):
         raise UsageError(
-            f"expected data of the model's shape {model.image_shape}, got "
-            f"{tuple(data.image_shape)}: give the --config or --data.image_shape of its run."
+            f"expected data of the model's shape {model.shape}, got "
+            f"{tuple(data.shape)}: give the --config or --data.shape of its run."
         )
     return _Model(model, path, model.trained_steps, model.weights, run)
 
@@ -246,7 +246,7 @@ def _generations(settings: _Settings, model: LitDiffusion) -> Iterator[Generatio
 
 
 def _compare(
-    subject: _Model, data: ImageDataModule, settings: _Settings
+    subject: _Model, data: DataModule, settings: _Settings
 ) -> tuple[Comparison, list[SamplerScores]]:
     """Compute all scores that the feature network allows, for every way of sampling."""
     subject.model.check_guidance(settings.guidance)
@@ -271,7 +271,7 @@ def _compare(
 
 
 @torch.inference_mode()
-def _bound(subject: _Model, data: ImageDataModule, likelihood: Likelihood) -> list[Measurement]:
+def _bound(subject: _Model, data: DataModule, likelihood: Likelihood) -> list[Measurement]:
     """Bits per dimension of the validation split, as the run's `Likelihood` measures them."""
     if data.val_split is None:
         return []

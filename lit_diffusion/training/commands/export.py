@@ -25,8 +25,12 @@ from safetensors.torch import save_file
 import lit_diffusion
 from lit_diffusion.description import build
 from lit_diffusion.models.pretrained import CONFIG, WEIGHTS, Pretrained
-from lit_diffusion.training.commands.choices import name_checkpoint, resolve_checkpoint, run_of
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.shell.choices import (
+    name_checkpoint,
+    resolve_checkpoint,
+    run_of,
+)
+from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
 from lit_diffusion.training.run.checkpoints import CLASS_NAMES, load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements

@@ -16,16 +16,20 @@ from lit_diffusion.objective import Objective
 from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
-from lit_diffusion.training.commands.choices import resolve_checkpoint, resolve_weights, run_of
-from lit_diffusion.training.commands.differences import naming_differences
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.loggers import RUN_FOLDER, make_loggers, takes_run_folder
-from lit_diffusion.training.commands.network_shape import set_shape
-from lit_diffusion.training.commands.parsing import CommandParser
-from lit_diffusion.training.commands.seeds import follow_seed
-from lit_diffusion.training.commands.trainer import RunTrainer
-from lit_diffusion.training.commands.without_config import with_default_words
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.commands.fit_setup.differences import naming_differences
+from lit_diffusion.training.commands.fit_setup.loggers import make_loggers
+from lit_diffusion.training.commands.fit_setup.network_shape import set_shape
+from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
+from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
+from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
+from lit_diffusion.training.commands.fit_setup.without_config import with_default_words
+from lit_diffusion.training.commands.shell.choices import (
+    resolve_checkpoint,
+    resolve_weights,
+    run_of,
+)
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.objective import headline
@@ -56,24 +60,7 @@ from lit_diffusion.training.run.trainer import all_callbacks, log_interval
 from lit_diffusion.training.run.weights import refuse_weights_alone
 from lit_diffusion.training.step.precision import settle_precision
 
-__all__ = ["DiffusionCLI", "DiffusionParser"]
-
-
-class DiffusionParser(CommandParser, LightningArgumentParser):
-    """The parser of LightningCLI, with errors of one line; loggers know where to write."""
-
-    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class; a logger writes to the run folder by default.
-
-        Args:
-            theclass: The class.
-            *args: As of the parser of Lightning.
-            **kwargs: As of the parser of Lightning.
-        """
-        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
-        if takes_run_folder(theclass):
-            self.set_defaults(save_dir=RUN_FOLDER)
-        return added
+__all__ = ["DiffusionCLI"]
 
 
 class DiffusionCLI(LightningCLI):
@@ -82,7 +69,7 @@ class DiffusionCLI(LightningCLI):
     def __init__(
         self,
         model_class: type[LitDiffusion],
-        data_class: type[ImageDataModule],
+        data_class: type[DataModule],
         args: list[str] | None = None,
     ) -> None:
         self.trained_class = model_class
@@ -136,7 +123,7 @@ class DiffusionCLI(LightningCLI):
             default=None,
             help="predict: the folder of the samples; predicted/ in the run folder by default.",
         )
-        parser.link_arguments("data.image_shape", "model.image_shape")
+        parser.link_arguments("data.shape", "model.shape")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words of the command, with what a checkpoint that they name says of the model.
@@ -196,7 +183,7 @@ class DiffusionCLI(LightningCLI):
         inform(f"Using {path}, step {step}: the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         check_arguments(self.trained_class, described)
-        described.pop("image_shape", None)  # the data's, by the link
+        described.pop("shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
             {self.config.subcommand: {"model": described}}, self.config
         )
@@ -206,7 +193,7 @@ class DiffusionCLI(LightningCLI):
         config = self.config[self.subcommand]
         follow_seed(config)
         config.ckpt_path = self.ckpt_path
-        set_shape(config.model.get("network"), tuple(config.data.image_shape))
+        set_shape(config.model.get("network"), tuple(config.data.shape))
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
@@ -216,7 +203,7 @@ class DiffusionCLI(LightningCLI):
         trainer.logger = loggers
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         model = yaml.safe_load(with_public_paths(text))["model"]
-        model["image_shape"] = list(self.model.image_shape)
+        model["shape"] = list(self.model.shape)
         self.model.remember(**model)
         loss, prediction = self.model.loss, self.model.denoiser.prediction
         found = Objective(loss.schedule, loss.weighting, prediction, loss.num_timesteps)

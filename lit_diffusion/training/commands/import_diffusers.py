@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lit_diffusion.models import from_diffusers
 from lit_diffusion.registry import arguments
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
 from lit_diffusion.training.run.weights import AS_PUBLISHED, weights_alone

@@ -20,17 +20,17 @@ import torch
 import yaml
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import find_device
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.look import look
-from lit_diffusion.training.commands.proposal import (
+from lit_diffusion.training.commands.proposal.config import config_text
+from lit_diffusion.training.commands.proposal.look import look
+from lit_diffusion.training.commands.proposal.recipe import (
     Recipe,
     Shape,
     propose_recipe,
 )
-from lit_diffusion.training.commands.proposed_config import config_text
-from lit_diffusion.training.commands.trial_steps import Trial, try_steps
-from lit_diffusion.training.data.survey import (
+from lit_diffusion.training.commands.proposal.trial_steps import Trial, try_steps
+from lit_diffusion.training.commands.shell.choices import find_device
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.data.decoding.survey import (
     Pixels,
 )
 from lit_diffusion.training.reporting.survey import Survey, subject_lines, survey_lines
@@ -207,8 +207,8 @@ def _outputs(out: str | Path | None, name: str, data: str) -> tuple[Path, Path]:
 def _try(config: dict[str, Any], pixels: Pixels, batch_size: int) -> Trial:
     """Measure steps of a proposed training on the examples looked at."""
     model, trainer = config["model"], config["trainer"]
-    shape = config["data"]["image_shape"]
-    model["network"]["init_args"]["image_shape"] = shape
+    shape = config["data"]["shape"]
+    model["network"]["init_args"]["shape"] = shape
     rows = torch.arange(batch_size) % len(pixels.images)
     batch = {"image": pixels.images[rows]}
     if config["data"]["label_key"] is not None:
@@ -218,7 +218,7 @@ def _try(config: dict[str, Any], pixels: Pixels, batch_size: int) -> Trial:
 
 
 def _proposal(shape: Shape, recipe: Recipe) -> str:
-    channels, height, width = shape.image_shape
+    channels, height, width = shape.shape
     objective = "sigmoid weighting" if recipe.levels is None else "the bound, with a decoder"
     fit = "" if shape.fit is None else f", {shape.fit.replace('_', ' ')}"
     return (

@@ -15,9 +15,9 @@ from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.objective import Objective
 from lit_diffusion.predictions import Prediction, VPrediction
 from lit_diffusion.schedules import NoiseSchedule
-from lit_diffusion.training.commands.choices import resolve_checkpoint
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.load import load_model
+from lit_diffusion.training.commands.shell.choices import resolve_checkpoint
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.load import load_model
 from lit_diffusion.training.reporting.objective import objective_text, save_objective
 from lit_diffusion.training.step.parts import check_data_std
 from lit_diffusion.weightings import Weighting

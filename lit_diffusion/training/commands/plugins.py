@@ -16,8 +16,8 @@ import lit_diffusion
 from lit_diffusion import DECODERS, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, DiffusersNetwork
 from lit_diffusion import nn as networks
 from lit_diffusion.registry import subclasses
-from lit_diffusion.training.commands.parsing import LIBRARIES
-from lit_diffusion.training.commands.shipped_configs import shipped_configs
+from lit_diffusion.training.commands.shell.parsing import LIBRARIES
+from lit_diffusion.training.commands.shell.shipped_configs import shipped_configs
 
 __all__ = ["Plugins", "plugins"]
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from lit_diffusion.registry import subclasses
 from lit_diffusion.training.callbacks.guard import Guard, account, gather, plain
 from lit_diffusion.training.callbacks.likelihood import Likelihood
-from lit_diffusion.training.commands.errors import UsageError
 from lit_diffusion.training.commands.fit import DiffusionCLI
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.last_weights import Measures
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.folder import is_first_rank
@@ -162,7 +162,7 @@ def replay(
     file: str | Path,
     config: str | Path | None = None,
     model_class: type[LitDiffusion] = LitDiffusion,
-    data_class: type[ImageDataModule] = ImageDataModule,
+    data_class: type[DataModule] = DataModule,
 ) -> Replay:
     """Repeat a training step whose loss or gradient was not finite, and locate the cause.
 

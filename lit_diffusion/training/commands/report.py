@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_diffusion.training.commands.choices import find_run
-from lit_diffusion.training.commands.errors import UsageError
+from lit_diffusion.training.commands.shell.choices import find_run
+from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.reporting.write import FILE, write_report
 
 __all__ = ["report"]

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.sample_grid import save_grid
-from lit_diffusion.training.commands.choices import (
+from lit_diffusion.training.commands.shell.choices import (
     find_device,
     resolve_checkpoint,
     run_of,
 )
-from lit_diffusion.training.commands.errors import UsageError
-from lit_diffusion.training.commands.experiment import own_data, read_experiment
-from lit_diffusion.training.commands.load import load_model
-from lit_diffusion.training.data.columns import TEXT
+from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.commands.shell.experiment import own_data, read_experiment
+from lit_diffusion.training.commands.shell.load import load_model
+from lit_diffusion.training.data.reading.columns import TEXT
 from lit_diffusion.training.evaluation.features import fingerprint
 from lit_diffusion.training.evaluation.row_conditions import RowConditions, check_enough
 from lit_diffusion.training.evaluation.sample_files import ArrayFile, ImageFolder
@@ -109,9 +109,9 @@ def sample(
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
     path = resolve_checkpoint(ckpt_path, name, root)
     model = load_model(path, find_device(device))
-    if not out.suffix and model.image_shape[0] not in (1, 3):
+    if not out.suffix and model.shape[0] not in (1, 3):
         raise UsageError(
-            f"examples of {model.image_shape[0]} channels cannot be written as images: give a "
+            f"examples of {model.shape[0]} channels cannot be written as images: give a "
             ".npy file as --out, and decode latents with `lit-diffusion decode`."
         )
     model.check_guidance(guidance)
@@ -246,7 +246,7 @@ def _open(
     if out.suffix == ".png":
         return None
     if out.suffix == ".npy":
-        return ArrayFile(out, about, (n, *model.image_shape))
+        return ArrayFile(out, about, (n, *model.shape))
     names = [_folder(c, model) for c in classes] if per_class else [""]
     return ImageFolder(out, about | {"folders": names}, lambda i: names[i % len(names)])
 

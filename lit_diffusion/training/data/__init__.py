@@ -1,5 +1,5 @@
 """Data: any Hugging Face data set of images, as batches in a reproducible order."""
 
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.module import DataModule
 
-__all__ = ["ImageDataModule"]
+__all__ = ["DataModule"]

@@ -1,15 +1,15 @@
-"""The ranges of the arguments of `ImageDataModule`."""
+"""The ranges of the arguments of `DataModule`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_diffusion.training.data.columns import BATCH, TEXT
-from lit_diffusion.training.data.held_out import DEFAULT, HELD_OUT
-from lit_diffusion.training.data.transforms import CHANNELS
+from lit_diffusion.training.data.decoding.transforms import CHANNELS
+from lit_diffusion.training.data.reading.columns import BATCH, TEXT
+from lit_diffusion.training.data.reading.held_out import DEFAULT, HELD_OUT
 
 if TYPE_CHECKING:
-    from lit_diffusion.training.data.module import ImageDataModule
+    from lit_diffusion.training.data.module import DataModule
 
 LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
 LEAST |= {"steps_per_epoch": 1, "val_examples": 1, "text_length": 1}
@@ -33,7 +33,7 @@ def check_share(val_share: float | None, val_split: str | None) -> None:
         )
 
 
-def check_arguments(data: ImageDataModule) -> None:
+def check_arguments(data: DataModule) -> None:
     """Raise an error if an argument is out of its range.
 
     Args:
@@ -46,10 +46,9 @@ def check_arguments(data: ImageDataModule) -> None:
         raise ValueError(
             f"data.path must be a folder, a file or the name of a data set, got {data.path!r}"
         )
-    if len(data.image_shape) != 3 or min(data.image_shape) < 1:
+    if len(data.shape) != 3 or min(data.shape) < 1:
         raise ValueError(
-            "data.image_shape must be (channels, height, width), all positive, "
-            f"got {data.image_shape}"
+            f"data.shape must be (channels, height, width), all positive, got {data.shape}"
         )
     taken = set(BATCH) & set(data.condition_keys)
     if taken or len(set(data.condition_keys)) < len(data.condition_keys):
@@ -75,10 +74,10 @@ def check_arguments(data: ImageDataModule) -> None:
         raise ValueError(
             f"data.val_share must be between 0 and 1, or null for none, got {data.val_share}"
         )
-    channels = data.image_shape[0]
+    channels = data.shape[0]
     if data.mode is not None and not data.transforms and CHANNELS[data.mode] != channels:
         raise ValueError(
-            f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.image_shape "
+            f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.shape "
             f"with {channels}; set one of them"
         )
     if not 0 <= data.max_bad_share <= 1:

@@ -22,27 +22,32 @@ import torch
 
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.arguments import check_arguments, check_share
-from lit_diffusion.training.data.bad_examples import BadExamples, lost_rows
-from lit_diffusion.training.data.columns import Columns
-from lit_diffusion.training.data.decoding import decoder_of, map_identity
-from lit_diffusion.training.data.epoch_length import steps_per_epoch
-from lit_diffusion.training.data.held_out import HELD_OUT, part_of, validation_split
-from lit_diffusion.training.data.images import ImageDecoder
-from lit_diffusion.training.data.lane import LaneBatches
-from lit_diffusion.training.data.loader import TrainLoader, batches_to_repeat
-from lit_diffusion.training.data.memory import MemoryBatches, MemoryMap, cache_folder, open_map
-from lit_diffusion.training.data.resumption import settings_of
-from lit_diffusion.training.data.sources import Splits, find_splits, open_source
-from lit_diffusion.training.data.split import Split
-from lit_diffusion.training.data.stream import ShuffledBatches
-from lit_diffusion.training.data.transform_classes import Given
-from lit_diffusion.training.data.transforms import Transforms
-from lit_diffusion.training.data.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
+from lit_diffusion.training.data.batching.lane import LaneBatches
+from lit_diffusion.training.data.batching.loader import TrainLoader, batches_to_repeat
+from lit_diffusion.training.data.batching.memory import (
+    MemoryBatches,
+    MemoryMap,
+    cache_folder,
+    open_map,
+)
+from lit_diffusion.training.data.batching.resumption import settings_of
+from lit_diffusion.training.data.batching.stream import ShuffledBatches
+from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
+from lit_diffusion.training.data.decoding.images import ImageDecoder
+from lit_diffusion.training.data.decoding.split import Split
+from lit_diffusion.training.data.decoding.transform_classes import Given
+from lit_diffusion.training.data.decoding.transforms import Transforms
+from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
+from lit_diffusion.training.data.reading.columns import Columns
+from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
+from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
 
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
 
 
-class ImageDataModule(L.LightningDataModule):
+class DataModule(L.LightningDataModule):
     """Images (and labels) from any Hugging Face data set, streamed or in memory.
 
     Batches are {"image": (B, C, H, W), "label": (B,), "index": (B,)}. Images are uint8 up to the
@@ -60,11 +65,11 @@ class ImageDataModule(L.LightningDataModule):
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
-        image_shape: (channels, height, width) of every image, after the transforms.
+        shape: (channels, height, width) of every image, after the transforms.
         mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
             or `RGBA`; null to convert none.
         transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
-            pads it to image_shape, and classes of torchvision.transforms.v2, by name or as
+            pads it to shape, and classes of torchvision.transforms.v2, by name or as
             class_path and init_args; null for nothing. Random ones act in training only.
         image_key: Column of the images.
         label_key: Column of the integer labels, null for none.
@@ -111,7 +116,7 @@ class ImageDataModule(L.LightningDataModule):
         path: str = "digits8x8",
         data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        shape: tuple[int, ...] = (1, 8, 8),
         mode: Literal["L", "RGB", "RGBA"] | None = None,
         transform: list[Given] | None = None,
         image_key: str = "image",
@@ -138,7 +143,7 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.path, self.data_files, self.config_name = path, data_files, config_name
-        self.image_shape = (*image_shape,)  # a config gives a list
+        self.shape = (*shape,)  # a config gives a list
         self.mode, self.transform = mode, transform
         self.image_key = image_key
         self.label_key = label_key
@@ -160,7 +165,7 @@ class ImageDataModule(L.LightningDataModule):
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
-        self.transforms = Transforms.of(transform, self.image_shape, self.seed)
+        self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
         check_arguments(self)
         self._forget()
@@ -346,7 +351,7 @@ class ImageDataModule(L.LightningDataModule):
         batches: LaneBatches
         if self._memory is not None:
             rest = self.transforms.divided()[1]
-            batches = MemoryBatches(self._memory, self.batch_size, *lanes, rest, self.image_shape)
+            batches = MemoryBatches(self._memory, self.batch_size, *lanes, rest, self.shape)
         else:
             batches = ShuffledBatches(
                 split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share

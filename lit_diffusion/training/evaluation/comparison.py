@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.reference import Reference, class_shares, open_reference
 from lit_diffusion.training.evaluation.row_conditions import RowConditions
@@ -46,13 +46,13 @@ class Comparison:
     shares: Tensor | None
     others: tuple[ScoreFunction, ...]
     baseline: float | None
-    data: ImageDataModule
+    data: DataModule
 
     @classmethod
     def open(
         cls,
         model: LitDiffusion,
-        data: ImageDataModule,
+        data: DataModule,
         network: nn.Module,
         split: str,
         others: tuple[ScoreFunction, ...] = (),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffusion.training.data.sources import SHIPPED
+from lit_diffusion.training.data.reading.sources import SHIPPED
 
 __all__ = ["ClassifierFeatures", "Features", "InceptionFeatures", "extract", "fingerprint"]
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.training.data.memory import cache_folder
-from lit_diffusion.training.data.module import ImageDataModule
-from lit_diffusion.training.data.transforms import library_versions, protocol_of
+from lit_diffusion.training.data.batching.memory import cache_folder
+from lit_diffusion.training.data.decoding.transforms import library_versions, protocol_of
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.evaluation.features import extract, fingerprint
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.secrets import without_secrets
@@ -51,7 +51,7 @@ class Reference:
 
 
 def open_reference(
-    data: ImageDataModule,
+    data: DataModule,
     split: str,
     network: nn.Module,
     device: torch.device,
@@ -75,7 +75,7 @@ def open_reference(
         "format": FORMAT,
         "split": split,
         "fingerprint": data.open_split(split).source.fingerprint,
-        "image_shape": list(data.image_shape),
+        "shape": list(data.shape),
         "image_key": data.image_key,
         "label_key": data.label_key,
         "features": fingerprint(network),
@@ -103,7 +103,7 @@ def open_reference(
 
 
 def class_shares(
-    data: ImageDataModule, reference: Reference, network: nn.Module, device: torch.device
+    data: DataModule, reference: Reference, network: nn.Module, device: torch.device
 ) -> Tensor | None:
     """Class frequencies of the training split, which the samples are to have as well.
 
@@ -127,7 +127,7 @@ def class_shares(
 
 
 def _measure(
-    data: ImageDataModule, split: str, network: nn.Module, device: torch.device, rows: bool
+    data: DataModule, split: str, network: nn.Module, device: torch.device, rows: bool
 ) -> Reference:
     """Compute the features of every example once, each rank for its part."""
     moments = _Moments(rows)
@@ -144,9 +144,9 @@ def _measure(
         "data": Path(without_secrets(data.path)).name,
         "split": split,
         "examples": moments.count,
-        "image shape": list(data.image_shape),
+        "image shape": list(data.shape),
         **protocol_of(data),
-        "hash": _content_hash(data.image_shape, hashes),
+        "hash": _content_hash(data.shape, hashes),
         "features": type(network).__name__,
         "features hash": fingerprint(network),
         "resize": getattr(network, "resize", "the network's own"),
@@ -203,10 +203,10 @@ class _Moments:
         return self.count > 0
 
 
-def _content_hash(image_shape: Sequence[int], hashes: dict[int, str]) -> str:
+def _content_hash(shape: Sequence[int], hashes: dict[int, str]) -> str:
     """The hash of all images, from those of the chunks that each rank has read; a collective."""
     whole = {number: one for part in ranks.collect(hashes) for number, one in part.items()}
-    content = hashlib.sha256(f"{list(image_shape)}".encode())
+    content = hashlib.sha256(f"{list(shape)}".encode())
     for number in sorted(whole):
         content.update(whole[number].encode())
     return content.hexdigest()[:16]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_diffusion.training.data.module import ImageDataModule
+from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.module import LitDiffusion
 
 __all__ = ["RowConditions", "check_enough"]
 
 
-def check_enough(data: ImageDataModule, split: str, num_samples: int) -> None:
+def check_enough(data: DataModule, split: str, num_samples: int) -> None:
     """Refuse more samples than there are examples.
 
     Args:
@@ -48,9 +48,7 @@ class RowConditions:
         batch_size: Samples in a batch. Of R ranks each gets every R-th batch.
     """
 
-    def __init__(
-        self, model: LitDiffusion, data: ImageDataModule, split: str, batch_size: int
-    ) -> None:
+    def __init__(self, model: LitDiffusion, data: DataModule, split: str, batch_size: int) -> None:
         self._model, self._data = model, data
         self._batches = data.examples(split, batch_size)
         self._present: dict[str, Any] | None = None

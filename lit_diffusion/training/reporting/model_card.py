@@ -81,7 +81,7 @@ def model_card(
         modules=sorted({path.rpartition(".")[0] for path in classes if not _ours(path)}),
         conditions=model.conditions,
         arguments=_arguments(model),
-        shape=", ".join(map(str, model.image_shape)),
+        shape=", ".join(map(str, model.shape)),
         table=_table,
         plain=_plain,
         text=_text,
@@ -100,7 +100,7 @@ def _facts(model: Pretrained, weights: str) -> list[tuple[str, str]]:
     size = sum(parameter.numel() for parameter in model.denoiser.parameters())
     facts = [
         ("network", _text(f"{type(model.network).__name__}, {size:,} parameters")),
-        ("shape", " × ".join(map(str, model.image_shape))),
+        ("shape", " × ".join(map(str, model.shape))),
         ("classes", _named_classes(model)),
         ("weights", _text(weights)),
         ("sampler", _code(repr(model.sampler)).replace("|", "\\|")),

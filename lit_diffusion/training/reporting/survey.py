@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from typing import NamedTuple
 
-from lit_diffusion.training.data.survey import Files, Pixels
+from lit_diffusion.training.data.decoding.survey import Files, Pixels
 from lit_diffusion.training.run.secrets import without_secrets
 
 __all__ = ["Survey", "subject_lines", "survey_lines"]

@@ -5,7 +5,7 @@
       → Numbered    the same, with "index", the number of each example in its data set
       → FirstBatch  looks once whether the values are images in [−1, 1]
 
-`ImageDataModule` delivers all of that by itself. A loader of your own may leave the numbers out:
+`DataModule` delivers all of that by itself. A loader of your own may leave the numbers out:
 the examples are then counted, in the order in which they come.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
-from lit_diffusion.models.image_shape import find_image_shape
+from lit_diffusion.models.shape import find_shape
 from lit_diffusion.training.restore.rebuild import remember
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.step.conditions import check_labels, from_batch
@@ -196,13 +196,13 @@ class BatchReader(SamplingModel, L.LightningModule):
         """
         found = standard(batch, torch.float64 if self.dtype == torch.float64 else torch.float32)
         came = tuple(found["image"].shape[1:])
-        if self._image_shape is None:  # nothing else has said
-            self._image_shape = find_image_shape(None, came)
-            remember(self, {"image_shape": came})
-        if came != self.image_shape:
+        if self._shape is None:  # nothing else has said
+            self._shape = find_shape(None, came)
+            remember(self, {"shape": came})
+        if came != self.shape:
             raise ValueError(
-                f"Expected images of shape {self.image_shape}, for which the model is built, got "
-                f"{came} in a batch: build the network with image_shape={came}, or convert the "
+                f"Expected images of shape {self.shape}, for which the model is built, got "
+                f"{came} in a batch: build the network with shape={came}, or convert the "
                 "images."
             )
         return found

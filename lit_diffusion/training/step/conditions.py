@@ -23,7 +23,7 @@ from lit_diffusion.models.base import SamplingModel, declared_conditions
 from lit_diffusion.nn.text import text_bytes
 from lit_diffusion.probability_flow import log_likelihood
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training.data.columns import BATCH, TEXT
+from lit_diffusion.training.data.reading.columns import BATCH, TEXT
 
 __all__ = [
     "RESERVED",

@@ -1,0 +1,29 @@
+"""The parser of the commands that Lightning's command line runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_diffusion.training.commands.fit_setup.loggers import RUN_FOLDER, takes_run_folder
+from lit_diffusion.training.commands.shell.parsing import CommandParser
+
+__all__ = ["DiffusionParser"]
+
+
+class DiffusionParser(CommandParser, LightningArgumentParser):
+    """The parser of LightningCLI, with errors of one line; loggers know where to write."""
+
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; a logger writes to the run folder by default.
+
+        Args:
+            theclass: The class.
+            *args: As of the parser of Lightning.
+            **kwargs: As of the parser of Lightning.
+        """
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        if takes_run_folder(theclass):
+            self.set_defaults(save_dir=RUN_FOLDER)
+        return added

@@ -1,0 +1,1 @@
+"""The command line itself: parsing, configs, choices, errors, output."""

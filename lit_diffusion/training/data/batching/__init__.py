@@ -1,0 +1,1 @@
+"""Combine examples to batches: streamed, from memory, in order; workers; resumption."""

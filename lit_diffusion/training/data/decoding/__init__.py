@@ -1,0 +1,1 @@
+"""Decode rows to arrays: pictures, encodings, transforms, splits."""
