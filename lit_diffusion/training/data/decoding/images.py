@@ -185,7 +185,9 @@ class ImageDecoder:
             stored = self.paths.read(stored.get("path")) if data is None else data
         if isinstance(stored, bytes):
             return self._decode(stored)
-        if isinstance(stored, list | np.ndarray):
+        if isinstance(stored, np.ndarray):
+            return self._numbers(stored)
+        if isinstance(stored, list):
             return self._fit(np.asarray(stored), "an array")
         if stored is None:
             raise MisfitError("an image, got none; remove the row")
@@ -216,12 +218,16 @@ class ImageDecoder:
     def _numbers(self, array: npt.NDArray[Any]) -> Tensor:
         """Return floats unchanged; integers are the bytes of an image stored as an array."""
         if array.dtype.kind != "f":
-            return self._fit(array, "a .npy array")
+            return self._fit(array, "an array")
         if self.any_size or self.mode:
             raise MisfitError(
                 "bytes, which data.transform and data.mode change, got floats; leave these out "
                 "for latents"
             )
+        if array.shape != self.shape and array.ndim:
+            last = np.moveaxis(array, -1, 0)  # the channels, or there is one that has no axis
+            array = last if last.shape == self.shape else array
+            array = array[None] if self.shape == (1, *array.shape) else array
         if array.shape != self.shape:
             raise MisfitError(
                 f"an array of channels × height × width {_times(self.shape)}, got "
