@@ -24,7 +24,9 @@ def batches(split="train", **arguments):
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "batch"}
 
 
-@pytest.mark.parametrize("stored", [PICTURES, PICTURES.astype(">i8"), FLOATS, FLOATS.astype(">f8")])
+@pytest.mark.parametrize(
+    "stored", [PICTURES, PICTURES.astype(">i8"), FLOATS, FLOATS.astype(">f8")]
+)
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["first", "last"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_an_array_is_read_as_it_is(stored, axes, order, tmp_path):

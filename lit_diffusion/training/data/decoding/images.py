@@ -186,7 +186,9 @@ class ImageDecoder:
         if isinstance(stored, bytes):
             return self._decode(stored)
         if isinstance(stored, np.ndarray):
-            return self._numbers(stored)
+            last = np.moveaxis(stored, -1, 0)  # channels, or there is one that has no axis
+            stored = last if stored.shape != self.shape == last.shape else stored
+            return self._numbers(stored[None] if self.shape == (1, *stored.shape) else stored)
         if isinstance(stored, list):
             return self._fit(np.asarray(stored), "an array")
         if stored is None:
@@ -224,10 +226,6 @@ class ImageDecoder:
                 "bytes, which data.transform and data.mode change, got floats; leave these out "
                 "for latents"
             )
-        if array.shape != self.shape and array.ndim:
-            last = np.moveaxis(array, -1, 0)  # the channels, or there is one that has no axis
-            array = last if last.shape == self.shape else array
-            array = array[None] if self.shape == (1, *array.shape) else array
         if array.shape != self.shape:
             raise MisfitError(
                 f"an array of channels × height × width {_times(self.shape)}, got "
