@@ -66,8 +66,8 @@ def find_arrays(path: str) -> ArraySplits | None:
     if len(files) > 1 and not all(_is_part(file) for file in files):
         if any(file.suffix == ".npz" for file in files):
             raise ValueError(
-                f"expected one .npz file in {path!r}, one for each split (train.npz, test.npz), or "
-                f"a .npy file for each example, got {len(files):,} files, such as "
+                f"expected one .npz file in {path!r}, one for each split (train.npz, test.npz), "
+                f"or a .npy file for each example, got {len(files):,} files, such as "
                 f"{files[0].name!r}; save them as one"
             )
         return _one_file_each(root, files)
@@ -105,10 +105,9 @@ def _array_files(folder: Path) -> list[Path] | None:
 
 def _is_part(file: Path) -> bool:
     """Whether a file holds a column or a split of all examples, by its name."""
-    split, column = _split_and_column(file.stem)
     if file.suffix == ".npz":
         return file.stem.lower() in SPLITS
-    return column in ("image", "label")
+    return _split_and_column(file.stem)[1] in ("image", "label")
 
 
 def _split_and_column(name: str) -> tuple[str, str]:

@@ -143,8 +143,7 @@ def _span(opened: Any, begin: int, length: int) -> bytes:
 
 
 def _inner(file: str) -> list[bytes]:
-    """Return what tells of all labels of a file: checksums of the arrays of an .npz file, short
-    columns of a parquet file; nothing of other files."""
+    """Return the checksums of an .npz file, the short columns of a parquet file, else nothing."""
     if file.endswith(".npz"):
         with zipfile.ZipFile(file) as archive:
             return [repr((one.filename, one.CRC)).encode() for one in archive.infolist()]

@@ -97,8 +97,8 @@ def locate(path: str, data_files: Files | None) -> Place:
     if local.is_file() and data_files is None:
         if local.suffix != ".parquet":
             raise ValueError(
-                f"expected a parquet, .npy or .npz file or a folder, got {path!r}; {formats} files "
-                "in data.data_files"
+                f"expected a parquet, .npy or .npz file or a folder, got {path!r}; {formats} "
+                "files in data.data_files"
             )
         return Place("parquet", {"train": str(local.resolve())}, name)
     if local.is_dir():
