@@ -179,7 +179,7 @@ def _tables(named: Mapping[str, StoredArray], path: str) -> dict[str, dict[str, 
 
 def _one_file_each(root: Path, files: list[Path]) -> ArraySplits:
     """Return the splits of a folder with a file for each example."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     of_split: dict[str, list[Path]] = {}
     below = [file.relative_to(root) for file in files]
