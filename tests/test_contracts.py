@@ -288,6 +288,14 @@ def broken_networks():
         def forward(self, z, *args, **kwargs):
             return super().forward(z, *args, **kwargs).flatten(1)
 
+    class TakesNoOther(Net):
+        def check_shape(self, shape):
+            """It says that it takes any."""
+
+    class RefusesItsOwn(Net):
+        def check_shape(self, shape):
+            raise ValueError("none")
+
     return [
         (MixesTheBatch(), "depend on the batch"),
         (IsRandom(), "deterministic"),
@@ -301,6 +309,8 @@ def broken_networks():
         (Overflows(), "finite"),
         (StaysInFloat32(), "stays float64"),
         (Flattens(), "shape of z"),
+        (TakesNoOther(), r"takes \(1, 1, 1\), which check_shape accepts"),
+        (RefusesItsOwn(), r"own shape, \(1, 2, 2\)"),
     ]
 
 
