@@ -231,6 +231,16 @@ class Net(torch.nn.Module):
         return self.last(torch.tanh(h + self.table(label + 1))).view_as(z)
 
 
+class TakesNoOther(Net):
+    def check_shape(self, shape):
+        """It says that it takes any."""
+
+
+class RefusesItsOwn(Net):
+    def check_shape(self, shape):
+        raise ValueError("none")
+
+
 def broken_networks():
     class MixesTheBatch(Net):
         def forward(self, z, *args, **kwargs):
@@ -287,14 +297,6 @@ def broken_networks():
     class Flattens(Net):
         def forward(self, z, *args, **kwargs):
             return super().forward(z, *args, **kwargs).flatten(1)
-
-    class TakesNoOther(Net):
-        def check_shape(self, shape):
-            """It says that it takes any."""
-
-    class RefusesItsOwn(Net):
-        def check_shape(self, shape):
-            raise ValueError("none")
 
     return [
         (MixesTheBatch(), "depend on the batch"),
