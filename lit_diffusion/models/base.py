@@ -196,7 +196,8 @@ class SamplingModel(nn.Module):
 
         Raises:
             ValueError: If labels are given to a model without classes, a condition is missing or
-                unknown, there are not n of each, the model cannot be guided, or does not take the size.
+                unknown, there are not n of each, or the model cannot be guided or does not take
+                the size.
         """
         first = at_least_float32(next(self.parameters(), torch.empty(0)))  # there may be none
         z = first.new_zeros(n, *self.shape_of_size(size))
