@@ -112,13 +112,8 @@ def sample(
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
     path = resolve_checkpoint(ckpt_path, name, root)
     model = load_model(path, find_device(device))
-    if not out.suffix and model.shape[0] not in (1, 3):
-        raise UsageError(
-            f"examples of {model.shape[0]} channels cannot be written as images: give a "
-            ".npy file as --out, and decode latents with `lit-diffusion decode`."
-        )
     model.check_guidance(guidance)
-    shape = model.shape_of_size(_sides(size))
+    shape = _shape(model, size, out)
     if compile:
         compile_in_place(model, model.device)
     classes = _classes(model, label, per_class)
@@ -128,9 +123,7 @@ def sample(
 
     prompts = _prompts(model, prompt)
     rows = _rows(model, path, config, split, n, batch_size, bool(prompts))
-    about = _about(path, model, sampler, seed, classes, guidance, guidance_interval)
-    other = None if shape == model.shape else list(shape[1:])
-    about["size"] = other
+    about = _about(path, model, sampler, seed, classes, guidance, guidance_interval, shape)
     about |= {} if rows is None else {"config": str(config), "split": split}
     about |= {"prompt": prompts} if prompts else {}
     files = _open(out, about, model, (n, *shape), classes, per_class is not None)
@@ -138,7 +131,9 @@ def sample(
         "sampler": sampler,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
-    } | ({} if other is None else {"size": other})
+    }
+    if shape != model.shape:
+        sampling["size"] = shape[1:]
     kept = _sample_all(
         model, files, rows, classes, prompts, torch.arange(n).split(batch_size), seed, sampling
     )
@@ -227,6 +222,7 @@ def _about(
     classes: list[int],
     guidance: float,
     guidance_interval: tuple[float, float] | None,
+    shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """All that an image depends on besides its number, as plain data."""
     return {
@@ -237,6 +233,7 @@ def _about(
         "label": classes or None,
         "guidance": guidance,
         "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+        "size": None if shape == model.shape else list(shape[1:]),
     }
 
 
@@ -278,16 +275,21 @@ def _check(
         raise UsageError(f"--out must be a .png file, a .npy file or a folder, got {out}.")
 
 
-def _sides(size: int | list[int] | str | None) -> list[int] | None:
-    """The sides of a size such as 48x64."""
-    if size is None or isinstance(size, list):
-        return size
-    try:
-        return [int(side) for side in str(size).lower().replace("×", "x").split("x")]
-    except ValueError:
+def _shape(model: LitDiffusion, size: int | list[int] | str | None, out: Path) -> tuple[int, ...]:
+    """The shape of a sample of a size such as 48x64."""
+    if not out.suffix and model.shape[0] not in (1, 3):
         raise UsageError(
-            f"--size must be whole numbers with x between them, such as 48x64, got {size!r}."
-        ) from None
+            f"examples of {model.shape[0]} channels cannot be written as images: give a "
+            ".npy file as --out, and decode latents with `lit-diffusion decode`."
+        )
+    if isinstance(size, str):
+        try:
+            size = [int(side) for side in size.lower().replace("×", "x").split("x")]
+        except ValueError:
+            raise UsageError(
+                f"--size must be whole numbers with x between them, such as 48x64, got {size!r}."
+            ) from None
+    return model.shape_of_size(size)
 
 
 def _number(model: LitDiffusion, label: int | str) -> int:
