@@ -127,7 +127,7 @@ def sample(
     about |= {} if rows is None else {"config": str(config), "split": split}
     about |= {"prompt": prompts} if prompts else {}
     files = _open(out, about, model, (n, *shape), classes, per_class is not None)
-    sampling = {
+    sampling: dict[str, Any] = {
         "sampler": sampler,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
