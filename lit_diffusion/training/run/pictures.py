@@ -79,8 +79,6 @@ class _Panels:
     """
 
     def __init__(self, n: int, columns: int, width: int, height: int) -> None:
-        from matplotlib.collections import LineCollection
-
         columns = max(1, min(n, columns))
         rows = -(-n // columns)
         across = columns * (width + GAP) + GAP
@@ -96,7 +94,14 @@ class _Panels:
         x, y = self.left + 0.5, self.top + 0.5
         frame = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
         corners = torch.stack([torch.stack(corner, -1) for corner in frame], 1)  # (n, 5, 2)
-        self.axes.add_collection(LineCollection(corners.numpy(), colors=LINE, linewidths=0.8))
+        self.plot(corners, LINE)
+
+    def plot(self, lines: Tensor, colour: str) -> None:
+        """Plot lines, (n, points, 2); none where a number is NaN."""
+        from matplotlib.collections import LineCollection
+
+        collection = LineCollection(list(lines.numpy()), colors=colour, linewidths=0.9)
+        self.axes.add_collection(collection)
 
     def finish(self, text: str) -> Tensor:
         """Write the text below the panels; return the picture."""
@@ -130,8 +135,6 @@ def _text(number: float) -> str:
 
 def _signals(samples: Tensor, columns: int) -> Tensor:
     """A grid of line plots of (n, C, L)."""
-    from matplotlib.collections import LineCollection
-
     n, channels, _ = samples.shape
     samples = _envelope(samples, 2 * WIDE)
     low, high = _range(samples)
@@ -143,12 +146,10 @@ def _signals(samples: Tensor, columns: int) -> Tensor:
         if low < 0 < high:
             level = panels.top + 4 + inner * high / (high - low)
             ends = [torch.stack([panels.left + dx, level], -1) for dx in (0, WIDE)]
-            zero = torch.stack(ends, 1).numpy()
-            panels.axes.add_collection(LineCollection(zero, colors=LINE, linewidths=0.8))
+            panels.plot(torch.stack(ends, 1), LINE)
         for c in range(channels):
-            lines = torch.stack([x.expand(n, 1, -1)[:, 0], y[:, c]], -1).numpy()
-            colour = PALETTE[c % len(PALETTE)]
-            panels.axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.9))
+            lines = torch.stack([x[:, 0], y[:, c]], -1)
+            panels.plot(lines, PALETTE[c % len(PALETTE)])
         return panels.finish(f"each from {_text(low)} to {_text(high)}")
 
 
