@@ -21,7 +21,8 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments, check_share
+from lit_diffusion.normalization import Normalization
+from lit_diffusion.training.data.arguments import Kind, check_arguments, check_kind, check_share
 from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
 from lit_diffusion.training.data.batching.lane import LaneBatches
 from lit_diffusion.training.data.batching.loader import TrainLoader, batches_to_repeat
@@ -39,6 +40,7 @@ from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
+from lit_diffusion.training.data.normalizing import settle
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.reading.columns import Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
@@ -66,7 +68,14 @@ class DataModule(L.LightningDataModule):
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
-        shape: (channels, height, width) of every image, after the transforms.
+        kind: What an example is: `image`, `signal` (channels, length), `volume` (channels, depth,
+            height, width), `points` (numbers of a point, points), a set stored as a list of
+            points, `vector` (numbers,), a row of a table, or `latents`, floats of any shape. All
+            but images are numbers in lists or in .npy format.
+        normalize: What turns floats into x: `mean_std`, per channel to mean 0 and standard
+            deviation 1 over the training split, `min_max`, to [−1, 1], or null for nothing.
+            `auto` is mean_std for signal, volume, points and vector, and nothing for latents.
+        shape: Shape of every example, (channels, height, width) of images after the transforms.
         mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
             or `RGBA`; null to convert none.
         transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
@@ -117,6 +126,8 @@ class DataModule(L.LightningDataModule):
         path: str = "digits8x8",
         data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
+        kind: Kind = "image",
+        normalize: Literal["auto", "mean_std", "min_max"] | None = "auto",
         shape: tuple[int, ...] = (1, 8, 8),
         mode: Literal["L", "RGB", "RGBA"] | None = None,
         transform: list[Given] | None = None,
@@ -146,6 +157,7 @@ class DataModule(L.LightningDataModule):
         self.path, self.data_files, self.config_name = path, data_files, config_name
         self.shape = (*shape,)  # a config gives a list
         self.mode, self.transform = mode, transform
+        self.kind, self.normalize = kind, normalize
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
@@ -166,6 +178,7 @@ class DataModule(L.LightningDataModule):
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
         self.on_changed_data = on_changed_data
+        self.normalize = check_kind(self)
         self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
         check_arguments(self)
@@ -173,6 +186,7 @@ class DataModule(L.LightningDataModule):
 
     def _forget(self) -> None:
         self._folder: str | None = None
+        self.normalization: Normalization | None = None
         self._train: Split | None = None
         self._memory: MemoryMap | None = None
         self._val: Split | None = None
@@ -273,9 +287,25 @@ class DataModule(L.LightningDataModule):
             x = x.float().div_(127.5).sub_(1.0)
         elif x.is_floating_point():
             x = at_least_float32(x)
+            self.settle_normalization(getattr(self.trainer, "lightning_module", None))
+            if self.normalization is not None:
+                x = self.normalization.normalize(x)
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
+
+    def settle_normalization(self, model: Any) -> None:
+        """Take the normalisation of a model, or measure it for one that has none; a collective.
+
+        Args:
+            model: The model, which then has it, or None.
+
+        Raises:
+            ValueError: If the model was trained on data of another kind or normalisation.
+        """
+        if self.normalization is None:
+            place = self._place()
+            self.normalization = settle(self, model, self._train, self._memory, *place)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place of training in the data.

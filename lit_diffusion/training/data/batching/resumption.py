@@ -50,6 +50,8 @@ def settings_of(data: DataModule, split: Split, world: int, total: int | None) -
         "data.shape": list(data.shape),
         "data.condition_keys": list(data.condition_keys) or None,
         "data.val_share": data.val_share,
+        "data.kind": None if data.kind == "image" else data.kind,
+        "data.normalize": data.normalize,
         "data.mode": data.mode,
         "data.transform": data.transforms.description or None,
         "data.text_key": data.text_key,
