@@ -38,6 +38,8 @@ from lit_diffusion.training.reporting.survey import Survey, subject_lines, surve
 from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_file import write_whole
 
+PICTURES = ("image", "latents")  # kinds that a contact sheet shows as pictures
+
 __all__ = ["Proposed", "new"]
 
 
@@ -117,7 +119,8 @@ def new(
         "steps, validations and samples not counted."
     )
     write_whole(config, write(remarks=textwrap.wrap(estimate, 98)))
-    save_grid(_as_trained(survey.pixels), sheet, columns=8)
+    shown = survey.pixels.images if shape.kind not in PICTURES else _as_trained(survey.pixels)
+    save_grid(shown, sheet, columns=8, kind=shape.kind)
     text = "\n".join(
         [
             *survey_lines(survey),
