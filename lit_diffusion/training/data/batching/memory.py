@@ -50,7 +50,7 @@ from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
 # then written anew.
-FORMAT = 2
+FORMAT = 3
 
 
 class MemoryMap:

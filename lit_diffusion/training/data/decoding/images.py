@@ -41,6 +41,7 @@ from lit_diffusion.training.data.reading.image_headers import (
     NPY,
     PNG,
     jpeg_size,
+    opened,
     png_chunks,
     read_npy,
 )
@@ -142,7 +143,7 @@ class ImageDecoder:
             label = whole_number(example.label) if self.labels else None
             *stored, text = example.conditions if self.text else (*example.conditions, None)
             conditions = [
-                numbers(value, name, self.like.get(name))
+                numbers(opened(value), name, self.like.get(name))
                 for name, value in zip(self.numbers, stored, strict=True)
             ]
             if self.text:
