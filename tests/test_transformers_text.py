@@ -45,7 +45,9 @@ def test_tokens_are_those_of_the_model(folders, kind):
 
 def test_it_is_frozen_and_no_part_of_the_network(encoder):
     net = UNet(channels=(8,), attention=(8,), text=encoder).train()
-    assert not [name for name in net.state_dict() if name.startswith("text.") and "identity" not in name]
+    assert not [
+        name for name in net.state_dict() if name.startswith("text.") and "identity" not in name
+    ]
     assert not list(encoder.parameters())
     text = text_bytes(WORDS)
     first, again = encoder(text), encoder(text)
@@ -84,7 +86,10 @@ def test_after_sampling_it_can_be_trained_with(encoder):
     for text in (WORDS, stored):
         assert model.sample(3, cond={"text": text}).shape == (3, 1, 8, 8)
     z = torch.randn(3, 1, 8, 8)
-    for text in (text_bytes(WORDS), drop_condition({"text": stored}, torch.ones(3).bool())["text"]):
+    for text in (
+        text_bytes(WORDS),
+        drop_condition({"text": stored}, torch.ones(3).bool())["text"],
+    ):
         net(z, torch.zeros(3), text=text).mean().backward()
 
 
@@ -111,7 +116,11 @@ def test_stored_tokens_of_another_encoder_are_refused(encoder, tmp_path):
 def test_weights_name_their_encoder(encoder, folders, tmp_path):
     net = UNet(channels=(8,), attention=(8,), text=encoder)
     described = describe(net)["init_args"]["text"]
-    assert described["init_args"] == {"path": str(folders["bert"]), "revision": None, "truncate": False}
+    assert described["init_args"] == {
+        "path": str(folders["bert"]),
+        "revision": None,
+        "truncate": False,
+    }
     again = build(describe(net))
     again.load_state_dict(net.state_dict())
     other = TransformersText(str(save_tiny(tmp_path / "other", seed=1)))
@@ -188,7 +197,9 @@ def test_a_tokenizer_without_an_end(tmp_path):
     tokens, mask = encoder(encoder.no_text(2))
     assert mask.tolist() == [[True], [True]]
     assert tokens.abs().sum() == 0
-    tokens, mask = encoder(drop_condition({"text": text_bytes(WORDS)}, torch.arange(3) == 0)["text"])
+    tokens, mask = encoder(
+        drop_condition({"text": text_bytes(WORDS)}, torch.arange(3) == 0)["text"]
+    )
     assert mask.sum(1).tolist() == [1, 3, 1]
     assert tokens[0].abs().sum() == 0
 

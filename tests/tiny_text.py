@@ -9,7 +9,19 @@ def tiny_tokenizer(end=True):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = "[PAD] [UNK] [CLS] [SEP] a the digit number three seven eight".split()
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "a",
+        "the",
+        "digit",
+        "number",
+        "three",
+        "seven",
+        "eight",
+    ]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if end:
