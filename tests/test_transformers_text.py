@@ -124,7 +124,7 @@ def test_weights_name_their_encoder(encoder, folders, tmp_path):
     again = build(describe(net))
     again.load_state_dict(net.state_dict())
     other = TransformersText(str(save_tiny(tmp_path / "other", seed=1)))
-    with pytest.raises(ValueError, match="these weights were trained with, of SHA-256 .* got"):
+    with pytest.raises(ValueError, match=r"these weights were trained with, of SHA-256 .* got"):
         UNet(channels=(8,), attention=(8,), text=other).load_state_dict(net.state_dict())
 
 

@@ -109,8 +109,8 @@ def digest_of(folder: Path) -> bytes:
     if not any(name in VOCABULARIES or name.endswith(".model") for name in names):
         # transformers would make a tokenizer that knows no words, and say nothing.
         raise ValueError(
-            f"TransformersText: expected in {folder} a tokenizer, got {', '.join(names)}: write it "
-            "there by tokenizer.save_pretrained(…)."
+            f"TransformersText: expected in {folder} a tokenizer, got {', '.join(names)}: write "
+            "it there by tokenizer.save_pretrained(…)."
         )
     whole = hashlib.sha256()
     for path in files:

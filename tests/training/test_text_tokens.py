@@ -55,7 +55,7 @@ def fitted(cli, *data, name="run", text="encoder"):
         "--data.label_key=null", "--data.batch_size=4", "--data.steps_per_epoch=3", *data,
         "--model.network=UNet", "--model.network.channels=[8]", "--model.network.attention=[8]",
         "--model.network.text=TransformersText", f"--model.network.text.path={text}",
-        "--model.label_dropout=0.5", "--model.sampler.steps=2", "--trainer.max_steps=3",
+        "--model.label_dropout=0.5", "--model.sampler=DDIMSampler", "--model.sampler.steps=2", "--trainer.max_steps=3",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
         "--trainer.num_sanity_val_steps=0", "--trainer.callbacks+=EMA",
     )  # fmt: skip
@@ -70,7 +70,7 @@ def weights(run):
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_stored_tokens_train_as_those_made_on_the_fly(cli, here, streaming):
-    code, out, err = encoded(cli)
+    code, _out, err = encoded(cli)
     assert code == 0, err
     card = Path("encoded/README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
     facts = yaml.safe_load(card)["text_encoder"]
@@ -90,14 +90,14 @@ def test_stored_tokens_train_as_those_made_on_the_fly(cli, here, streaming):
             one["state_dict"][name], other["state_dict"][name], rtol=1e-2, atol=1e-4
         )
     # The run with stored tokens is sampled with a prompt, by loading the encoder.
-    code, out, err = cli(
+    code, _out, err = cli(
         "sample", "--ckpt_path", str(kept), "--prompt", "a three", "--num_samples=2",
         "--guidance=2", "--device=cpu", "--out=samples.npy",
     )  # fmt: skip
     assert code == 0, err
     assert Path("samples.npy").is_file()
     # Without one, the tokens of validation examples are its conditions.
-    code, out, err = cli(
+    code, _out, err = cli(
         "sample", "--ckpt_path", str(kept), "--num_samples=2", "--device=cpu", "--out=more.npy"
     )
     assert code == 0, err
@@ -105,7 +105,7 @@ def test_stored_tokens_train_as_those_made_on_the_fly(cli, here, streaming):
 
 def test_what_is_stored(cli, here):
     write(here / "other", column="text")
-    code, out, err = encoded(cli, source="other", key="text")
+    code, _out, err = encoded(cli, source="other", key="text")
     assert code == 0, err
     settings = {"shape": SHAPE, "label_key": None}
     before = DataModule("data", text_key="said", **settings)
@@ -124,7 +124,7 @@ def test_what_is_stored(cli, here):
 
 def test_bad_captions_are_left_out_and_named(cli, here):
     write(here / "gaps", [None, " ", *CAPTIONS[2:]])
-    code, out, err = encoded(cli, "--data.max_bad_share=0.5", source="gaps")
+    code, _out, err = encoded(cli, "--data.max_bad_share=0.5", source="gaps")
     assert code == 0, err
     assert "got none" in err
     data = DataModule("encoded", condition_keys=["text"], shape=SHAPE, label_key=None)
@@ -143,7 +143,7 @@ def test_bad_captions_are_left_out_and_named(cli, here):
 )
 def test_mistakes_leave_nothing(cli, here, words, telling, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, out, err = encoded(cli, *words)
+    code, _out, err = encoded(cli, *words)
     assert code == 2
     assert telling in err
     assert not Path("encoded").exists()
@@ -151,11 +151,11 @@ def test_mistakes_leave_nothing(cli, here, words, telling, monkeypatch):
 
 def test_a_caption_of_too_many_tokens(cli, here):
     write(here / "long", ["a " * 20, *CAPTIONS[1:]])
-    code, out, err = encoded(cli, source="long")
+    code, _out, err = encoded(cli, source="long")
     assert code == 2
     assert "expected in column 'said' a text of at most 12 tokens of encoder, got 22" in err
     assert not Path("encoded").exists()
-    code, out, err = encoded(cli, "--truncate=true", source="long")
+    code, _out, err = encoded(cli, "--truncate=true", source="long")
     assert code == 0, err
 
 
@@ -168,7 +168,7 @@ def test_another_encoder_is_refused(cli, here):
     model = LitDiffusion.load_from_checkpoint(next((run / "checkpoints").glob("*.ckpt")))
     assert not list(model.network.text.parameters())
     save_tiny(here / "encoder", seed=1)
-    code, out, err = cli("sample", "--ckpt_path", str(run), "--prompt", "a", "--device=cpu")
+    code, _out, err = cli("sample", "--ckpt_path", str(run), "--prompt", "a", "--device=cpu")
     assert code == 2
     assert "the text encoder that these weights were trained with" in err
 
