@@ -55,7 +55,8 @@ def fitted(cli, *data, name="run", text="encoder"):
         "--data.label_key=null", "--data.batch_size=4", "--data.steps_per_epoch=3", *data,
         "--model.network=UNet", "--model.network.channels=[8]", "--model.network.attention=[8]",
         "--model.network.text=TransformersText", f"--model.network.text.path={text}",
-        "--model.label_dropout=0.5", "--model.sampler=DDIMSampler", "--model.sampler.steps=2", "--trainer.max_steps=3",
+        "--model.label_dropout=0.5", "--model.sampler=DDIMSampler",
+        "--model.sampler.steps=2", "--trainer.max_steps=3", "--trainer.log_every_n_steps=1",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
         "--trainer.num_sanity_val_steps=0", "--trainer.callbacks+=EMA",
     )  # fmt: skip
@@ -190,7 +191,8 @@ def test_the_length_is_said_once(cli, here, given, found):
         "--model.network=UNet", "--model.network.channels=[8]", "--model.network.attention=[8]",
         "--model.network.text=ByteTransformer", "--model.network.text.width=8",
         "--model.network.text.depth=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0", *given,
+        "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
+        "--trainer.log_every_n_steps=1", *given,
     )  # fmt: skip
     if found is None:
         assert code == 2
