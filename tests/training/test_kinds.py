@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_diffusion import Normalization, ResidualMLP, load_pretrained
-from lit_diffusion.samplers import DDIMSampler
-from lit_diffusion.training import DataModule, LitDiffusion
+from lit_diffusion.training import DataModule
 
 KINDS = {
     "signal": (2, 5),
