@@ -235,6 +235,28 @@ def test_what_is_asked_for_is_in_the_config(tmp_path, quick):
             new(folder, "other.yaml", **wrong)
 
 
+def test_what_is_for_pictures_is_refused_for_arrays(tmp_path, quick):
+    (folder := tmp_path / "numbers").mkdir()
+    for wrong in ({"size": 8}, {"horizontal_flip": True}):
+        with pytest.raises(UsageError, match="leave it out"):
+            new(make.vectors(folder), **wrong)
+    assert not [*tmp_path.glob("*/*.yaml")]
+
+
+def test_transparency_and_the_kind_of_arrays_are_reported(tmp_path, quick):
+    (folder := tmp_path / "icons").mkdir()
+    text = " ".join(str(new(make.transparent(folder))).split())
+    assert "12 have transparent pixels: transparency is part of the picture" in text
+    (folder := tmp_path / "shots").mkdir()
+    text = " ".join(str(new(make.opaque(folder), "shots.yaml")).split())
+    assert "1 have transparent pixels: transparency is left out" in text
+    (folder := tmp_path / "waves").mkdir()
+    text = " ".join(str(new(make.series(folder), "waves.yaml")).split())
+    assert "arrays float32 24 shapes 100 (24); correlation of neighbours by axis: 0.9" in text
+    assert "signal of 1 × 100, normalised by mean_std" in text
+    assert "flow matching" in text
+
+
 def test_steps_are_measured_on_this_machine(tmp_path):
     (folder := tmp_path / "bits").mkdir()
     proposed = new(make.single_bits(folder))
