@@ -101,7 +101,7 @@ def new(
     survey, shape, data = found.survey, found.shape, found.data
     if horizontal_flip and shape.kind != "image":
         raise UsageError(
-            f"--horizontal_flip mirrors pictures, and {title} holds data of the kind {shape.kind}: "
+            f"--horizontal_flip mirrors pictures, and {title} holds data of kind {shape.kind}: "
             "leave it out."
         )
     if horizontal_flip:
