@@ -315,6 +315,23 @@ class DiT(ConditionalNetwork):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the network treats examples of a shape as those of its own.
+
+        Args:
+            shape: Of one example.
+
+        Raises:
+            ValueError: If the positions would not mean the same there, or the patches do not fit.
+        """
+        if self.positions != "resampled":
+            raise ValueError(
+                f"a DiT with positions={self.positions!r} learns from images of one size, "
+                f'{self.shape}, got also {shape}; set positions="resampled", which spreads the '
+                "tokens of each image over the same extent."
+            )
+        self._check(shape)
+
     def _check(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be cut into patches."""
         channels, *sides = shape

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_diffusion.nn.embeddings import FourierWaves
+from lit_diffusion.nn.sizes import check_shape
 from lit_diffusion.nn.unet import UNet
 
 
@@ -104,6 +105,17 @@ class FourierFeatures(nn.Module):
     def text(self) -> nn.Module | None:
         """Encoder of texts of the inner network; None if it takes no texts."""
         return getattr(self.network, "text", None)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the inner network takes examples of a shape, other than its own.
+
+        Args:
+            shape: Of one example, without the waves.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        check_shape(self.network, self.inner_shapes(shape, self.exponents)["network"])
 
     def forward(
         self, z: Tensor, logsnr: Tensor, label: Tensor | None = None, **cond: Tensor

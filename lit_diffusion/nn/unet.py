@@ -201,6 +201,22 @@ class UNet(ConditionalNetwork):
         if channels_last:  # features take the order of the weights
             self.to(memory_format=_channels_last(self._dims))
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the network takes examples of a shape, other than its own.
+
+        Args:
+            shape: Of one example.
+
+        Raises:
+            ValueError: If the channels or the axes are others, or the sides too small.
+        """
+        if shape[0] != self.shape[0] or len(shape) != len(self.shape):
+            raise ValueError(
+                f"a UNet for examples of shape {self.shape} takes other sides and no other "
+                f"channels or axes, got {shape}; build it with shape={shape}."
+            )
+        _check_shape(shape, self.channels, self.downsample)
+
     @property
     def _dims(self) -> int:
         """Number of spatial axes."""
