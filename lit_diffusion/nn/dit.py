@@ -315,33 +315,35 @@ class DiT(ConditionalNetwork):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise unless the network treats examples of a shape as those of its own.
-
-        Args:
-            shape: Of one example.
-
-        Raises:
-            ValueError: If the positions would not mean the same there, or the patches do not fit.
-        """
-        if self.positions != "resampled":
-            raise ValueError(
-                f"a DiT with positions={self.positions!r} learns from images of one size, "
-                f'{self.shape}, got also {shape}; set positions="resampled", which spreads the '
-                "tokens of each image over the same extent."
-            )
-        self._check(shape)
-
     def _check(self, shape: tuple[int, ...]) -> None:
         """Refuse images that cannot be cut into patches."""
         channels, *sides = shape
         fits = len(shape) == len(self.shape) and channels == self.shape[0]
-        if not fits or any(side % self.patch for side in sides):
+        if not fits or any(side < 1 or side % self.patch for side in sides):
             axes = {2: "(C, L)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[len(self.shape)]
             raise ValueError(
                 f"a DiT of patch={self.patch} for {self.shape[0]} channels takes images "
                 f"whose sides are multiples of {self.patch}, got {axes} = {tuple(shape)}; give "
                 "another patch, or crop the images."
+            )
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the network takes examples of this shape, by the meaning of ``positions``.
+
+        With ``resampled`` and ``none``, sides may be any multiples of ``patch``. With ``index``,
+        places outside ``shape`` were never trained, so that only ``shape`` is taken.
+
+        Args:
+            shape: (C, H, W), or (C, L), or (C, D, H, W).
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        self._check(shape)
+        if self.positions == "index" and tuple(shape) != self.shape:
+            raise ValueError(
+                f"a DiT of positions='index' knows the places of {self.shape} only, got "
+                f"{tuple(shape)}: train with positions='resampled' for other sizes."
             )
 
     def _places(self, sides: Sequence[int], device: torch.device) -> list[Tensor]:

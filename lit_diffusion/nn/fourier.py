@@ -91,6 +91,17 @@ class FourierFeatures(nn.Module):
         channels, *sides = shape
         return {"network": (channels * (1 + 2 * len(exponents)), *sides)}
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the inner network takes examples of this shape with their waves.
+
+        Args:
+            shape: (C, H, W), or (C, L) and so on.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        check_shape(self.network, self.inner_shapes(shape, self.exponents)["network"])
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the inner network; None if it takes no labels."""
@@ -105,17 +116,6 @@ class FourierFeatures(nn.Module):
     def text(self) -> nn.Module | None:
         """Encoder of texts of the inner network; None if it takes no texts."""
         return getattr(self.network, "text", None)
-
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise unless the inner network takes examples of a shape, other than its own.
-
-        Args:
-            shape: Of one example, without the waves.
-
-        Raises:
-            ValueError: If it does not.
-        """
-        check_shape(self.network, self.inner_shapes(shape, self.exponents)["network"])
 
     def forward(
         self, z: Tensor, logsnr: Tensor, label: Tensor | None = None, **cond: Tensor

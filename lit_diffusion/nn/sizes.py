@@ -1,46 +1,56 @@
-"""Which shapes of examples a network takes besides the one for which it is built."""
+"""Which shapes of examples a network takes besides the one that it was built for.
 
-from __future__ import annotations
+Convolutions take any number of pixels, a perceptron takes one. A network says so by a method
+`check_shape(shape)`, which raises ValueError, with a sentence for the user, unless the network can
+be trained on examples of this shape and sample them. Without the method it takes its own shape.
+"""
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["check_shape"]
+__all__ = ["check_shape", "takes_shape"]
 
 
-def check_shape(network: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raise unless a network can be trained on examples of a shape.
+def check_shape(network: nn.Module, shape: Sequence[int]) -> None:
+    """Raise unless a network takes examples of this shape.
 
-    A network takes the shape for which it is built, its attribute ``shape``. One that takes other
-    sides as well has a method ``check_shape(shape)``, which raises an error for those that it does
-    not take.
+    Args:
+        network: The network; one without a method `check_shape` takes only its `shape`.
+        shape: (C, H, W), or (C, L) and so on.
+
+    Raises:
+        ValueError: If it does not take them.
+    """
+    check = getattr(network, "check_shape", None)
+    if callable(check):
+        check(tuple(shape))
+        return
+    built = getattr(network, "shape", None)
+    if built is None or tuple(built) != tuple(shape):
+        known = "only those it is trained on" if built is None else f"only {tuple(built)}"
+        raise ValueError(
+            f"Expected a shape that the {type(network).__name__} takes, {known}, got "
+            f"{tuple(shape)}: a network of any size says so by a method check_shape(shape)."
+        )
+
+
+def takes_shape(network: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a network takes examples of this shape, in training and in sampling.
 
     Args:
         network: The network.
-        shape: (C, H, W) of one example; of other data likewise.
-
-    Raises:
-        ValueError: If it cannot.
+        shape: (C, H, W), or (C, L) and so on.
 
     Example:
         >>> from lit_diffusion.nn import ResidualMLP, UNet
-        >>> check_shape(UNet(shape=(1, 8, 8)), (1, 6, 10))
-        >>> check_shape(ResidualMLP(shape=(1, 8, 8)), (1, 6, 10))
-        Traceback (most recent call last):
-            ...
-        ValueError: a ResidualMLP takes examples of one shape, (1, 8, 8), got also (1, 6, 10); take
-        a network for any size, such as UNet or DiT(positions="resampled").
+        >>> takes_shape(UNet(shape=(3, 16, 16)), (3, 48, 20))
+        True
+        >>> takes_shape(ResidualMLP(shape=(3, 16, 16)), (3, 48, 20))
+        False
     """
-    built: Any = getattr(network, "shape", None)
-    if built is not None and tuple(built) == tuple(shape):
-        return
-    check: Any = getattr(network, "check_shape", None)
-    if check is None:
-        known = "" if built is None else f", {tuple(built)}"
-        raise ValueError(
-            f"a {type(network).__name__} takes examples of one shape{known}, got also "
-            f"{tuple(shape)}; take a network for any size, such as UNet or "
-            'DiT(positions="resampled").'
-        )
-    check(tuple(shape))
+    try:
+        check_shape(network, shape)
+    except ValueError:
+        return False
+    return True

@@ -333,9 +333,8 @@ def test_networks_for_any_size_train(path, tmp_path, make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: narrow(), "positions='index' learns from images of one size"),
-        (lambda: narrow(positions="none"), "positions='none' learns from images of one size"),
-        (lambda: ResidualMLP(shape=(3, 8, 8)), "a ResidualMLP takes examples of one shape"),
+        (lambda: narrow(), "positions='index' knows the places of"),
+        (lambda: ResidualMLP(shape=(3, 8, 8)), "this ResidualMLP was built for"),
         (lambda: narrow(positions="resampled", patch=4), "whose sides are multiples of 4"),
         (lambda: UNet(shape=(3, 8, 8), channels=(8,) * 4), "6x10 pixels are too few"),
     ],

@@ -115,7 +115,7 @@ def test_classes_are_named_and_their_balance_is_stated(tmp_path, quick):
 REFUSED = {
     make.nothing: "is an empty folder",
     make.missing: "found none",
-    make.text_file: "expected a parquet file or a folder",
+    make.text_file: "expected a parquet, .npy or .npz file",
     make.texts: "expected a column of images",
     make.arrays: "numpy arrays",
     make.an_array: "numpy arrays",

@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.models.shape import Shape, find_shape
-from lit_diffusion.nn.sizes import check_shape
+from lit_diffusion.nn import check_shape
 from lit_diffusion.training.restore.rebuild import remember
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.step.conditions import check_labels, from_batch

@@ -189,7 +189,11 @@ class ImageDecoder:
             stored = self.paths.read(stored.get("path")) if data is None else data
         if isinstance(stored, bytes):
             return self._decode(stored)
-        if isinstance(stored, list | np.ndarray):
+        if isinstance(stored, np.ndarray):
+            last = np.moveaxis(stored, -1, 0)  # channels, or there is one that has no axis
+            stored = last if stored.shape != self.shape == last.shape else stored
+            return self._numbers(stored[None] if self.shape == (1, *stored.shape) else stored)
+        if isinstance(stored, list):
             return self._fit(np.asarray(stored), "an array")
         if stored is None:
             raise MisfitError("an image, got none; remove the row")
@@ -220,7 +224,7 @@ class ImageDecoder:
     def _numbers(self, array: npt.NDArray[Any]) -> Tensor:
         """Return floats unchanged; integers are the bytes of an image stored as an array."""
         if array.dtype.kind != "f":
-            return self._fit(array, "a .npy array")
+            return self._fit(array, "an array")
         if self.any_size or self.mode:
             raise MisfitError(
                 "bytes, which data.transform, data.mode and data.buckets change, got floats; "
