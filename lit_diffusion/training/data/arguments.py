@@ -109,5 +109,6 @@ def check_arguments(data: DataModule) -> None:
             f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.shape "
             f"with {channels}; set one of them"
         )
+    check_buckets(data)
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {data.max_bad_share}")

@@ -21,7 +21,7 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments, check_buckets, check_share
+from lit_diffusion.training.data.arguments import check_arguments, check_share
 from lit_diffusion.training.data.batching.buckets import BucketBatches
 from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
 from lit_diffusion.training.data.batching.lane import LaneBatches
@@ -152,12 +152,11 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.path, self.data_files, self.config_name = path, data_files, config_name
         self.shape = (*shape,)  # a config gives a list
-        self.mode, self.transform = mode, transform
+        self.mode, self.transform, self.buckets = mode, transform, Buckets(buckets or ())
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
-        self.text_key = text_key
-        self.text_length = text_length
+        self.text_key, self.text_length = text_key, text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
@@ -175,9 +174,7 @@ class DataModule(L.LightningDataModule):
         self.on_changed_data = on_changed_data
         self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
-        self.buckets = Buckets(buckets or ())
         check_arguments(self)
-        check_buckets(self)
         self._forget()
 
     @property
