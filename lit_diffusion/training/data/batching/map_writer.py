@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_diffusion.training.data.decoding.images import Decoded
+from lit_diffusion.training.data.decoding.images import Decoded, ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split, chunks, sift
 from lit_diffusion.training.data.reading.bad_examples import Bad
 from lit_diffusion.training.data.reading.columns import TEXT
@@ -96,19 +96,14 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes of free space and not {need:,}")
+            names, kind = image_files(len(decoder.buckets.sizes)), like.dtype.str
             images = [
-                _GrowingArray(partial / name, like.dtype.str, shape, files)
-                for name, shape in zip(
-                    image_files(len(decoder.buckets.sizes)), shapes, strict=True
-                )
+                _GrowingArray(partial / name, kind, shape, files)
+                for name, shape in zip(names, shapes, strict=True)
             ]
             conditions = {
                 name: _GrowingArray(
-                    partial / f"condition-{k}.npy",
-                    # Captions are bytes; a condition of numbers may have that name, too.
-                    np.dtype(np.uint8).str if decoder.text and name == TEXT else like.dtype.str,
-                    like.shape,
-                    files,
+                    partial / f"condition-{k}.npy", _stored(name, like, decoder), like.shape, files
                 )
                 for k, (name, like) in enumerate(zip(decoder.conditions, looks, strict=True))
             }
@@ -161,6 +156,12 @@ def _by_file(
     for k, shape in enumerate(shapes):
         if some := [one for one in kept if one.image.shape == shape]:
             yield k, some
+
+
+def _stored(name: str, like: npt.NDArray[Any], decoder: ImageDecoder) -> str:
+    """The type of a condition on disk: that of the batch, or of captions bytes."""
+    # A condition of numbers may have the name of captions, too.
+    return np.dtype(np.uint8).str if decoder.text and name == TEXT else like.dtype.str
 
 
 class _GrowingArray:
