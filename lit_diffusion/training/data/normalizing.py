@@ -145,7 +145,8 @@ def measure(
     """
     moments = Moments(split.decoder.shape[0])
     if memory is not None:
-        for part in memory.images.split(CHUNK):
+        (examples_in_memory,) = memory.images  # one array: only pictures have buckets
+        for part in examples_in_memory.split(CHUNK):
             moments.add(part)
     else:
         for number, examples in enumerate(chunks(split.source.head(None), CHUNK)):

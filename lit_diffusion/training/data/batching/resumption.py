@@ -53,6 +53,7 @@ def settings_of(data: DataModule, split: Split, world: int, total: int | None) -
         "data.kind": None if data.kind == "image" else data.kind,
         "data.normalize": data.normalize,
         "data.mode": data.mode,
+        "data.buckets": [[*size] for size in data.buckets.sizes] or None,
         "data.transform": data.transforms.description or None,
         "data.text_key": data.text_key,
         "data.text_length": data.text_length if data.text_key else None,

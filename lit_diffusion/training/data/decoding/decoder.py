@@ -36,6 +36,7 @@ def decoder_of(
         **_examples(data, paths, like),
         mode=data.mode,
         transforms=transforms,
+        buckets=data.buckets,
         partial=later,
     )
 
@@ -68,7 +69,9 @@ def map_identity(data: DataModule, split: Split) -> dict[str, Any]:
         identity["condition_keys"] = data.condition_keys
     if data.text_key is not None:
         identity |= {"text_key": data.text_key, "text_length": data.text_length}
-    if data.transforms or data.mode:
+    if data.buckets:
+        identity["buckets"] = data.buckets.sizes
+    if data.transforms or data.mode or data.buckets:
         described = split.decoder.transforms.description
         identity |= {"mode": data.mode, "transform": described, "by": library_versions()}
     return identity | {"fingerprint": split.source.fingerprint}
