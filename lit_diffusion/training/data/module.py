@@ -34,6 +34,7 @@ from lit_diffusion.training.data.batching.memory import (
 from lit_diffusion.training.data.batching.resumption import settings_of
 from lit_diffusion.training.data.batching.stream import ShuffledBatches
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.decoding.augment import Augment, check_augment
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
@@ -97,6 +98,10 @@ class DataModule(L.LightningDataModule):
             number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
+        augment: Move training images at random and tell the network how, which keeps small data
+            from being overfitted and does not show in samples: an `Augment`, whose arguments all
+            have defaults; null for none. The network needs `augment: 9`, which the command line
+            sets.
         seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label or caption, a shard that cannot be read):
@@ -136,6 +141,7 @@ class DataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
+        augment: Augment | None = None,
         seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
@@ -160,7 +166,7 @@ class DataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
         self.val_examples = val_examples
-        self.horizontal_flip = horizontal_flip
+        self.horizontal_flip, self.augment = horizontal_flip, augment
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share = max_bad_share
@@ -272,6 +278,8 @@ class DataModule(L.LightningDataModule):
             x = x.float().div_(127.5).sub_(1.0)
         elif x.is_floating_point():
             x = at_least_float32(x)
+        if self.augment is not None and "augment" in batch:  # in training only
+            x = self.augment(x, batch["augment"])
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
@@ -331,6 +339,8 @@ class DataModule(L.LightningDataModule):
                 "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
                 "latent is not the latent of the mirror image; set it to false"
             )
+        if self.augment is not None:
+            check_augment(self.augment, split.decoder.like["image"])
         if source.lost:
             bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
             bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])
@@ -351,10 +361,17 @@ class DataModule(L.LightningDataModule):
         batches: LaneBatches
         if self._memory is not None:
             rest = self.transforms.divided()[1]
-            batches = MemoryBatches(self._memory, self.batch_size, *lanes, rest, self.shape)
+            batches = MemoryBatches(
+                self._memory, self.batch_size, *lanes, rest, self.shape, self.augment
+            )
         else:
             batches = ShuffledBatches(
-                split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
+                split,
+                self.batch_size,
+                self.shuffle_window,
+                *lanes,
+                self._allowed_share,
+                self.augment,
             )
         return TrainLoader(
             batches,

@@ -40,12 +40,12 @@ from torch import Tensor
 
 from lit_diffusion.training.data.batching import map_writer
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
-from lit_diffusion.training.data.decoding.images import mirror
+from lit_diffusion.training.data.decoding.augment import Augment
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transforms import Transforms
 from lit_diffusion.training.data.reading.bad_examples import FEW, Bad, BadExample, BadExamples
 from lit_diffusion.training.data.reading.columns import TEXT
-from lit_diffusion.training.data.reading.order import ORDER, Position, coin, permutation
+from lit_diffusion.training.data.reading.order import ORDER, Position, permutation
 from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
@@ -202,6 +202,7 @@ class MemoryBatches(LaneBatches):
         world: Number of ranks.
         transforms: What is done to an image at each access; by default nothing.
         shape: (C, H, W) of the images after that.
+        augment: What is to be done to the images on the device.
     """
 
     def __init__(
@@ -214,8 +215,9 @@ class MemoryBatches(LaneBatches):
         world: int,
         transforms: Transforms | None = None,
         shape: tuple[int, ...] = (),
+        augment: Augment | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, flip, rank, world)
+        super().__init__(batch_size, seed, flip, rank, world, augment)
         self.memory = memory
         self.shape = shape
         self.transforms = transforms or Transforms()
@@ -250,6 +252,4 @@ class MemoryBatches(LaneBatches):
         if self.transforms:
             keys = epochs.tolist(), batch["index"].tolist()
             batch["image"] = self.transforms.batch(batch["image"], *keys, self.shape)
-        if self.flip:
-            mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
-        return batch
+        return self.varied(batch, epochs)

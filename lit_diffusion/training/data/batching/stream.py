@@ -7,7 +7,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
-from lit_diffusion.training.data.decoding.images import Decoded, mirror
+from lit_diffusion.training.data.decoding.augment import Augment
+from lit_diffusion.training.data.decoding.images import Decoded
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.reading.bad_examples import (
     FEW,
@@ -16,7 +17,7 @@ from lit_diffusion.training.data.reading.bad_examples import (
     BadExamples,
     lost_rows,
 )
-from lit_diffusion.training.data.reading.order import WINDOW, Position, coin, permutation
+from lit_diffusion.training.data.reading.order import WINDOW, Position, permutation
 
 
 class Step(NamedTuple):
@@ -84,6 +85,7 @@ class ShuffledBatches(LaneBatches):
         world: Number of ranks.
         max_bad_share: Largest share of the examples that may be bad and is then skipped, from 0
             to 1; None to raise an error at the first bad one.
+        augment: What is to be done to the images on the device.
     """
 
     def __init__(
@@ -96,8 +98,9 @@ class ShuffledBatches(LaneBatches):
         rank: int,
         world: int,
         max_bad_share: float | None = None,
+        augment: Augment | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, flip, rank, world)
+        super().__init__(batch_size, seed, flip, rank, world, augment)
         self.split = split
         self.window = window
         self.max_bad_share = max_bad_share
@@ -131,9 +134,7 @@ class ShuffledBatches(LaneBatches):
             first = (first + found)[:FEW]
             lost = lost_rows(found)
             read, bad = read + len(kept) + lost, bad + lost
-            batch = self.split.decoder.collate(kept)
-            if self.flip:
-                mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
+            batch = self.varied(self.split.decoder.collate(kept), epochs)
             yield Delivery(batch, position._replace(read=read, bad=bad), found)
 
     def _check(self, first: list[Bad], found: list[Bad], read: int, bad: int) -> None:
