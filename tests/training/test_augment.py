@@ -281,15 +281,17 @@ def test_the_command_line_tells_wrapped_networks_and_keeps_what_is_given():
     def config(name, **arguments):
         return Namespace(class_path=f"lit_diffusion.nn.{name}", init_args=Namespace(**arguments))
 
+    data = Namespace(augment=Namespace())
     inner = config("UNet", augment=None)
-    set_augment(config("FourierFeatures", network=inner, exponents=(3,), shape=(1, 8, 8)), 9)
-    assert inner.init_args.augment == 9
+    set_augment(config("FourierFeatures", network=inner, exponents=(3,), shape=(1, 8, 8)), data)
+    assert inner.init_args.augment == NUMBERS
     given = config("DiT", augment=4)
-    set_augment(given, 9)
+    set_augment(given, data)
     assert given.init_args.augment == 4
-    none = config("ResidualMLP")
-    set_augment(none, 9)
-    assert "augment" not in none.init_args
+    for network, settings in (("ResidualMLP", data), ("UNet", Namespace(augment=None))):
+        none = config(network)
+        set_augment(none, settings)
+        assert none.init_args.get("augment") is None
 
 
 @pytest.mark.slow

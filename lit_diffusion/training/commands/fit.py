@@ -18,7 +18,11 @@ from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.fit_setup.differences import naming_differences
 from lit_diffusion.training.commands.fit_setup.loggers import make_loggers
-from lit_diffusion.training.commands.fit_setup.network_shape import set_augment, set_shape
+from lit_diffusion.training.commands.fit_setup.network_shape import (
+    set_augment,
+    set_shape,
+    set_text_length,
+)
 from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
 from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
 from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
@@ -29,7 +33,6 @@ from lit_diffusion.training.commands.shell.choices import (
     run_of,
 )
 from lit_diffusion.training.commands.shell.errors import UsageError
-from lit_diffusion.training.data.decoding.augment import NUMBERS
 from lit_diffusion.training.data.module import DataModule
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
@@ -195,8 +198,8 @@ class DiffusionCLI(LightningCLI):
         follow_seed(config)
         config.ckpt_path = self.ckpt_path
         set_shape(config.model.get("network"), tuple(config.data.shape))
-        if config.data.get("augment") is not None:
-            set_augment(config.model.get("network"), NUMBERS)
+        set_text_length(config.model.get("network"), config.data)
+        set_augment(config.model.get("network"), config.data)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""

@@ -34,14 +34,14 @@ from lit_diffusion.training.data.batching.memory import (
 from lit_diffusion.training.data.batching.resumption import settings_of
 from lit_diffusion.training.data.batching.stream import ShuffledBatches
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
-from lit_diffusion.training.data.decoding.augment import Augment, check_augment
+from lit_diffusion.training.data.decoding.augment import Augment, check_moved
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
-from lit_diffusion.training.data.reading.columns import Columns
+from lit_diffusion.training.data.reading.columns import TEXT_LENGTH, Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
 
@@ -62,7 +62,8 @@ class DataModule(L.LightningDataModule):
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
             lit_diffusion (digits8x8, digits_text, swirl, toy1d), or a name on the Hugging Face
-            hub; looked up in that order. Or the URL of a parquet file.
+            hub; looked up in that order. Or the URL of a parquet file. Or a .npy or .npz file of
+            numpy, or a folder of these: of all examples, or one .npy file for each.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
@@ -78,7 +79,8 @@ class DataModule(L.LightningDataModule):
             the same shape in all examples. Name them in `model.conditions` to use them.
         text_key: Column of captions, strings, null for none. They become the entry `text` of a
             batch: (B, text_length) bytes in UTF-8, int64, 0 for padding.
-        text_length: Longest caption in bytes; a longer one is a bad example.
+        text_length: Longest caption in bytes; a longer one is a bad example. None means 256, and
+            in a config the length of the network's encoder.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none; where the data have no split test,
             the default is none.
@@ -128,7 +130,7 @@ class DataModule(L.LightningDataModule):
         label_key: str | None = "label",
         condition_keys: tuple[str, ...] = (),
         text_key: str | None = None,
-        text_length: int = 256,
+        text_length: int | None = None,
         train_split: str = "train",
         val_split: str | None = "test",
         val_share: float | None = None,
@@ -155,7 +157,7 @@ class DataModule(L.LightningDataModule):
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
-        self.text_length = text_length
+        self.text_length = TEXT_LENGTH if text_length is None else text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
@@ -334,13 +336,7 @@ class DataModule(L.LightningDataModule):
             source = part_of(source, self.val_share, held_out, self.path)
         decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
-        if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
-            raise ValueError(
-                "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
-                "latent is not the latent of the mirror image; set it to false"
-            )
-        if self.augment is not None:
-            check_augment(self.augment, split.decoder.like["image"])
+        check_moved(self, split.decoder.like["image"])
         if source.lost:
             bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
             bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])

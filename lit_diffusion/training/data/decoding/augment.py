@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
 from lit_diffusion.training.data.reading.order import AUGMENT, uniform
+
+if TYPE_CHECKING:
+    from lit_diffusion.training.data.module import DataModule
 
 __all__ = ["NUMBERS", "Augment"]
 
@@ -185,17 +188,22 @@ def settings_of(augment: Augment | None) -> dict[str, Any] | None:
     return None if augment is None else dataclasses.asdict(augment)
 
 
-def check_augment(augment: Augment, like: npt.NDArray[Any]) -> None:
-    """Raise an error if the examples are no images of bytes.
+def check_moved(data: DataModule, like: npt.NDArray[Any]) -> None:
+    """Raise an error if examples are to be mirrored or augmented that are no images.
 
     Args:
-        augment: The augmentation.
+        data: Has the arguments.
         like: An example.
 
     Raises:
-        ValueError: If it is no such image.
+        ValueError: If they are.
     """
-    if like.ndim != 3 or like.dtype != np.uint8:
+    if data.horizontal_flip and like.dtype.kind == "f":
+        raise ValueError(
+            "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
+            "latent is not the latent of the mirror image; set it to false"
+        )
+    if data.augment is not None and (like.ndim != 3 or like.dtype != np.uint8):
         raise ValueError(
             f"data.augment moves images of bytes (C, H, W), got {like.dtype} of shape "
             f"{like.shape}; set data.augment to null"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lit_diffusion.nn.text import text_bytes
 
+TEXT_LENGTH = 256  # bytes of the longest caption, if nothing else is said
 # Entries of a batch that are no conditions.
 BATCH = ("image", "label", "index", "total", "batch", "augment")
 TEXT = "text"  # the entry of a batch that has the captions, whatever the name of their column
