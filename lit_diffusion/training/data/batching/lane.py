@@ -46,24 +46,21 @@ class LaneBatches(IterableDataset[Delivery | Failure], ABC):
         flip: Mirror each image with probability one half.
         rank: This rank.
         world: Number of ranks.
+
+    Attributes:
+        mixed: Whether a batch should have the classes that a random one would have.
         augment: What is to be done to the images on the device, and told the network.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        seed: int,
-        flip: bool,
-        rank: int,
-        world: int,
-        augment: Augment | None = None,
-    ) -> None:
+    mixed = True
+    augment: Augment | None = None
+
+    def __init__(self, batch_size: int, seed: int, flip: bool, rank: int, world: int) -> None:
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
         self.rank = rank
         self.world = world
-        self.augment = augment
         self.positions = [Position()]
         self.turn = 0
 

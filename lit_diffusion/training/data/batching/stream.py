@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
-from lit_diffusion.training.data.decoding.augment import Augment
 from lit_diffusion.training.data.decoding.images import Decoded
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.reading.bad_examples import (
@@ -85,7 +84,6 @@ class ShuffledBatches(LaneBatches):
         world: Number of ranks.
         max_bad_share: Largest share of the examples that may be bad and is then skipped, from 0
             to 1; None to raise an error at the first bad one.
-        augment: What is to be done to the images on the device.
     """
 
     def __init__(
@@ -98,9 +96,8 @@ class ShuffledBatches(LaneBatches):
         rank: int,
         world: int,
         max_bad_share: float | None = None,
-        augment: Augment | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, flip, rank, world, augment)
+        super().__init__(batch_size, seed, flip, rank, world)
         self.split = split
         self.window = window
         self.max_bad_share = max_bad_share
