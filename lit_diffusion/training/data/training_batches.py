@@ -50,6 +50,7 @@ def train_loader(
         batches = ShuffledBatches(
             split, data.batch_size, data.shuffle_window, *lanes, max_bad_share
         )
+    batches.augment = data.augment
     return TrainLoader(
         batches,
         steps,
