@@ -19,7 +19,7 @@ from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.shape import Shape
 from lit_diffusion.nn import check_shape
 from lit_diffusion.nn.embeddings import TEXT
-from lit_diffusion.nn.text import TextEncoder, text_bytes
+from lit_diffusion.nn.text import TextEncoder, once, text_bytes
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -217,7 +217,8 @@ class SamplingModel(nn.Module):
         self.eval()
         try:
             chosen = self.sampler_in_range(sampler)
-            x = chosen(denoiser, noise_like(z, generator), generator, progress, **given)
+            with once(self.denoiser):  # texts are the same at each level
+                x = chosen(denoiser, noise_like(z, generator), generator, progress, **given)
         finally:
             self.train(training)
         return x.clamp(-1, 1) if self.clip_denoised else x

@@ -40,7 +40,7 @@ from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
-from lit_diffusion.training.data.reading.columns import Columns
+from lit_diffusion.training.data.reading.columns import TEXT_LENGTH, Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
 
@@ -78,7 +78,8 @@ class DataModule(L.LightningDataModule):
             the same shape in all examples. Name them in `model.conditions` to use them.
         text_key: Column of captions, strings, null for none. They become the entry `text` of a
             batch: (B, text_length) bytes in UTF-8, int64, 0 for padding.
-        text_length: Longest caption in bytes; a longer one is a bad example.
+        text_length: Longest caption in bytes; a longer one is a bad example. None means 256, and
+            in a config the length of the network's encoder.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none; where the data have no split test,
             the default is none.
@@ -124,7 +125,7 @@ class DataModule(L.LightningDataModule):
         label_key: str | None = "label",
         condition_keys: tuple[str, ...] = (),
         text_key: str | None = None,
-        text_length: int = 256,
+        text_length: int | None = None,
         train_split: str = "train",
         val_split: str | None = "test",
         val_share: float | None = None,
@@ -150,7 +151,7 @@ class DataModule(L.LightningDataModule):
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
-        self.text_length = text_length
+        self.text_length = TEXT_LENGTH if text_length is None else text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size

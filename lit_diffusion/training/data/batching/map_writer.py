@@ -94,7 +94,11 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             images = _GrowingArray(partial / "images.npy", image.dtype.str, image.shape, files)
             conditions = {
                 name: _GrowingArray(
-                    partial / f"condition-{k}.npy", _stored(name, like), like.shape, files
+                    partial / f"condition-{k}.npy",
+                    # Captions are bytes; a condition of numbers may have that name, too.
+                    np.dtype(np.uint8).str if decoder.text and name == TEXT else like.dtype.str,
+                    like.shape,
+                    files,
                 )
                 for k, (name, like) in enumerate(zip(decoder.conditions, looks, strict=True))
             }
@@ -123,11 +127,6 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
         np.save(partial / "rows.npy", np.concatenate(rows))
         if decoder.labels:
             np.save(partial / "labels.npy", np.concatenate(labels))
-
-
-def _stored(name: str, like: npt.NDArray[Any]) -> str:
-    """The type of a condition on disk: that of the batch, or of captions bytes."""
-    return np.dtype(np.uint8).str if name == TEXT else like.dtype.str
 
 
 class _GrowingArray:

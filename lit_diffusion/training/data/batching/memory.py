@@ -50,7 +50,7 @@ from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
 # then written anew.
-FORMAT = 2
+FORMAT = 3
 
 
 class MemoryMap:
@@ -219,6 +219,9 @@ class MemoryBatches(LaneBatches):
         self.memory = memory
         self.shape = shape
         self.transforms = transforms or Transforms()
+        if self.transforms:  # once here, so that mistakes show before a worker meets them
+            few = np.arange(min(FEW, len(memory)))
+            self._batch(few, np.zeros_like(few))
 
     def batches(self, lane: int, lanes: int, position: Position) -> Iterator[Delivery]:
         """Yield the batches of one lane for ever."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.training.data.decoding.encodings import channels_of, formats
+from lit_diffusion.training.data.decoding.repeatable import NotRepeatableError
 from lit_diffusion.training.data.decoding.transforms import CHANNELS, Transforms, converted
 from lit_diffusion.training.data.reading.bad_examples import one_line
 from lit_diffusion.training.data.reading.columns import (
@@ -41,6 +42,7 @@ from lit_diffusion.training.data.reading.image_headers import (
     NPY,
     PNG,
     jpeg_size,
+    opened,
     png_chunks,
     read_npy,
 )
@@ -142,7 +144,7 @@ class ImageDecoder:
             label = whole_number(example.label) if self.labels else None
             *stored, text = example.conditions if self.text else (*example.conditions, None)
             conditions = [
-                numbers(value, name, self.like.get(name))
+                numbers(opened(value), name, self.like.get(name))
                 for name, value in zip(self.numbers, stored, strict=True)
             ]
             if self.text:
@@ -157,7 +159,7 @@ class ImageDecoder:
                     "store all of them alike"
                 )
             return Decoded(example.index, image, label, conditions)
-        except (MisfitError, NetworkError, MemoryError, SeveralShapesError):
+        except (MisfitError, NetworkError, MemoryError, SeveralShapesError, NotRepeatableError):
             raise  # the latter ones are not the example's fault
         except Exception as error:  # decoders raise anything
             came = f"{_what(example.image)}: {one_line(error)}"
