@@ -82,10 +82,11 @@ class SlicedWasserstein(Periodic):
         self._baseline_distance = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Read the examples now, so that a mistake is reported before training."""
-        self._open(trainer, pl_module)
+        """Check the data now, so that a mistake is reported before training."""
+        self._data(trainer, pl_module)
 
-    def _open(self, trainer: L.Trainer, model: LitDiffusion) -> None:
+    def _data(self, trainer: L.Trainer, model: LitDiffusion) -> DataModule:
+        """The data to compare with."""
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "examples"):
             raise ValueError(
@@ -98,11 +99,16 @@ class SlicedWasserstein(Periodic):
                 f"SlicedWasserstein: expected a split to validate on besides {train!r}, got none: "
                 "set data.val_split, or leave SlicedWasserstein out."
             )
-        most = self.generation.num_samples
         if model.conditions:
-            check_enough(data, train, most)
-        self._reference = _Examples(data, other, model, most)
-        self._baseline = _Examples(data, train, model, most)
+            check_enough(data, train, self.generation.num_samples)
+        found: DataModule = data
+        return found
+
+    def _read(self, trainer: L.Trainer, model: LitDiffusion) -> None:
+        """Read the examples, once, when the model knows how they are normalised."""
+        data, most = self._data(trainer, model), self.generation.num_samples
+        self._reference = _Examples(data, data.splits_in_use()[-1], model, most)
+        self._baseline = _Examples(data, data.train_split, model, most)
         self._baseline_distance = self._distance(self._baseline.features, self._reference)
 
     def _distance(self, features: Tensor, reference: _Examples) -> float:
@@ -122,7 +128,7 @@ class SlicedWasserstein(Periodic):
         """
         model: LitDiffusion = pl_module
         if self._reference is None or self._baseline is None:
-            self._open(trainer, model)
+            self._read(trainer, model)
         assert self._reference is not None
         assert self._baseline is not None
         distance = self._distance(self._samples(trainer, model), self._reference)
@@ -144,9 +150,11 @@ class SlicedWasserstein(Periodic):
                     folder,
                     [Measurement(n, v, None, step, stage, protocol) for n, v in values.items()],
                 )
+        # Where the splits are the same examples, as in swirl, there is nothing to divide by.
+        times = f", {distance / baseline:.2f} times" if baseline > 0 else " beside"
         self.summary = (
-            f"{stage}/sliced_wasserstein at step {step}: {distance:.4g}, "
-            f"{distance / baseline:.2f} times that of training examples ({baseline:.4g}); "
+            f"{stage}/sliced_wasserstein at step {step}: {distance:.4g}"
+            f"{times} that of training examples ({baseline:.4g}); "
             f"{protocol['samples']} samples by {protocol['sampler']}, against "
             f"{len(self._reference.features)} examples of split {self._reference.split}"
         )
@@ -162,7 +170,7 @@ class SlicedWasserstein(Periodic):
         shares = self._baseline.shares
         return _gather(
             [
-                (index, features_of(x.detach().cpu(), model.kind))
+                (index, features_of(x.detach().cpu(), _kind(model)))
                 for index, x in self.generation.floats(model, shares, *place(), rows)
             ],
             self._baseline.features.shape[1],
@@ -189,17 +197,22 @@ class _Examples:
             if batch["batch"] * batch_size >= most:
                 break
             x = standard(batch)["image"]
-            if model.normalization is not None:
-                x = model.normalization.normalize(x)
-            found.append((batch["index"], features_of(x, model.kind)))
+            normalization = getattr(model, "normalization", None)
+            if normalization is not None:
+                x = normalization.normalize(x)
+            found.append((batch["index"], features_of(x, _kind(model))))
             labels += [batch["label"]] if "label" in batch else []
-        size = features_of(torch.zeros(1, *model.shape), model.kind).shape[1]
+        size = features_of(torch.zeros(1, *model.shape), _kind(model)).shape[1]
         self.features = _gather(found, size, model)[:most]
         self.shares = None
         if model.num_classes is not None and labels:
             known = torch.cat(labels).long()
             self.shares = torch.bincount(known[known >= 0], minlength=model.num_classes).double()
         self.protocol = {"split": split, "examples": len(self.features)}
+
+
+def _kind(model: LitDiffusion) -> str:
+    return getattr(model, "kind", "image")
 
 
 def _gather(found: list[tuple[Tensor, Tensor]], size: int, model: LitDiffusion) -> Tensor:

@@ -368,7 +368,10 @@ class DiffusionCLI(LightningCLI):
             _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
-            if isinstance(callback, (FID, Likelihood, SlicedWasserstein)) and callback.summary is not None:
+            if (
+                isinstance(callback, (FID, Likelihood, SlicedWasserstein))
+                and callback.summary is not None
+            ):
                 _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return

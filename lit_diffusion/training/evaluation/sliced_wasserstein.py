@@ -1,7 +1,7 @@
 """The sliced Wasserstein distance, between sets of samples of any kind.
 
-In one dimension the Wasserstein distance is that of the sorted numbers. In more it is averaged over
-directions θ, from the numbers θ·x,
+In one dimension the Wasserstein distance is that of the sorted numbers. In more it is averaged
+over directions θ, from the numbers θ·x,
 
     SW² = E_θ ∫₀¹ (F_θ⁻¹(q) − G_θ⁻¹(q))² dq,    ‖θ‖ = 1.
 
