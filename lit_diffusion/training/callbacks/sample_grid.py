@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +230,10 @@ class SampleGrid(Periodic):
         """Take the conditions of the first training examples, where there is no validation."""
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "examples"):
-            batch = next(iter(data.examples(data.train_split, self._most)))
-            cond = model.condition({k: v for k, v in batch.items() if k != "image"})
-            self._seen = [{name: value.to(model.device) for name, value in cond.items()}]
+            # One at a time, since their images may have several sizes.
+            for batch in islice(data.examples(data.train_split, 1), self._most):
+                cond = model.condition({k: v for k, v in batch.items() if k != "image"})
+                self._seen.append({name: value.to(model.device) for name, value in cond.items()})
 
     @property
     def _most(self) -> int:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.encodings import channels_of, formats
 from lit_diffusion.training.data.decoding.repeatable import NotRepeatableError
 from lit_diffusion.training.data.decoding.transforms import CHANNELS, Transforms, converted
@@ -88,6 +89,7 @@ class ImageDecoder:
         paths: Reads the images that rows name by paths; by default none may be named.
         mode: Colour mode to which the pictures are converted, L, RGB or RGBA; None for none.
         transforms: What is done to each picture; by default nothing.
+        buckets: Sizes to one of which each picture is first brought; by default none.
         partial: Whether further transforms follow, so that the result may have any shape, the same
             for all pictures.
     """
@@ -103,11 +105,13 @@ class ImageDecoder:
         transforms: Transforms | None = None,
         partial: bool = False,
         text: tuple[str, int] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         self.mode = mode
         self.transforms = transforms or Transforms()
         self.partial = partial
-        self.any_size = bool(self.transforms) or partial  # of the stored pictures
+        self.buckets = buckets or Buckets()
+        self.any_size = bool(self.transforms or self.buckets) or partial  # of the stored pictures
         self.stored_channels = shape[0] if mode is None else CHANNELS[mode]
         self.paths = paths or ImagePaths()
         self.shape = shape
@@ -225,8 +229,8 @@ class ImageDecoder:
             return self._fit(array, "an array")
         if self.any_size or self.mode:
             raise MisfitError(
-                "bytes, which data.transform and data.mode change, got floats; leave these out "
-                "for latents"
+                "bytes, which data.transform, data.mode and data.buckets change, got floats; "
+                "leave these out for latents"
             )
         if array.shape != self.shape:
             raise MisfitError(
@@ -282,6 +286,13 @@ class ImageDecoder:
 
     def _transformed(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Apply the transforms and check the shape of the result."""
+        if self.buckets:
+            image = self.buckets(image)
+            shape = (self.shape[0], *image.shape[1:])
+            if self.transforms:
+                image = self.transforms(image, epoch, index)
+            self.transforms.check(image, shape)
+            return image.contiguous()
         if self.transforms:
             image = self.transforms(image, epoch, index)
         first = self.like.get("image")

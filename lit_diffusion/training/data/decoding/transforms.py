@@ -261,6 +261,7 @@ class Transforms:
         )
         if picture.shape[1:] != shape[1:]:
             remedy = "put Fit last in data.transform (random transforms act in training only)"
+            remedy += "; with data.buckets no transform may change the size of a picture"
         else:
             remedy = "set data.mode to the colours of the images, or data.shape"
         raise MisfitError(
@@ -371,5 +372,6 @@ def protocol_of(data: Any) -> dict[str, Any]:
         "mode": getattr(data, "mode", None),
         "transform": transforms.fixed().description if transforms else None,
         "val_share": getattr(data, "val_share", None),
+        "buckets": [[*size] for size in getattr(getattr(data, "buckets", None), "sizes", ())],
     }
     return {name: value for name, value in found.items() if value}
