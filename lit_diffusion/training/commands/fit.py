@@ -18,7 +18,11 @@ from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.fit_setup.differences import naming_differences
 from lit_diffusion.training.commands.fit_setup.loggers import make_loggers
-from lit_diffusion.training.commands.fit_setup.network_shape import set_shape, set_text_length
+from lit_diffusion.training.commands.fit_setup.network_shape import (
+    set_augment,
+    set_shape,
+    set_text_length,
+)
 from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
 from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
 from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
@@ -195,6 +199,7 @@ class DiffusionCLI(LightningCLI):
         config.ckpt_path = self.ckpt_path
         set_shape(config.model.get("network"), tuple(config.data.shape))
         set_text_length(config.model.get("network"), config.data)
+        set_augment(config.model.get("network"), config.data)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
