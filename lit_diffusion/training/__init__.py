@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.report import report
     from lit_diffusion.training.commands.sample import sample
     from lit_diffusion.training.data.module import DataModule
+    from lit_diffusion.training.data.own import DatasetModule
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
     from lit_diffusion.training.module import LitDiffusion
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
@@ -37,6 +38,7 @@ _MODULES = {
     **{one.function: f"commands.{one.function}" for one in COMMANDS.values() if one.function},
     "ClassifierFeatures": "evaluation.features",
     "DataModule": "data.module",
+    "DatasetModule": "data.own",
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
     "WarmupDecayLR": "step.learning_rates",

@@ -27,3 +27,28 @@ class DiffusionParser(CommandParser, LightningArgumentParser):
         if takes_run_folder(theclass):
             self.set_defaults(save_dir=RUN_FOLDER)
         return added
+
+    def add_lightning_class_args(
+        self,
+        lightning_class: Any,
+        nested_key: str,
+        subclass_mode: bool = False,
+        required: bool = True,
+    ) -> list[str]:
+        """Add the arguments of model, trainer or data; and of data that may be a data set.
+
+        Args:
+            lightning_class: As of the parser of Lightning.
+            nested_key: As of the parser of Lightning.
+            subclass_mode: As of the parser of Lightning.
+            required: As of the parser of Lightning.
+        """
+        if nested_key == "data" and subclass_mode:
+            self.add_subclass_arguments(
+                lightning_class, "data", fail_untyped=False, required=required
+            )
+            return ["data"]
+        added: list[str] = super().add_lightning_class_args(
+            lightning_class, nested_key, subclass_mode, required
+        )
+        return added
