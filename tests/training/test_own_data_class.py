@@ -55,7 +55,7 @@ class Module(L.LightningDataModule):
 
     def _loader(self):
         rows = [{"pixels": torch.full(self.shape, -0.5), "kind": i % 3} for i in range(8)]
-        return DataLoader(rows, 4)
+        return DataLoader(rows, batch_size=4)
 
     train_dataloader = val_dataloader = predict_dataloader = _loader
 
@@ -295,6 +295,16 @@ def test_another_order_is_not_resumed(tmp_path):
     other = DatasetModule(Numbers(), batch_size=5)
     with pytest.raises(ValueError, match=r"loader.batch_size was 4 .* and is 5 now"):
         train(tmp_path, 2, tmp_path / "step=1.ckpt", data=other)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_can_be_predicted_for(tmp_path):
+    model = LitDiffusion(UNet(shape=(1, 8, 8), channels=(8,), attention=()), label_dropout=0.0)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False
+    )
+    data = DatasetModule(Numbers(), Numbers(3), batch_size=2)
+    assert [len(one) for one in trainer.predict(model, datamodule=data)] == [2, 1]
 
 
 def test_the_promises():

@@ -169,7 +169,7 @@ class DatasetModule(L.LightningDataModule):
     def _loader(self, data: Dataset[Any], order: EpochOrder | None = None) -> DataLoader[Any]:
         return DataLoader(
             data,
-            self.batch_size,
+            batch_size=self.batch_size,  # by its name, or Lightning cannot predict with it
             sampler=order,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
