@@ -163,6 +163,7 @@ class GuidedDenoiser(nn.Module):
         self.denoiser = denoiser
         self.scale = scale
         self.interval = interval
+        self._dropped: tuple[Any, dict[str, Any]] = None, {}
 
     def forward(self, z: Tensor, logsnr: Tensor, **cond: Any) -> Denoised:
         """Estimate data and noise, guided by the condition.
@@ -178,8 +179,7 @@ class GuidedDenoiser(nn.Module):
         conditional = self.denoiser(z, logsnr, **cond)
         if self.scale == 1 or not cond:
             return conditional
-        dropped = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        unconditional = self.denoiser(z, logsnr, **drop_condition(cond, dropped))
+        unconditional = self.denoiser(z, logsnr, **self._without(cond, z))
         scale = torch.full_like(logsnr, self.scale)
         if self.interval is not None:
             low, high = self.interval
@@ -188,6 +188,23 @@ class GuidedDenoiser(nn.Module):
         return Denoised(
             *(u + weight * (c - u) for u, c in zip(unconditional, conditional, strict=True))
         )
+
+    def _without(self, cond: dict[str, Any], z: Tensor) -> dict[str, Any]:
+        """The condition with all rows dropped: the same tensors at each level of a sampler.
+
+        They do not depend on the values of the condition, and a text that is the same tensor is
+        encoded once.
+        """
+        looks = {
+            name: (value.shape, value.dtype, value.device)
+            for name, value in cond.items()
+            if isinstance(value, Tensor)
+        }
+        key = looks, len(z), z.device, torch.is_inference_mode_enabled()
+        if self._dropped[0] != key or looks.keys() != cond.keys():
+            dropped = torch.ones(len(z), dtype=torch.bool, device=z.device)
+            self._dropped = key, drop_condition(cond, dropped)
+        return self._dropped[1]
 
 
 class ClippedDenoiser(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_diffusion.nn import DiT, FourierFeatures, ResidualMLP, UNet
+from lit_diffusion.nn import DiT, FourierFeatures, ResidualMLP, UNet, check_shape, takes_shape
 from lit_diffusion.nn.blocks import Upsample
 from lit_diffusion.nn.patches import patchify, unpatchify
 from lit_diffusion.testing import check_network
@@ -53,6 +53,38 @@ def test_other_sizes_pass(kind, shape):
     net = awake(NETWORKS[kind](shape))
     z = torch.randn(B, shape[0], *(side + 4 for side in shape[1:]))
     assert net(z, torch.zeros(B)).shape == z.shape
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_a_network_says_which_shapes_it_takes(make, shape):
+    net = make(shape)
+    channels, *sides = shape
+    assert takes_shape(net, shape)
+    assert not takes_shape(net, (channels + 1, *sides))
+    assert not takes_shape(net, (channels, *sides, 4))
+    any_size = not isinstance(net, ResidualMLP) and getattr(net, "positions", "none") == "none"
+    assert takes_shape(net, (channels, *(side + 4 for side in sides))) == any_size
+
+
+def test_what_a_network_does_not_take_is_said_in_its_own_words():
+    small = UNet((1, 8, 8), (8, 8, 8), attention=())
+    flat = UNet((1, 8, 8), (8, 8, 8), attention=(), downsample=False)
+    resampled = DiT((1, 8, 8), patch=2, positions="resampled", **SMALL)
+    plain = torch.nn.Identity()
+    assert takes_shape(small, (1, 4, 5))
+    assert takes_shape(flat, (1, 1, 3))
+    assert takes_shape(resampled, (1, 2, 14))
+    for net, shape, sentence in [
+        (small, (1, 3, 8), "3x8 pixels are too few"),
+        (small, (1, 0, 8), "1 channels and any 2 sides"),
+        (resampled, (1, 8, 9), "multiples of 2"),
+        (resampled, (1, 0, 8), "multiples of 2"),
+        (DiT((1, 8, 8), **SMALL), (1, 8, 16), "train with positions='resampled'"),
+        (plain, (1, 8, 8), "only those it is trained on, got .* method check_shape"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            check_shape(net, shape)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -231,6 +231,16 @@ class Net(torch.nn.Module):
         return self.last(torch.tanh(h + self.table(label + 1))).view_as(z)
 
 
+class TakesNoOther(Net):
+    def check_shape(self, shape):
+        """It says that it takes any."""
+
+
+class RefusesItsOwn(Net):
+    def check_shape(self, shape):
+        raise ValueError("none")
+
+
 def broken_networks():
     class MixesTheBatch(Net):
         def forward(self, z, *args, **kwargs):
@@ -301,6 +311,8 @@ def broken_networks():
         (Overflows(), "finite"),
         (StaysInFloat32(), "stays float64"),
         (Flattens(), "shape of z"),
+        (TakesNoOther(), r"takes \(1, 1, 1\), which check_shape accepts"),
+        (RefusesItsOwn(), r"own shape, \(1, 2, 2\)"),
     ]
 
 

@@ -67,6 +67,20 @@ def test_it_is_the_model_at_its_timesteps(model, inputs):
     assert torch.equal(net(z, logsnr, label), net.network(z, t, label).sample)
 
 
+def test_a_unet_takes_any_size_that_it_can_halve(inputs):
+    unet, dit = network("UNet2DModel"), network("DiTTransformer2DModel")
+    z, logsnr = torch.randn(B, 3, 12, 6), inputs[1]
+    unet.check_shape(z.shape[1:])
+    assert unet(z, logsnr).shape == z.shape
+    with pytest.raises(ValueError, match="multiples of 2, got 7x8"):
+        unet.check_shape((3, 7, 8))
+    with pytest.raises(ValueError, match="3 channels and any size, got"):
+        unet.check_shape((1, 8, 8))
+    dit.check_shape(SHAPE)
+    with pytest.raises(ValueError, match=r"the size \(8, 8\), got \(3, 16, 16\)"):
+        dit.check_shape((3, 16, 16))
+
+
 def test_timesteps_fall_with_the_level_far_beyond_the_chain():
     net = network("UNet2DModel")
     logsnr = torch.linspace(-20, 20, 4001)

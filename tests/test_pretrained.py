@@ -41,6 +41,44 @@ def test_a_model_comes_back_from_its_folder(tmp_path):
     assert not again.training
 
 
+def test_samples_have_the_size_that_is_asked_for(tmp_path):
+    model, seeds = tiny(), [torch.Generator().manual_seed(i) for i in (0, 1)]
+    again = ld.load_pretrained(write(tmp_path / "model", model))
+    given = {"label": [2, -1], "guidance": 2.0, "size": (12, 5)}
+    both = model.sample(2, seeds, **given)
+    assert both.shape == (2, 1, 12, 5)
+    assert both.isfinite().all()
+    alone = again.sample(1, torch.Generator().manual_seed(0), **given | {"label": 2})
+    torch.testing.assert_close(alone, both[:1])  # a function of its generator
+    one, two = (m.sample(2, torch.Generator().manual_seed(0), **given) for m in (model, again))
+    assert torch.equal(one, two)
+    same = model.sample(2, torch.Generator().manual_seed(0), 1, size=(8, 8))
+    assert torch.equal(same, model.sample(2, torch.Generator().manual_seed(0), 1))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 24), 32), ((1, 4, 8, 8), (8, 4, 12))])
+def test_series_and_volumes_of_other_sizes(shape, size):
+    network = UNet(shape, channels=(8,), attention=(shape[1],))
+    model = ld.Pretrained(network, sampler=ld.DDIMSampler(steps=2))
+    sides = (size,) if isinstance(size, int) else size
+    assert model.sample(2, size=size).shape == (2, shape[0], *sides)
+    with pytest.raises(ValueError, match=f"{len(sides)} positive sides"):
+        model.sample(2, size=(8, 8))
+
+
+def test_sizes_that_the_network_does_not_take_are_refused():
+    plain = ld.Pretrained(nn.Identity(), shape=(1, 8, 8))
+    vector = ld.Pretrained(ld.nn.ResidualMLP(shape=(3,), features=8))
+    fixed = ld.Pretrained(ld.nn.DiT((1, 8, 8), depth=1, width=32, heads=1))
+    for model, size, sentence in [
+        (plain, (8, 9), r"the Identity takes, .*got \(1, 8, 9\)"),
+        (vector, 3, "size of 0 positive sides, since they have none"),
+        (fixed, (8, 16), "train with positions='resampled'"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            model.sample(1, size=size)
+
+
 def test_its_arguments_are_those_it_was_made_with():
     schedule, weighting = ld.LinearSchedule(-5.0, 5.0), ld.SigmoidWeighting(1.0)
     parts = {

@@ -4,12 +4,15 @@ from lit_diffusion.models.base import SamplingModel
 from lit_diffusion.models.diffusers_network import DiffusersNetwork, import_diffusers
 from lit_diffusion.models.diffusers_pipeline import from_diffusers
 from lit_diffusion.models.pretrained import Pretrained, load_pretrained
+from lit_diffusion.models.transformers_text import TransformersText, import_transformers
 
 __all__ = [
     "DiffusersNetwork",
     "Pretrained",
     "SamplingModel",
+    "TransformersText",
     "from_diffusers",
     "import_diffusers",
+    "import_transformers",
     "load_pretrained",
 ]

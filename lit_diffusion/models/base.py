@@ -17,8 +17,9 @@ from lit_diffusion.exact import at_least_float32
 from lit_diffusion.gaussian import Generators, noise_like
 from lit_diffusion.loss import DiffusionLoss
 from lit_diffusion.models.shape import Shape
+from lit_diffusion.nn import check_shape
 from lit_diffusion.nn.embeddings import TEXT
-from lit_diffusion.nn.text import TextEncoder, text_bytes
+from lit_diffusion.nn.text import TextEncoder, once, text_bytes
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -78,6 +79,31 @@ class SamplingModel(nn.Module):
                 "shape=(channels, height, width)."
             )
         return self._shape
+
+    def shape_of_size(self, size: int | Sequence[int] | None = None) -> Shape:
+        """The shape of samples of another size than that of training.
+
+        Args:
+            size: Height and width of images, depth, height and width of volumes, or the length of
+                series; None means the size of training.
+
+        Raises:
+            ValueError: If the data have another number of axes, or the network does not take it.
+        """
+        if size is None:
+            return self.shape
+        sides = (size,) if isinstance(size, int) else tuple(size)
+        channels, *trained = self.shape
+        if len(sides) != len(trained) or any(side < 1 for side in sides):
+            usual = f"such as {'x'.join(map(str, trained))}" if trained else "since they have none"
+            raise ValueError(
+                f"Expected a size of {len(trained)} positive sides, {usual}, for a model of "
+                f"examples of shape {self.shape}, got {'x'.join(map(str, sides))}."
+            )
+        shape = (channels, *sides)
+        if shape != self.shape:
+            check_shape(self.denoiser.network, shape)
+        return shape
 
     @property
     def num_classes(self) -> int | None:
@@ -147,6 +173,7 @@ class SamplingModel(nn.Module):
         guidance_interval: tuple[float, float] | None = None,
         progress: Callable[[Any], Iterable[Any]] = iter,
         cond: Mapping[str, Tensor | Sequence[str]] | None = None,
+        size: int | Sequence[int] | None = None,
     ) -> Tensor:
         """Sample images.
 
@@ -161,16 +188,19 @@ class SamplingModel(nn.Module):
             progress: Wraps the list of steps, such as tqdm.
             cond: The further conditions, by name; a text may be a list of n strings.
                 `drop_condition` makes dropped ones.
+            size: Height and width, such as (48, 64), or the length of series, for a network that
+                takes other sizes than that of training; None means that of training.
 
         Shapes:
             label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
 
         Raises:
             ValueError: If labels are given to a model without classes, a condition is missing or
-                unknown, there are not n of each, or the model cannot be guided.
+                unknown, there are not n of each, or the model cannot be guided or does not take
+                the size.
         """
         first = at_least_float32(next(self.parameters(), torch.empty(0)))  # there may be none
-        z = first.new_zeros(n, *self.shape)
+        z = first.new_zeros(n, *self.shape_of_size(size))
         device = z.device
         given = self._conditions(z, cond)
         if self.num_classes is not None:
@@ -187,7 +217,8 @@ class SamplingModel(nn.Module):
         self.eval()
         try:
             chosen = self.sampler_in_range(sampler)
-            x = chosen(denoiser, noise_like(z, generator), generator, progress, **given)
+            with once(self.denoiser):  # texts are the same at each level
+                x = chosen(denoiser, noise_like(z, generator), generator, progress, **given)
         finally:
             self.train(training)
         return x.clamp(-1, 1) if self.clip_denoised else x

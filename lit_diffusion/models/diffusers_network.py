@@ -168,6 +168,29 @@ class DiffusersNetwork(nn.Module):
                 part.dropout_prob = 0.0  # type: ignore[assignment]
         return made
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the model takes images of this shape.
+
+        A UNet2DModel takes all sides that it can halve. A DiTTransformer2DModel has a table of the
+        places of its own image, and takes no other.
+
+        Args:
+            shape: (C, H, W).
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if tuple(shape) == self.shape:
+            return
+        if self.model != "UNet2DModel" or len(shape) != 3 or shape[0] != self.shape[0]:
+            kind = "any size" if self.model == "UNet2DModel" else f"the size {self.shape[1:]}"
+            raise ValueError(
+                f"this {self.model} takes images of {self.shape[0]} channels and {kind}, got "
+                f"{tuple(shape)}."
+            )
+        channels, height, width = shape
+        _unet_arguments((channels, height, width), self.num_classes, self.config)
+
     def timestep(self, logsnr: Tensor) -> Tensor:
         """The index of λ on the chain, 0 at its cleanest level.
 

@@ -7,6 +7,7 @@ here depend on no other part of it.
 from lit_diffusion.nn.dit import DiT
 from lit_diffusion.nn.fourier import FourierFeatures
 from lit_diffusion.nn.mlp import ResidualMLP
+from lit_diffusion.nn.sizes import check_shape, takes_shape
 from lit_diffusion.nn.text import ByteTransformer, TextEncoder, bytes_text, text_bytes
 from lit_diffusion.nn.unet import UNet
 
@@ -18,5 +19,7 @@ __all__ = [
     "TextEncoder",
     "UNet",
     "bytes_text",
+    "check_shape",
+    "takes_shape",
     "text_bytes",
 ]

@@ -46,6 +46,7 @@ class CrossAttention(nn.Module):
     def forward(self, h: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The output of the attention for each position."""
         query = self.query(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D)
+        tokens = tokens.to(self.key_value.weight.dtype)  # a frozen encoder's are always float32
         packed = self.key_value(tokens).unflatten(2, (2, self.heads, -1))
         key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, D)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])

@@ -319,12 +319,31 @@ class DiT(ConditionalNetwork):
         """Refuse images that cannot be cut into patches."""
         channels, *sides = shape
         fits = len(shape) == len(self.shape) and channels == self.shape[0]
-        if not fits or any(side % self.patch for side in sides):
+        if not fits or any(side < 1 or side % self.patch for side in sides):
             axes = {2: "(C, L)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[len(self.shape)]
             raise ValueError(
                 f"a DiT of patch={self.patch} for {self.shape[0]} channels takes images "
                 f"whose sides are multiples of {self.patch}, got {axes} = {tuple(shape)}; give "
                 "another patch, or crop the images."
+            )
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the network takes examples of this shape, by the meaning of ``positions``.
+
+        With ``resampled`` and ``none``, sides may be any multiples of ``patch``. With ``index``,
+        places outside ``shape`` were never trained, so that only ``shape`` is taken.
+
+        Args:
+            shape: (C, H, W), or (C, L), or (C, D, H, W).
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        self._check(shape)
+        if self.positions == "index" and tuple(shape) != self.shape:
+            raise ValueError(
+                f"a DiT of positions='index' knows the places of {self.shape} only, got "
+                f"{tuple(shape)}: train with positions='resampled' for other sizes."
             )
 
     def _places(self, sides: Sequence[int], device: torch.device) -> list[Tensor]:

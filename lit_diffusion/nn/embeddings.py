@@ -359,7 +359,7 @@ class ConditionalNetwork(nn.Module):
                 f"{' and other conditions' if self.embed_condition else ''}, got "
                 f"{', '.join(cond)}; give all of them, or none."
             )
-        return Read(others, *self.text(cond[TEXT] if cond else self.text.no_text(batch)))
+        return Read(others, *self.text.read(cond[TEXT] if cond else self.text.no_text(batch)))
 
     def call_block(self, block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
         """Call a block; with `activation_checkpointing` store only its inputs in training.

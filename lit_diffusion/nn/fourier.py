@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_diffusion.nn.embeddings import FourierWaves
+from lit_diffusion.nn.sizes import check_shape
 from lit_diffusion.nn.unet import UNet
 
 
@@ -89,6 +90,17 @@ class FourierFeatures(nn.Module):
         """
         channels, *sides = shape
         return {"network": (channels * (1 + 2 * len(exponents)), *sides)}
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the inner network takes examples of this shape with their waves.
+
+        Args:
+            shape: (C, H, W), or (C, L) and so on.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        check_shape(self.network, self.inner_shapes(shape, self.exponents)["network"])
 
     @property
     def num_classes(self) -> int | None:

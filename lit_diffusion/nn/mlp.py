@@ -102,13 +102,24 @@ class ResidualMLP(ConditionalNetwork):
         nn.init.zeros_(self.layer_out.weight)
         nn.init.zeros_(self.layer_out.bias)
 
-    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
-        """Map noisy examples to a prediction of the same shape and type."""
-        if z.shape[1:] != self.shape:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless it is the shape that the network is built for.
+
+        Args:
+            shape: The shape of an example.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        if tuple(shape) != self.shape:
             raise ValueError(
                 f"this ResidualMLP was built for examples of shape {self.shape}, got "
-                f"{tuple(z.shape[1:])}; give shape={tuple(z.shape[1:])}."
+                f"{tuple(shape)}; give shape={tuple(shape)}."
             )
+
+    def forward(self, z: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map noisy examples to a prediction of the same shape and type."""
+        self.check_shape(tuple(z.shape[1:]))
         embedding = F.silu(self.embed(logsnr, label, dropped=None, cond={}))
         h = self.layer_in(z.flatten(1))
         for block in self.blocks:

@@ -11,12 +11,15 @@ Legend: B batch, T bytes of the longest text, E width of a token.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lit_diffusion.nn.cross_attention import CrossAttention
+
+FEW = 4  # texts that are remembered while sampling: guidance alternates between two
 
 
 def text_bytes(texts: Sequence[str], length: int | None = None) -> Tensor:
@@ -88,6 +91,35 @@ class TextEncoder(nn.Module, ABC):
     """
 
     width: int
+    _seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] | None = None  # within `once`
+
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, but within `once` no tensor is encoded twice.
+
+        Args:
+            text: As for `forward`. It is recognised by being the same tensor, so that the device
+                need not be waited for.
+        """
+        if self._seen is None or torch.compiler.is_compiling():
+            found: tuple[Tensor, Tensor] = self(text)
+            return found
+        for before, found in self._seen:
+            if before is text:
+                return found
+        found = self(text)
+        self._seen = [*self._seen, (text, found)][-FEW:]
+        return found
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Refuse texts that it cannot take; by default it takes all.
+
+        Args:
+            texts: The texts.
+
+        Raises:
+            ValueError: If one cannot be taken.
+        """
+        del texts
 
     @abstractmethod
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +142,28 @@ class TextEncoder(nn.Module, ABC):
         Shapes:
             result (B, T, *).
         """
+
+
+@contextmanager
+def once(network: nn.Module) -> Iterator[None]:
+    """While it lasts, the encoders in a network encode no text twice, such as while sampling.
+
+    Args:
+        network: The network, in whose conditions and weights nothing changes meanwhile.
+
+    Example:
+        >>> encode = ByteTransformer(length=8, width=4, depth=1, heads=1)
+        >>> text = text_bytes(["a 3"])
+        >>> with once(encode):
+        ...     encode.read(text)[0] is encode.read(text)[0]
+        True
+    """
+    with ExitStack() as after:
+        for module in network.modules():
+            if isinstance(module, TextEncoder):
+                after.callback(setattr, module, "_seen", module._seen)
+                module._seen = []
+        yield
 
 
 class TextBlock(nn.Module):
@@ -146,7 +200,8 @@ class ByteTransformer(TextEncoder):
     and for data of a million captions. It needs no tokenizer and no download.
 
     Args:
-        length: Longest text in bytes, as `data.text_length`, at least 1.
+        length: Longest text in bytes, at least 1; None means 256, and in a config the
+            `data.text_length`.
         width: Width E of a token, a multiple of ``heads``.
         depth: Number of blocks, at least 1.
         heads: Number of attention heads.
@@ -172,9 +227,10 @@ class ByteTransformer(TextEncoder):
     """
 
     def __init__(
-        self, length: int = 256, width: int = 256, depth: int = 4, heads: int = 4
+        self, length: int | None = None, width: int = 256, depth: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
+        length = 256 if length is None else length
         if min(length, width, depth, heads) < 1 or width % heads:
             raise ValueError(
                 "length, width, depth and heads must be at least 1, and width a multiple of "

@@ -54,10 +54,14 @@ def _check_shape(shape: Sequence[int], channels: Sequence[int], downsample: bool
             "channels must name a positive number of features for each level, such as "
             f"(32, 64), got {channels}."
         )
-    sides = shape[1:]
-    if downsample and min(sides) < 2 ** (len(channels) - 1):
+    _check_sides(shape[1:], len(channels) if downsample else 1)
+
+
+def _check_sides(sides: Sequence[int], levels: int) -> None:
+    """Raise unless the image can be halved so often."""
+    if min(sides) < 2 ** (levels - 1):
         raise ValueError(
-            f"{len(channels)} levels halve the image {len(channels) - 1} times, for which "
+            f"{levels} levels halve the image {levels - 1} times, for which "
             f"{'x'.join(map(str, sides))} pixels are too few; give fewer channels."
         )
 
@@ -275,6 +279,23 @@ class UNet(ConditionalNetwork):
                 f"multiple of head_channels, which is {self.head_channels}."
             )
         return heads
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the network takes examples of this shape: of its channels and any size.
+
+        Args:
+            shape: (C, H, W), or (C, L), or (C, D, H, W).
+
+        Raises:
+            ValueError: If the channels or the number of axes differ, or a side is too small to be
+                halved once per level.
+        """
+        if len(shape) != len(self.shape) or shape[0] != self.shape[0] or min(shape) < 1:
+            raise ValueError(
+                f"this UNet takes examples of {self.shape[0]} channels and any "
+                f"{self._dims} sides, got {tuple(shape)}."
+            )
+        _check_sides(shape[1:], len(self.channels) if self.downsample else 1)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.denoisers import drop_condition
+from lit_diffusion.nn import takes_shape
 from lit_diffusion.registry import arguments
 from lit_diffusion.testing.laws import FAR, close, law
 
@@ -31,7 +32,8 @@ def check_network(
     example does not depend on the rest of the batch; z, λ, the label and each condition matter;
     no label is the label −1; it takes `dropped` if it has conditions; the gradient reaches every
     parameter; float64 gives the result of float32, and bfloat16 autocast about the same; a network
-    made from its arguments, with its weights, is the same.
+    made from its arguments, with its weights, is the same; it takes every shape that its method
+    `check_shape` accepts, if it has one, its own among them.
 
     The network that is checked is a copy with random numbers added to all parameters, since a part
     that is zero at first would hide others.
@@ -60,6 +62,7 @@ def check_network(
         _check_function(moved, given)
         _check_inputs_matter(moved, given)
         _check_copies(network, moved, given)
+        _check_sizes(moved, given)
     _check_gradients(moved, given)
     _check_precision(moved, given)
 
@@ -148,6 +151,33 @@ def _check_copies(network: nn.Module, moved: nn.Module, given: dict[str, Tensor]
     except RuntimeError as error:
         raise AssertionError(f"{network!r}: {sentence}: {error}") from error
     law(torch.equal(twin.eval()(**given), moved(**given)), network, f"{sentence}.")
+
+
+def _check_sizes(network: nn.Module, given: dict[str, Tensor]) -> None:
+    """What `check_shape` accepts passes; it accepts the network's own shape."""
+    z = given["z"]
+    own = tuple(z.shape[1:])
+    if getattr(network, "check_shape", None) is not None:
+        accepted = takes_shape(network, own)
+        law(accepted, network, f"check_shape accepts the network's own shape, {own}.")
+    channels, *sides = own
+    others = {
+        (channels, *(2 * side for side in sides)),
+        (channels, *(side + 4 * (axis == 0) for axis, side in enumerate(sides))),
+        (channels, *(max(1, side // 2) for side in sides)),
+    } - {own}
+    for shape in sorted(others):
+        if not takes_shape(network, shape):
+            continue
+        longer = z.new_ones(len(z), *shape)
+        try:
+            out = network(**given | {"z": longer})
+        except Exception as error:
+            raise AssertionError(
+                f"{network!r}: it takes {shape}, which check_shape accepts: {error}"
+            ) from error
+        law(out.shape == longer.shape, network, f"the output has the shape of z, {shape}.")
+        law(bool(out.isfinite().all()), network, f"the output is finite for the shape {shape}.")
 
 
 def _check_gradients(network: nn.Module, given: dict[str, Tensor]) -> None:

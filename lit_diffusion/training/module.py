@@ -211,6 +211,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         settle_precision(self.trainer)
         self.remember(**own_arguments(self, LitDiffusion))
         data = getattr(self.trainer, "datamodule", None)
+        self.expect(data)
         if stage == "fit" and self.num_classes is not None and data is not None:
             self.class_names = class_names(data)
 

@@ -101,6 +101,83 @@ def tar(folder):
     return folder / "shard-0.tar"
 
 
+def transparent(folder):
+    """Icons: each has transparent pixels."""
+    for i in range(12):
+        picture = photograph(i).convert("RGBA")
+        picture.putalpha(photograph(i + 50, mode="L"))
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+def opaque(folder):
+    """Screen shots with an alpha channel that says nothing, one of them with a hole."""
+    save(folder, [photograph(i, mode="RGBA") for i in range(11)])
+    transparent(folder / "..")
+    for i in range(12):
+        file = folder.parent / f"{i}.png"
+        file.rename(folder / "hole.png") if i == 0 else file.unlink()
+    return folder
+
+
+def cmyk(folder):
+    """Upright and turned photographs for print."""
+    for i in range(12):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i % 2 else 1
+        size = (20, 24) if i % 2 else (24, 20)
+        photograph(i, size, "CMYK").save(folder / f"{i}.jpg", exif=exif)
+    return folder
+
+
+def partly_deep(folder):
+    save(folder, [photograph(i, mode="L") for i in range(24)])
+    Image.fromarray(np.full((24, 24), 1000, np.uint16)).save(folder / "deep.png")
+    return folder
+
+
+def tars(folder):
+    tar(folder)
+    return folder
+
+
+def hub_clone(folder):
+    """A data set as it is cloned from the hub: a card, and parquet files in data/."""
+    (folder / "data").mkdir()
+    labelled_parquet(folder / "data")
+    (folder / "data" / "train.parquet").rename(folder / "data/train-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A data set\n")
+    return folder
+
+
+# Arrays to train on
+
+
+def arrays(folder):
+    pictures = np.stack([np.asarray(photograph(i)) for i in range(24)])
+    np.save(folder / "images.npy", pictures)
+    return folder
+
+
+def an_array(folder):
+    np.save(folder / "x.npy", np.stack([np.asarray(photograph(i, mode="L")) for i in range(24)]))
+    return folder / "x.npy"
+
+
+def archive(folder):
+    pictures = np.stack([np.asarray(photograph(i)).transpose(2, 0, 1) for i in range(24)])
+    arrays = {"x_train": pictures, "y_train": np.arange(24) % 3}
+    np.savez(folder / "images.npz", **arrays, x_test=pictures[:6], y_test=np.arange(6) % 3)
+    return folder / "images.npz"
+
+
+def a_file_each(folder):
+    for i in range(24):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        np.save(folder / "ab"[i % 2] / f"{i}.npy", np.asarray(photograph(i)))
+    return folder
+
+
 # No images to train on
 
 
@@ -120,20 +197,6 @@ def text_file(folder):
 def texts(folder):
     text_file(folder)
     return folder
-
-
-def arrays(folder):
-    np.save(folder / "images.npy", np.zeros((5, 8, 8), np.uint8))
-    return folder
-
-
-def an_array(folder):
-    return arrays(folder) / "images.npy"
-
-
-def archive(folder):
-    np.savez(folder / "images.npz", images=np.zeros((5, 8, 8), np.uint8))
-    return folder / "images.npz"
 
 
 def deep(folder):

@@ -302,7 +302,7 @@ def test_other_bad_places(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be opened: .*'other' not found. Available"):
         module(tmp_path / "set", config_name="other")
     (tmp_path / "x.txt").write_text("text")
-    with pytest.raises(ValueError, match="expected a parquet file or a folder"):
+    with pytest.raises(ValueError, match=r"expected a parquet, \.npy or \.npz file"):
         module(tmp_path / "x.txt")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")
     broken = (

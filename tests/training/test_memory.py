@@ -116,7 +116,7 @@ def names(cache):
 
 
 def assert_whole(found):
-    assert torch.equal(found.images, torch.from_numpy(pixels()))
+    assert torch.equal(found.images[0], torch.from_numpy(pixels()))
     assert found.labels.tolist() == found.rows.tolist() == list(range(N))
 
 
@@ -128,7 +128,7 @@ def test_the_map_holds_what_streaming_decodes(file, cache):
     assert_whole(found)
     streamed = module(file, streaming=True)._train
     batch = streamed.batch(list(streamed.source.head(None)))
-    assert torch.equal(found.images, batch["image"])
+    assert torch.equal(found.images[0], batch["image"])
     assert torch.equal(found.labels, batch["label"])
     arrays = {path.name: np.load(path) for path in found.folder.glob("*.npy")}
     assert arrays.keys() == {"images.npy", "labels.npy", "rows.npy"}  # for anybody to load
@@ -181,7 +181,7 @@ def test_the_name_changes_with_what_decides_the_bytes(file, cache, tmp_path):
     os.utime(copy, (stat.st_atime, stat.st_mtime + 1))  # however coarse the clock
     second = open_map(copy)
     assert first.folder != second.folder
-    assert torch.equal(second.images, torch.from_numpy(pixels(seed=1)))
+    assert torch.equal(second.images[0], torch.from_numpy(pixels(seed=1)))
     folders = [tmp_path / "set" / split for split in ("train", "test")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_the_name_changes_with_what_decides_the_bytes(file, cache, tmp_path):
     os.utime(changed, (stat.st_atime, stat.st_mtime + 1))
     second = open_map(**settings)
     assert first.folder != second.folder
-    assert torch.equal(second.images[2], torch.from_numpy(pixels(seed=5)[0]))
+    assert torch.equal(second.images[0][2], torch.from_numpy(pixels(seed=5)[0]))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_many_start_at_once_and_one_decodes(file, cache, tmp_path, monkeypatch):
 
     def run(answers):
         start.wait()
-        answers.put(open_map(file).images.numpy().tobytes())
+        answers.put(open_map(file).images[0].numpy().tobytes())
 
     _slowly(monkeypatch, note)
     answers = FORK.Queue()
@@ -436,7 +436,7 @@ def test_bad_examples_are_left_out_and_told_each_time(flawed):
         assert [w.category for w in caught].count(UserWarning) == len(found.bad) == 3
         assert len(found) == 17
         assert found.rows.tolist() == found.labels.tolist() == good
-        assert torch.equal(found.images, torch.from_numpy(pixels(20)[good]))
+        assert torch.equal(found.images[0], torch.from_numpy(pixels(20)[good]))
         assert len(data.train_dataloader()) == 1
         for epoch, batch in enumerate(take(data.train_dataloader(), 3)):
             index = batch["index"]
@@ -579,4 +579,4 @@ def test_the_map_is_no_copy_in_memory(file):
         images.seek(-1, io.SEEK_END)
         images.write(bytes([last ^ 1]))
         images.flush()
-    assert found.images[-1, -1, -1, -1].item() == last ^ 1
+    assert found.images[0][-1, -1, -1, -1].item() == last ^ 1

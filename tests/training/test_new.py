@@ -59,6 +59,16 @@ TRAINS = {
     make.one_image: {"val_split": None, "batch_size": 8},
     make.grey_in_colour: {"shape": [1, 24, 24], "mode": "L"},
     make.tar: {"label_key": "cls", "image_key": "png", "path": "webdataset"},
+    make.tars: {"label_key": "cls", "image_key": "png", "shape": [3, 24, 24]},
+    make.hub_clone: {"label_key": "label", "shape": [3, 24, 24]},
+    make.transparent: {"shape": [4, 24, 24], "val_split": None},
+    make.opaque: {"shape": [3, 24, 24], "mode": "RGB"},
+    make.cmyk: {"shape": [3, 20, 24], "mode": "RGB"},
+    make.partly_deep: {"shape": [1, 24, 24], "max_bad_share": 0.09},
+    make.arrays: {"shape": [3, 24, 24], "label_key": None, "val_share": 0.1},
+    make.an_array: {"shape": [1, 24, 24]},
+    make.archive: {"shape": [3, 24, 24], "label_key": "label", "val_split": "test"},
+    make.a_file_each: {"shape": [3, 24, 24], "label_key": "label"},
 }
 
 
@@ -115,15 +125,11 @@ def test_classes_are_named_and_their_balance_is_stated(tmp_path, quick):
 REFUSED = {
     make.nothing: "is an empty folder",
     make.missing: "found none",
-    make.text_file: "expected a parquet file or a folder",
+    make.text_file: "expected a parquet, .npy or .npz file",
     make.texts: "expected a column of images",
-    make.arrays: "numpy arrays",
-    make.an_array: "numpy arrays",
-    make.archive: "numpy arrays",
     make.deep: "16 bit",
     make.animations: "an animation of 3",
     make.all_broken: "none of the 3",
-    make.latents: "such as latents",
     make.on_the_hub: "cannot be opened",
     make.numbers: "expected a column of images",
 }

@@ -102,6 +102,52 @@ def test_an_image_that_is_half_written_is_made_again(plain, monkeypatch):
     assert not list(Path("folder").glob(".*"))
 
 
+@pytest.mark.parametrize("out", ["folder", "array.npy"])
+def test_another_size_goes_on_and_is_not_mixed_with_the_trained_one(plain, monkeypatch, out):
+    drawn("whole.npy", size="12x16")
+    with monkeypatch.context() as patch:
+        stopping(patch, 2)
+        with pytest.raises(PowerCutError):
+            drawn(out, size="12x16")
+    with pytest.raises(ValueError, match="got another size"):
+        drawn(out)
+    count = stopping(monkeypatch, 9)
+    drawn(out, size=[12, 16])
+    assert count == [2]
+    found, expected = read(out), np.load("whole.npy")
+    assert expected.shape == (8, 1, 12, 16)
+    for i, one in enumerate(expected):
+        if out == "folder":
+            grey = np.array(Image.open(f"folder/{i:06d}.png"))
+            assert np.array_equal(grey, to_bytes(torch.from_numpy(one))[0].numpy())
+        else:
+            assert np.array_equal(found[i], one)
+
+
+def test_the_size_of_training_is_no_other_size(plain):
+    drawn("no.npy")
+    drawn("same.npy", size="8x8")
+    assert Path("no.npy").read_bytes() == Path("same.npy").read_bytes()
+    drawn("folder", 3, size="8x8")
+    drawn("folder")  # continues it
+    assert len(read("folder")) == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ("8", r"size of 2 positive sides, such as 8x8, .*got 8\.$"),
+        ("8x8x8", "got 8x8x8"),
+        ("0x8", "got 0x8"),
+        ("8by8", "such as 48x64, got '8by8'"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(plain, size, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        drawn("folder", size=size)
+    assert not Path("folder").exists()
+
+
 def test_more_samples_are_added(plain, monkeypatch):
     drawn("folder", 3)
     count = stopping(monkeypatch, 9)

@@ -10,7 +10,8 @@ import torch
 import lit_diffusion as ld
 from lit_diffusion.nn import FourierFeatures, ResidualMLP, UNet
 from lit_diffusion.training import DataModule, LitDiffusion, SampleGrid
-from lit_diffusion.training.callbacks.sample_grid import BAR, MARGIN, save_grid
+from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.run.image_pictures import BAR, MARGIN
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "lit_diffusion" / "data"

@@ -289,6 +289,99 @@ def test_a_transform_of_ones_own_needs_permission_and_says_whether_it_is_random(
         made(f"{__name__}.Undeclared")
 
 
+class Noisy(v2.Transform):
+    """Random by all three global generators, each of which is seeded for an example."""
+
+    random = True
+
+    def transform(self, inpt, params):
+        noise = torch.randint(40, inpt.shape) + random.randrange(40) + np.random.randint(40)
+        return inpt // 2 + noise.byte()
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    name = "lit_diffusion.training.data.decoding.transform_classes.allowed_modules"
+    monkeypatch.setattr(name, lambda: [__name__])
+
+
+@pytest.mark.parametrize(("streaming", "workers"), [(True, 0), (True, 2), (False, 0), (False, 2)])
+def test_random_transforms_of_ones_own_resume_exactly(mixed, allowed, streaming, workers):
+    def loader():
+        given = ["Fit", f"{__name__}.Noisy"]
+        arguments = {"streaming": streaming, "num_workers": workers, "batch_size": 7}
+        return opened(mixed, given, **arguments).train_dataloader()
+
+    expected = take(loader(), 12)
+    assert not same(expected[:1], take(opened(mixed, ["Fit"], batch_size=7).train_dataloader(), 1))
+    broken = loader()
+    take(broken, 5)
+    resumed = loader()
+    resumed.load_state_dict(torch.load(saved(broken.state_dict()), weights_only=True))
+    assert same(take(resumed, 7), expected[5:])
+
+
+class Counts(v2.Transform):
+    """Differs from call to call, by a state that no checkpoint has."""
+
+    random, calls = True, 0
+
+    def transform(self, inpt, params):
+        self.calls += 1
+        return inpt.add_(self.calls)  # in place, which must not matter
+
+
+HIDDEN = np.random.default_rng(0)
+
+
+class Hides(v2.Transform):
+    """Takes its random numbers from where nobody looks."""
+
+    random = True
+
+    def transform(self, inpt, params):
+        return inpt // 2 + int(HIDDEN.integers(100))
+
+
+class SaysFixed(v2.Transform):
+    random = False
+
+    def transform(self, inpt, params):
+        return inpt // 2 + random.randrange(100)
+
+
+class Keeps(v2.Transform):
+    random = True
+
+    def __init__(self):
+        super().__init__()
+        self.own = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("place", ["alone", "inside"])
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("Counts", "same state of the generators of torch, random and NumPy, got different"),
+        ("Hides", "same state of the generators of torch, random and NumPy, got different"),
+        ("SaysFixed", "set random = True"),
+        ("Keeps", "Keeps.own is a generator of random numbers"),
+    ],
+)
+def test_what_a_resumed_run_would_not_repeat_is_refused(
+    mixed, allowed, name, sentence, place, streaming
+):
+    given = f"{__name__}.{name}"
+    if place == "inside":
+        given = {"class_path": "Compose", "init_args": {"transforms": [given]}}
+    before = random.getstate()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        opened(mixed, ["Fit", given], streaming=streaming).train_dataloader()
+    assert "\n" not in str(caught.value)
+    assert random.getstate() == before
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.callbacks.periodic import Periodic
@@ -19,6 +19,7 @@ from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.parts import COLUMNS
 from lit_diffusion.training.run.dashboard import show
 from lit_diffusion.training.run.grid_texts import add_texts
+from lit_diffusion.training.run.pictures import picture_of
 from lit_diffusion.training.run.tolerance import may_fail
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import replacing
@@ -27,50 +28,34 @@ from lit_diffusion.training.step.conditions import prompt_bytes
 
 __all__ = ["SampleGrid", "save_grid"]
 
-MARGIN = 12  # white around a picture of points
-BAR = 256  # height of the highest bar
-COLOUR = torch.tensor([0.09, 0.24, 0.47])  # of bars and points
-
 
 def save_grid(
-    images: Tensor,
+    samples: Tensor,
     path: Path,
     columns: int,
     names: Sequence[str] = (),
     texts: Sequence[str] | None = None,
+    kind: str | None = None,
 ) -> Tensor:
-    """Write images as one PNG, whole or not at all; small ones are enlarged.
-
-    Examples of one or two numbers are shown together as one plot, a histogram or a scatter plot.
-    Of latents, which have other numbers of channels than images, the first three (or the first)
-    are shown as colours, with −3 to 3 as dark to bright.
+    """Write the picture of samples as one PNG, whole or not at all.
 
     Args:
-        images: Images in [−1, 1], or latents of standard deviation 1.
+        samples: Samples of any kind; images in [−1, 1], or latents of standard deviation 1.
         path: The PNG file.
-        columns: Images per row; ignored for plots.
+        columns: Samples per row; ignored where all are in one plot.
         names: What each column shows; the report reads them from the file.
-        texts: The text of each image; the report reads them from the file, too.
+        texts: The text of each sample; the report reads them from the file, too.
+        kind: The kind of data, which decides how they are shown, such as signal; None for what
+            the shape suggests.
 
     Shapes:
-        images (n, C, H, W); result, the picture, (3, H', W'), uint8.
+        samples (n, C, *); result, the picture, (3, H', W'), uint8.
     """
     from PIL import Image, PngImagePlugin
-    from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
-    images, channels = images.float().cpu(), images.shape[1]
-    if channels not in (1, 3) and images[0].numel() > 2:
-        images = images[:, : 3 if channels > 3 else 1] / 3
-    images = images.clamp(-1, 1)
-    if images[0].numel() <= 2:
-        picture = _points(images.flatten(1))
-    else:
-        scale = max(1, 64 // images.shape[-1])
-        pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-        pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-        picture = make_grid(pixels, nrow=columns, padding=max(2, scale // 2), pad_value=255)
+    picture = picture_of(samples, columns, kind)
     note = PngImagePlugin.PngInfo()
-    if names and images[0].numel() > 2:
+    if names and kind != "vector" and samples[0].numel() > 2:
         note.add_itxt(COLUMNS, json.dumps(list(names), ensure_ascii=False))
     if texts:
         add_texts(note, texts, columns)
@@ -79,39 +64,6 @@ def save_grid(
             unfinished, format="PNG", pnginfo=note
         )
     return picture
-
-
-def _points(points: Tensor) -> Tensor:
-    """Plot points as (3, height, 512 + 2·MARGIN), uint8: (n, 1) a histogram, (n, 2) a scatter.
-
-    Both count the 256 byte levels of [−1, 1], two pixels each. In a scatter plot the first number
-    increases to the right and the second upwards.
-    """
-    level = ((points.nan_to_num() + 1) * 127.5).round().long()
-    if level.shape[1] == 1:
-        count = torch.bincount(level[:, 0], minlength=256).float()
-        height = (count / count.max() * BAR).round()
-        ink = (torch.arange(BAR, 0, -1)[:, None] <= height).float()  # (BAR, 256), top row first
-        ink = ink.repeat_interleave(2, 1)
-    else:
-        count = torch.bincount(level[:, 1] * 256 + level[:, 0], minlength=256 * 256)
-        # A point is a dot, fainter at its rim; overlapping dots are darker.
-        ink = torch.zeros(512, 512)
-        ink[::2, ::2] = count.view(256, 256).flip(0).float()
-        dot = torch.tensor([0.4, 1.0, 1.0, 0.4])
-        spread = F.conv2d(F.pad(ink[None, None], (2, 1, 2, 1)), (dot[:, None] * dot)[None, None])
-        ink = 1 - torch.exp(-0.8 * spread[0, 0])
-    paper = torch.ones(3, ink.shape[0] + 2 * MARGIN, ink.shape[1] + 2 * MARGIN)
-    for tick in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        place = MARGIN + round((tick + 1) * 255)
-        paper[:, :, place] = 0.85
-        if level.shape[1] == 2:
-            paper[:, -1 - place, :] = 0.85
-    if level.shape[1] == 1:
-        paper[:, -MARGIN, :] = 0.5  # the axis below the bars
-    inner = paper[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    inner += ink * (COLOUR[:, None, None] - inner)
-    return (paper * 255).round().to(torch.uint8)
 
 
 class SampleGrid(Periodic):
@@ -273,9 +225,10 @@ class SampleGrid(Periodic):
         """Take the conditions of the first training examples, where there is no validation."""
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "examples"):
-            batch = next(iter(data.examples(data.train_split, self._most)))
-            cond = model.condition({k: v for k, v in batch.items() if k != "image"})
-            self._seen = [{name: value.to(model.device) for name, value in cond.items()}]
+            # One at a time, since their images may have several sizes.
+            for batch in islice(data.examples(data.train_split, 1), self._most):
+                cond = model.condition({k: v for k, v in batch.items() if k != "image"})
+                self._seen.append({name: value.to(model.device) for name, value in cond.items()})
 
     @property
     def _most(self) -> int:

@@ -258,8 +258,11 @@ def count_flops(model: LitDiffusion, batch: Any) -> float:
         batch: A batch of the training data, of which a few examples are used.
 
     Raises:
-        RuntimeError: If no operation was counted, as in kernels that torch does not know.
+        RuntimeError: If no operation was counted, as in kernels that torch does not know, or the
+            number is another for each size of the images.
     """
+    if len(model.shapes) > 1:
+        raise RuntimeError("the data have images of several sizes, each with a number of its own")
     batch = model.standard(batch)
     x = batch["image"][:EXAMPLES]
     modes = [(module, module.training) for module in model.modules()]

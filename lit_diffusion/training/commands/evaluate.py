@@ -222,6 +222,7 @@ def _load(path: Path, run: Path | None, device: str, data: DataModule) -> _Model
             f"expected data of the model's shape {model.shape}, got "
             f"{tuple(data.shape)}: give the --config or --data.shape of its run."
         )
+    model.expect(data)
     return _Model(model, path, model.trained_steps, model.weights, run)
 
 

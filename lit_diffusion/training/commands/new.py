@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from lit_diffusion.training.callbacks.sample_grid import save_grid
 from lit_diffusion.training.commands.proposal.config import config_text
@@ -38,8 +39,6 @@ from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_file import write_whole
 
 __all__ = ["Proposed", "new"]
-
-ARRAYS = (".npy", ".npz")
 
 
 class Proposed(NamedTuple):
@@ -118,7 +117,7 @@ def new(
         "steps, validations and samples not counted."
     )
     write_whole(config, write(remarks=textwrap.wrap(estimate, 98)))
-    save_grid(survey.pixels.images.float() / 127.5 - 1, sheet, columns=8)
+    save_grid(_as_trained(survey.pixels), sheet, columns=8)
     text = "\n".join(
         [
             *survey_lines(survey),
@@ -152,11 +151,7 @@ def _where(path: str) -> dict[str, Any]:
         found = [file for _, _, names in os.walk(local) for file in names]
         if not found:
             raise UsageError(f"{path} is an empty folder: put images into it, or name another.")
-        if all(Path(file).suffix in ARRAYS for file in found):
-            raise _arrays(path)
         return {"path": str(local.resolve())}
-    if local.is_file() and local.suffix in ARRAYS:
-        raise _arrays(path)
     kinds = {".tar": "webdataset", ".zip": "imagefolder"}
     if local.is_file() and local.suffix in kinds:
         return {"path": kinds[local.suffix], "data_files": {"train": str(local.resolve())}}
@@ -169,13 +164,6 @@ def _title(path: str) -> str:
     if local.exists():
         return local.resolve().stem if local.is_file() else local.resolve().name
     return path.rstrip("/").rpartition("/")[2]
-
-
-def _arrays(path: str) -> UsageError:
-    return UsageError(
-        f"{path} holds numpy arrays, which are not read as a data set: save each image as a PNG "
-        "file, or train from Python with a DataLoader of your own (docs/guide/data.md)."
-    )
 
 
 def _outputs(out: str | Path | None, name: str, data: str) -> tuple[Path, Path]:
@@ -210,20 +198,33 @@ def _try(config: dict[str, Any], pixels: Pixels, batch_size: int) -> Trial:
     shape = config["data"]["shape"]
     model["network"]["init_args"]["shape"] = shape
     rows = torch.arange(batch_size) % len(pixels.images)
-    batch = {"image": pixels.images[rows]}
+    images = pixels.images
+    if images.is_floating_point():
+        images = _as_trained(pixels)
+    batch = {"image": images[rows]}
     if config["data"]["label_key"] is not None:
         assert pixels.image_labels is not None
         batch["label"] = pixels.image_labels[rows]
     return try_steps(model, trainer, batch)
 
 
+def _as_trained(pixels: Pixels) -> Tensor:
+    """The examples kept, bytes in [−1, 1] and floats about as large as the noise."""
+    if pixels.images.is_floating_point():
+        return (pixels.images.float() - pixels.mean) / max(pixels.std, 1e-12)
+    return pixels.images.float() / 127.5 - 1
+
+
 def _proposal(shape: Shape, recipe: Recipe) -> str:
-    channels, height, width = shape.shape
     objective = "sigmoid weighting" if recipe.levels is None else "the bound, with a decoder"
+    objective = objective if shape.kind == "image" else "flow matching"
     fit = "" if shape.fit is None else f", {shape.fit.replace('_', ' ')}"
+    scale = "" if shape.normalize is None else f", normalised by {shape.normalize}"
+    size = recipe.arguments.get("channels", recipe.arguments.get("width", ""))
     return (
-        f"{channels} × {height} × {width}{fit} ({shape.why}); UNet {list(recipe.channels)}, "
-        f"batches of {recipe.batch_size}, {objective}, {recipe.steps:,} steps"
+        f"{shape.kind} of {' × '.join(map(str, shape.shape))}{fit}{scale} ({shape.why}); "
+        f"{f'{recipe.network} {size}'.strip()}, batches of {recipe.batch_size}, {objective}, "
+        f"{recipe.steps:,} steps"
     )
 
 

@@ -66,6 +66,7 @@ def sample(
     prompt: list[str] | str | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    size: int | list[int] | str | None = None,
     batch_size: int = 256,
     device: str = "auto",
     compile: bool = False,
@@ -97,6 +98,8 @@ def sample(
         guidance: Scale of classifier-free guidance; 1 for none.
         guidance_interval: Guide only for λ in this interval, such as [-3,5]; by default
             everywhere.
+        size: Size of the images, height x width such as 48x64, or the length of series, or depth x
+            height x width of volumes, if the network takes it; that of training by default.
         batch_size: Images per batch.
         device: auto, cpu, cuda, cuda:1, mps.
         compile: Whether to compile the network, which pays off for many images on a GPU.
@@ -109,12 +112,8 @@ def sample(
     _check(num_samples, per_class, batch_size, guidance, guidance_interval, out)
     path = resolve_checkpoint(ckpt_path, name, root)
     model = load_model(path, find_device(device))
-    if not out.suffix and model.shape[0] not in (1, 3):
-        raise UsageError(
-            f"examples of {model.shape[0]} channels cannot be written as images: give a "
-            ".npy file as --out, and decode latents with `lit-diffusion decode`."
-        )
     model.check_guidance(guidance)
+    shape = _shape(model, size, out)
     if compile:
         compile_in_place(model, model.device)
     classes = _classes(model, label, per_class)
@@ -124,15 +123,17 @@ def sample(
 
     prompts = _prompts(model, prompt)
     rows = _rows(model, path, config, split, n, batch_size, bool(prompts))
-    about = _about(path, model, sampler, seed, classes, guidance, guidance_interval)
+    about = _about(path, model, sampler, seed, classes, guidance, guidance_interval, shape)
     about |= {} if rows is None else {"config": str(config), "split": split}
     about |= {"prompt": prompts} if prompts else {}
-    files = _open(out, about, model, n, classes, per_class is not None)
-    sampling = {
+    files = _open(out, about, model, (n, *shape), classes, per_class is not None)
+    sampling: dict[str, Any] = {
         "sampler": sampler,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
     }
+    if shape != model.shape:
+        sampling["size"] = shape[1:]
     kept = _sample_all(
         model, files, rows, classes, prompts, torch.arange(n).split(batch_size), seed, sampling
     )
@@ -221,6 +222,7 @@ def _about(
     classes: list[int],
     guidance: float,
     guidance_interval: tuple[float, float] | None,
+    shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """All that an image depends on besides its number, as plain data."""
     return {
@@ -231,6 +233,7 @@ def _about(
         "label": classes or None,
         "guidance": guidance,
         "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+        "size": None if shape == model.shape else list(shape[1:]),
     }
 
 
@@ -238,7 +241,7 @@ def _open(
     out: Path,
     about: dict[str, Any],
     model: LitDiffusion,
-    n: int,
+    shape: tuple[int, ...],
     classes: list[int],
     per_class: bool,
 ) -> ImageFolder | ArrayFile | None:
@@ -246,7 +249,7 @@ def _open(
     if out.suffix == ".png":
         return None
     if out.suffix == ".npy":
-        return ArrayFile(out, about, (n, *model.shape))
+        return ArrayFile(out, about, shape)
     names = [_folder(c, model) for c in classes] if per_class else [""]
     return ImageFolder(out, about | {"folders": names}, lambda i: names[i % len(names)])
 
@@ -270,6 +273,23 @@ def _check(
         raise UsageError(NO_GUIDANCE)
     if out.suffix not in ("", ".png", ".npy"):
         raise UsageError(f"--out must be a .png file, a .npy file or a folder, got {out}.")
+
+
+def _shape(model: LitDiffusion, size: int | list[int] | str | None, out: Path) -> tuple[int, ...]:
+    """The shape of a sample of a size such as 48x64."""
+    if not out.suffix and model.shape[0] not in (1, 3):
+        raise UsageError(
+            f"examples of {model.shape[0]} channels cannot be written as images: give a "
+            ".npy file as --out, and decode latents with `lit-diffusion decode`."
+        )
+    if isinstance(size, str):
+        try:
+            size = [int(side) for side in size.lower().replace("×", "x").split("x")]
+        except ValueError:
+            raise UsageError(
+                f"--size must be whole numbers with x between them, such as 48x64, got {size!r}."
+            ) from None
+    return model.shape_of_size(size)
 
 
 def _number(model: LitDiffusion, label: int | str) -> int:

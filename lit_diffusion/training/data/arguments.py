@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_diffusion.training.data.decoding.transforms import CHANNELS
+from lit_diffusion.training.data.decoding.transforms import CHANNELS, Fit
 from lit_diffusion.training.data.reading.columns import BATCH, TEXT
 from lit_diffusion.training.data.reading.held_out import DEFAULT, HELD_OUT
 
@@ -30,6 +30,35 @@ def check_share(val_share: float | None, val_split: str | None) -> None:
         raise ValueError(
             f"data.val_share {val_share} holds out training examples to validate on, got also "
             f"data.val_split {val_split!r}; set one of them to null"
+        )
+
+
+def check_buckets(data: DataModule) -> None:
+    """Raise an error if the buckets are no sizes, or something else contradicts them.
+
+    Args:
+        data: Has the arguments.
+
+    Raises:
+        ValueError: If it does.
+    """
+    sizes = data.buckets.sizes
+    if not sizes:
+        return
+    if min(map(min, sizes)) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            "data.buckets must be different sizes [height, width], all positive, got "
+            f"{', '.join(f'{height} × {width}' for height, width in sizes)}"
+        )
+    if data.streaming:
+        raise ValueError(
+            "data.buckets needs data.streaming: false, for in a stream nothing is known of a "
+            "picture's size before it is read, and all ranks must make a step of one size"
+        )
+    if any(isinstance(step.apply, Fit) for step in data.transforms.steps):
+        raise ValueError(
+            "data.buckets resizes and crops every picture to its bucket, got also Fit in "
+            "data.transform; leave Fit out, or set data.buckets to null"
         )
 
 
@@ -80,5 +109,6 @@ def check_arguments(data: DataModule) -> None:
             f"data.mode {data.mode} has {CHANNELS[data.mode]} channel(s), got data.shape "
             f"with {channels}; set one of them"
         )
+    check_buckets(data)
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {data.max_bad_share}")

@@ -22,6 +22,7 @@ import torch
 
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.training.data.arguments import check_arguments, check_share
+from lit_diffusion.training.data.batching.buckets import BucketBatches
 from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
 from lit_diffusion.training.data.batching.lane import LaneBatches
 from lit_diffusion.training.data.batching.loader import TrainLoader, batches_to_repeat
@@ -34,13 +35,14 @@ from lit_diffusion.training.data.batching.memory import (
 from lit_diffusion.training.data.batching.resumption import settings_of
 from lit_diffusion.training.data.batching.stream import ShuffledBatches
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
-from lit_diffusion.training.data.reading.columns import Columns
+from lit_diffusion.training.data.reading.columns import TEXT_LENGTH, Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
 
@@ -61,7 +63,8 @@ class DataModule(L.LightningDataModule):
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
             lit_diffusion (digits8x8, digits_text, swirl, toy1d), or a name on the Hugging Face
-            hub; looked up in that order. Or the URL of a parquet file.
+            hub; looked up in that order. Or the URL of a parquet file. Or a .npy or .npz file of
+            numpy, or a folder of these: of all examples, or one .npy file for each.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
@@ -71,13 +74,18 @@ class DataModule(L.LightningDataModule):
         transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
             pads it to shape, and classes of torchvision.transforms.v2, by name or as
             class_path and init_args; null for nothing. Random ones act in training only.
+        buckets: Sizes (height, width); every picture is resized and cropped to the one whose
+            aspect ratio is nearest, before the transforms, which must leave the size alone, and
+            each batch has one size; null for none. Needs streaming false. ``shape`` is then that
+            of samples, and its channels those of all images.
         image_key: Column of the images.
         label_key: Column of the integer labels, null for none.
         condition_keys: Columns of further conditions, each a number or nested lists of numbers of
             the same shape in all examples. Name them in `model.conditions` to use them.
         text_key: Column of captions, strings, null for none. They become the entry `text` of a
             batch: (B, text_length) bytes in UTF-8, int64, 0 for padding.
-        text_length: Longest caption in bytes; a longer one is a bad example.
+        text_length: Longest caption in bytes; a longer one is a bad example. None means 256, and
+            in a config the length of the network's encoder.
         train_split: Split to train on.
         val_split: Split to validate and test on, null for none; where the data have no split test,
             the default is none.
@@ -119,11 +127,12 @@ class DataModule(L.LightningDataModule):
         shape: tuple[int, ...] = (1, 8, 8),
         mode: Literal["L", "RGB", "RGBA"] | None = None,
         transform: list[Given] | None = None,
+        buckets: tuple[tuple[int, int], ...] | None = None,
         image_key: str = "image",
         label_key: str | None = "label",
         condition_keys: tuple[str, ...] = (),
         text_key: str | None = None,
-        text_length: int = 256,
+        text_length: int | None = None,
         train_split: str = "train",
         val_split: str | None = "test",
         val_share: float | None = None,
@@ -144,12 +153,12 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.path, self.data_files, self.config_name = path, data_files, config_name
         self.shape = (*shape,)  # a config gives a list
-        self.mode, self.transform = mode, transform
+        self.mode, self.transform, self.buckets = mode, transform, Buckets(buckets or ())
         self.image_key = image_key
         self.label_key = label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
-        self.text_length = text_length
+        self.text_length = TEXT_LENGTH if text_length is None else text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
@@ -163,12 +172,16 @@ class DataModule(L.LightningDataModule):
         self.horizontal_flip = horizontal_flip
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
-        self.max_bad_share = max_bad_share
-        self.on_changed_data = on_changed_data
+        self.max_bad_share, self.on_changed_data = max_bad_share, on_changed_data
         self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
         check_arguments(self)
         self._forget()
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the images, (C, H, W), where there are several: those of the buckets."""
+        return self.buckets.shapes(self.shape[0])
 
     def _forget(self) -> None:
         self._folder: str | None = None
@@ -208,11 +221,16 @@ class DataModule(L.LightningDataModule):
             return []  # Lightning takes this as no validation
         if self._val_loader is None:
             rank, world = self._place()
-            examples = list(self._val.source.head(self.val_examples))
-            if self._skip:
+            examples, shapes = list(self._val.source.head(self.val_examples)), None
+            if self._skip or self.buckets:
                 bad_examples = self._bad_examples(self._val.name)
-                examples = usable(self._val, examples, bad_examples, report=rank == 0)
-            self._val_loader = FixedBatches(self._val, examples, self.batch_size, rank, world)
+                examples, found = usable(
+                    self._val, examples, bad_examples, report=rank == 0, skip=self._skip
+                )
+                shapes = found if self.buckets else None
+            self._val_loader = FixedBatches(
+                self._val, examples, self.batch_size, rank, world, shapes
+            )
         return self._val_loader
 
     def test_dataloader(self) -> FixedBatches | list[Any]:
@@ -235,8 +253,15 @@ class DataModule(L.LightningDataModule):
 
         Raises:
             BadExample: For the first bad one, if `on_bad_example` is `raise`.
-            ValueError: If there is no such split, or too many examples are bad.
+            ValueError: If there is no such split, too many examples are bad, or there are buckets
+                and so several sizes, unless batch_size is 1.
         """
+        if self.buckets and batch_size > 1:
+            raise ValueError(
+                "expected pictures of one size for statistics of a whole split, such as FID, and "
+                "for encoding, got data.buckets; measure with data.buckets null and "
+                "data.transform [Fit], which makes all of them the size of data.shape"
+            )
         bad_examples = self._bad_examples(split)
         yield from in_order(
             self.open_split(split), batch_size, *self._place(), bad_examples, self._skip
@@ -351,7 +376,8 @@ class DataModule(L.LightningDataModule):
         batches: LaneBatches
         if self._memory is not None:
             rest = self.transforms.divided()[1]
-            batches = MemoryBatches(self._memory, self.batch_size, *lanes, rest, self.shape)
+            kind = BucketBatches if self.buckets else MemoryBatches
+            batches = kind(self._memory, self.batch_size, *lanes, rest, self.shape)
         else:
             batches = ShuffledBatches(
                 split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share

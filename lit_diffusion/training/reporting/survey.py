@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from typing import NamedTuple
 
+from lit_diffusion.training.data.decoding.array_survey import Arrays
 from lit_diffusion.training.data.decoding.survey import Files, Pixels
 from lit_diffusion.training.run.secrets import without_secrets
 
@@ -57,9 +58,7 @@ def survey_lines(survey: Survey) -> list[str]:
         ("data", f"{survey.title}: {total} examples in split {survey.train!r}"),
         ("validation", survey.val),
         ("looked at", f"{pixels.looked:,} examples in random order"),
-        ("formats", _counts(files.formats)),
-        ("sizes", _sizes(files)),
-        ("modes", _counts(files.modes) + _grey(files)),
+        *(_pictures(files) if files.arrays is None else _arrays(files.arrays)),
         ("values", _values(pixels)),
         ("classes", _classes(survey)),
         ("bad", _bad(pixels)),
@@ -85,6 +84,28 @@ def subject_lines(subject: str, text: str) -> list[str]:
     return [begin + lines[0][11:], *lines[1:]] if lines else []
 
 
+def _pictures(files: Files) -> list[tuple[str, str]]:
+    modes = _counts(files.modes) + _grey(files)
+    if files.transparent:
+        part = "part of the picture" if 2 * files.transparent > files.read else "left out"
+        modes += f"; {files.transparent:,} have transparent pixels: transparency is {part}"
+    return [("formats", _counts(files.formats)), ("sizes", _sizes(files)), ("modes", modes)]
+
+
+def _arrays(arrays: Arrays) -> list[tuple[str, str]]:
+    shapes = [f"{_shape(shape)} ({n:,})" for shape, n in arrays.shapes.most_common(FEW)]
+    more = ", …" if len(arrays.shapes) > FEW else ""
+    likeness = ", ".join(f"{one:.2f}" for one in arrays.likeness)
+    return [
+        ("arrays", _counts(arrays.dtypes)),
+        ("shapes", f"{', '.join(shapes)}{more}; correlation of neighbours by axis: {likeness}"),
+    ]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
 def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.most_common())
 
@@ -102,7 +123,7 @@ def _sizes(files: Files) -> str:
 
 
 def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} × {size[1]}"
+    return _shape(size)
 
 
 def _grey(files: Files) -> str:
@@ -113,6 +134,8 @@ def _grey(files: Files) -> str:
 
 def _values(pixels: Pixels) -> str:
     levels = pixels.levels
+    if not levels:
+        return f"floats: mean {pixels.mean:.4g}, standard deviation {pixels.std:.4g}"
     few = f" (bytes {', '.join(map(str, levels))})" if len(levels) <= 20 else ""
     return (
         f"{len(levels)} grey levels{few}; in [−1, 1]: mean {pixels.mean:.3f}, standard deviation "

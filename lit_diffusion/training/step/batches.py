@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
-from lit_diffusion.models.shape import find_shape
+from lit_diffusion.models.shape import Shape, find_shape
+from lit_diffusion.nn import check_shape
 from lit_diffusion.training.data.reading.columns import TEXT
 from lit_diffusion.training.restore.rebuild import remember
 from lit_diffusion.training.run.messages import warn
@@ -246,6 +247,23 @@ class BatchReader(SamplingModel, L.LightningModule):
 
     _numbered: Numbered
     keys: dict[str, str | int] | None = None
+    shapes: tuple[Shape, ...] = ()  # of the data, where they have several
+
+    def expect(self, data: Any) -> None:
+        """Take examples of all shapes that some data have, if they have several.
+
+        Args:
+            data: With an attribute `shapes`; without it, examples have the model's shape only.
+
+        Raises:
+            ValueError: If the network does not take one of them.
+        """
+        self.shapes = tuple(map(tuple, getattr(data, "shapes", ())))
+        for shape in self.shapes:
+            try:
+                check_shape(self.denoiser.network, shape)
+            except ValueError as problem:
+                raise ValueError(f"The data have examples of several shapes: {problem}") from None
 
     def standard(self, batch: Any) -> dict[str, Any]:
         """A batch of any loader in the form that every step reads.
@@ -263,7 +281,7 @@ class BatchReader(SamplingModel, L.LightningModule):
         if self._shape is None:  # nothing else has said
             self._shape = find_shape(None, came)
             remember(self, {"shape": came})
-        if came != self.shape:
+        if came not in (self.shapes or (self.shape,)):
             raise ValueError(
                 f"Expected images of shape {self.shape}, for which the model is built, got "
                 f"{came} in a batch: build the network with shape={came}, or convert the "

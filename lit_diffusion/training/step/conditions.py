@@ -20,7 +20,7 @@ from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.likelihood import variational_bound
 from lit_diffusion.loss import DiffusionLoss, weighted_error
 from lit_diffusion.models.base import SamplingModel, declared_conditions
-from lit_diffusion.nn.text import text_bytes
+from lit_diffusion.nn.text import TextEncoder, text_bytes
 from lit_diffusion.probability_flow import log_likelihood
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.data.reading.columns import BATCH, TEXT
@@ -123,7 +123,10 @@ def prompt_bytes(model: SamplingModel, prompts: Sequence[str]) -> Tensor:
         )
     encoder = getattr(model.denoiser.network, "text", None)
     try:
-        return text_bytes(prompts, getattr(encoder, "length", None))
+        rows = text_bytes(prompts, getattr(encoder, "length", None))
+        if isinstance(encoder, TextEncoder):
+            encoder.check(prompts)
+        return rows
     except ValueError as error:
         raise ValueError(f"Expected as a prompt {error}.") from error
 

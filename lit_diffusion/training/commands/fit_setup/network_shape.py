@@ -1,14 +1,18 @@
-"""The shape of the data in the config of a network, which no config needs to repeat."""
+"""What a config need not say twice: the shape of the data and the length of their captions."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import Namespace
 
-__all__ = ["set_shape"]
+from lit_diffusion.nn.text import TextEncoder
+from lit_diffusion.training.commands.shell.errors import UsageError
+
+__all__ = ["set_shape", "set_text_length"]
 
 
 def set_shape(network: Any, shape: tuple[int, ...]) -> None:
@@ -22,8 +26,7 @@ def set_shape(network: Any, shape: tuple[int, ...]) -> None:
     """
     if network is None:
         return
-    module, _, name = network.class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
+    cls = _class(network)
     if "shape" in inspect.signature(cls).parameters:
         network.init_args = network.get("init_args") or Namespace()
         network.init_args.shape = shape
@@ -32,3 +35,47 @@ def set_shape(network: Any, shape: tuple[int, ...]) -> None:
         given["shape"] = shape
         for argument, inner in cls.inner_shapes(**given).items():
             set_shape(given.get(argument), inner)
+
+
+def set_text_length(network: Any, data: Any) -> None:
+    """Set the number of bytes of a caption where it is not given: in the data, or an encoder.
+
+    Args:
+        network: The config of the network, which is changed; None for none.
+        data: The config of the data, which is changed.
+
+    Raises:
+        UsageError: If the data have longer captions than an encoder takes.
+    """
+    if data.get("text_key") is None:
+        return
+    for encoder in _encoders(network):
+        cls = _class(encoder)
+        if "length" not in inspect.signature(cls).parameters:
+            continue
+        encoder.init_args = encoder.get("init_args") or Namespace()
+        theirs = encoder.init_args.get("length")
+        if data.get("text_length") is None:
+            data.text_length = theirs
+        elif theirs is None:
+            encoder.init_args.length = data.text_length
+        elif data.text_length > theirs:
+            raise UsageError(
+                f"data.text_length is {data.text_length}, and the network's {cls.__name__} takes "
+                f"captions of at most {theirs} bytes: set one of them, and the other follows."
+            )
+
+
+def _encoders(config: Any) -> Iterator[Any]:
+    """The configs of the encoders of texts in that of a network, however deep."""
+    if not isinstance(config, Namespace):
+        return
+    if config.get("class_path") and issubclass(_class(config), TextEncoder):
+        yield config
+    for inner in vars(config).values():
+        yield from _encoders(inner)
+
+
+def _class(config: Any) -> Any:
+    module, _, name = config.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

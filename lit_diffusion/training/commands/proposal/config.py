@@ -23,12 +23,9 @@ data:
 {data}
 model:
   network:
-    class_path: UNet
+    class_path: {network}
     init_args:
-      channels: {channels}
-      blocks: {blocks}
-      attention: {attention}     # heights of the feature maps that have it
-{network}{objective}  optimizer:
+{arguments}{objective}  optimizer:
     class_path: torch.optim.AdamW
     init_args: {{lr: {lr}, betas: [0.9, 0.99], weight_decay: 0.01, fused: true}}
   lr_scheduler:
@@ -98,12 +95,43 @@ BOUND = """\
     class_path: AncestralSampler
     init_args: {{steps: 50}}
 """
+FLOATS = """\
+  # Numbers of any range and meaning: flow matching, as a regression with little to choose.
+  clip_denoised: false
+  weighting: ExponentialWeighting
+  schedule:
+    class_path: FlowSchedule
+    init_args: {logsnr_min: -20.0, logsnr_max: 20.0}
+  prediction: FlowPrediction
+  sampler:
+    class_path: DDIMSampler
+    init_args:
+      steps: 50
+      schedule:
+        class_path: FlowSchedule
+        init_args: {logsnr_min: -20.0, logsnr_max: 20.0}
+"""
 COMMENTS = {
-    "shape": "channels, height, width: {why}",
+    "shape": "{axes}: {why}",
+    "normalize": "for training; samples are in the units of the data",
     "mode": "all images are converted to it",
     "val_share": "of the examples, held out for validation",
     "streaming": "decode once, and train from memory",
     "max_bad_share": "more bad examples than this end the run",
+}
+AXES = {
+    "image": "channels, height, width",
+    "signal": "channels, length",
+    "volume": "channels, depth, height, width",
+    "points": "coordinates, points",
+    "vector": "numbers",
+    "latents": "channels, height, width",
+}
+NETWORK = {
+    "attention": "sizes of the feature maps that have it",
+    "dropout": "few examples",
+    "fourier": "waves as long as the grey levels",
+    "positions": "a set has no order",
 }
 FLIP = "  # horizontal_flip: true    # where a mirror image is as good an example: not for text\n"
 
@@ -133,13 +161,10 @@ def config_text(
         num_classes: Number of classes, None for none.
         total: Number of training examples, None if unknown.
     """
-    network = "" if num_classes is None else f"      num_classes: {num_classes}\n"
-    if recipe.dropout:
-        network += f"      dropout: {recipe.dropout}            # few examples\n"
-    if recipe.fourier:
-        network += (
-            f"      fourier: {[*recipe.fourier]}        # waves as long as the grey levels\n"
-        )
+    arguments = dict(recipe.arguments)
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    lines = [_line(6, key, value, NETWORK.get(key, "")) for key, value in arguments.items()]
     seen = recipe.steps * recipe.batch_size
     validates = data.get("val_split") is not None or "val_share" in data
     columns = num_classes if num_classes is not None and num_classes <= 10 else 8
@@ -149,10 +174,8 @@ def config_text(
         name=_scalar(name),
         remarks="".join(f"# {line}\n" for line in remarks),
         data=_data(data, shape, recipe),
-        channels=[*recipe.channels],
-        blocks=recipe.blocks,
-        attention=[*recipe.attention],
-        network=network,
+        network=recipe.network,
+        arguments="".join(lines),
         objective=_objective(shape, recipe),
         lr=f"{recipe.lr:.1e}",
         warmup=recipe.steps // 100,
@@ -171,13 +194,23 @@ def _data(data: Mapping[str, Any], shape: Shape, recipe: Recipe) -> str:
     values = {**data, "batch_size": recipe.batch_size, "steps_per_epoch": recipe.every}
     comments = COMMENTS | {"steps_per_epoch": "an epoch is only the interval between validations"}
     for key, value in values.items():
-        comment = comments.get(key, "").format(why=shape.why)
-        line = f"  {key}: {_scalar(value)}"
-        lines.append(f"{line:<28} # {comment}\n" if comment else f"{line}\n")
-    return "".join(lines) + ("" if "horizontal_flip" in values else FLIP)
+        lines.append(
+            _line(
+                2, key, value, comments.get(key, "").format(axes=AXES[shape.kind], why=shape.why)
+            )
+        )
+    pictures = shape.kind == "image" and shape.normalize is None
+    return "".join(lines) + (FLIP if pictures and "horizontal_flip" not in values else "")
+
+
+def _line(indent: int, key: str, value: Any, comment: str) -> str:
+    line = f"{' ' * indent}{key}: {_scalar(value)}"
+    return f"{line:<28} # {comment}\n" if comment else f"{line}\n"
 
 
 def _objective(shape: Shape, recipe: Recipe) -> str:
+    if shape.kind != "image":
+        return FLOATS
     side = max(shape.shape[1:])
     if recipe.levels is None:
         if side <= 64:

@@ -5,19 +5,23 @@ headers of a sample  →  shape, mode and fit  →  the data module  →  pixels
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_diffusion.training.commands.proposal.kinds import propose_kind
 from lit_diffusion.training.commands.proposal.recipe import (
     Shape,
     data_arguments,
     propose_classes,
     propose_shape,
+    shape_of_arrays,
 )
 from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.commands.shell.parsing import instantiate
+from lit_diffusion.training.data.decoding.array_survey import Arrays
 from lit_diffusion.training.data.decoding.survey import (
     Files,
     Pixels,
@@ -69,7 +73,15 @@ def look(where: dict[str, Any], title: str, looks: int, fast: bool, size: int | 
     total = source.total if source.total is not None or len(examples) == looks else len(examples)
     files = survey_files(examples, layout.splits.paths)
     _check_images(files, title, len(examples))
-    shape = propose_shape(files, fast, size)
+    if files.arrays is None:
+        shape = propose_shape(files, fast, size)
+    else:
+        _check_arrays(files.arrays, title, size)
+        shape = shape_of_arrays(files.arrays, propose_kind(files.arrays))
+        if "kind" not in inspect.signature(DataModule).parameters:
+            raise UsageError(
+                f"{title} holds arrays that are no pictures of bytes, but {shape.kind}."
+            )
     labels = _labels(layout, source, examples)
     validated = Counter[int]()
     if layout.label is not None and layout.val is not None:
@@ -99,14 +111,21 @@ def look(where: dict[str, Any], title: str, looks: int, fast: bool, size: int | 
     return Look(survey, shape, data)
 
 
-def _check_images(files: Files, path: str, looked: int) -> None:
-    """Raise an error unless there is an image."""
-    if files.floats is not None:
+def _check_arrays(arrays: Arrays, path: str, size: int | None) -> None:
+    """Raise an error unless most arrays have one shape, which is not to be changed."""
+    if size is not None:
+        raise UsageError(f"--size is the side of pictures, and {path} holds arrays: leave it out.")
+    if 2 * max(arrays.shapes.values()) <= arrays.shapes.total():
+        few = ", ".join(" × ".join(map(str, shape)) for shape, _ in arrays.shapes.most_common(3))
         raise UsageError(
-            f"{path} holds arrays of floats of shape {files.floats}, such as latents, not images: "
-            "begin with --config imagenet256-latent (docs/guide/networks.md)."
+            f"{path} holds arrays of {len(arrays.shapes):,} shapes, such as {few}: cut or pad "
+            "them to one."
         )
-    if not files.read:
+
+
+def _check_images(files: Files, path: str, looked: int) -> None:
+    """Raise an error unless there is an image or an array."""
+    if not files.read and files.arrays is None:
         raise UsageError(
             f"none of the {looked:,} examples of {path} looked at is an image that can be read."
         )

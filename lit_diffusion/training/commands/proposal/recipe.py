@@ -17,9 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_diffusion.grey_levels import level_values
+from lit_diffusion.training.commands.proposal.kinds import Kind
+from lit_diffusion.training.data.decoding.array_survey import Arrays
 from lit_diffusion.training.data.decoding.survey import Files, Pixels
 
-__all__ = ["Recipe", "Shape", "grey_levels", "propose_classes", "propose_recipe", "propose_shape"]
+__all__ = [
+    "Recipe",
+    "Shape",
+    "grey_levels",
+    "propose_classes",
+    "propose_recipe",
+    "propose_shape",
+    "shape_of_arrays",
+]
 
 LARGEST = 64  # side of images that are proposed as they are; beyond it, latents or a cascade
 SMALL = 32  # side for photographs where there is no accelerator
@@ -33,42 +43,40 @@ class Shape(NamedTuple):
     """The shape of the images, and what leads to it.
 
     Attributes:
-        shape: (C, H, W).
+        shape: (C, H, W), or that of another kind.
         mode: What images are converted to, None if they are all alike already.
         fit: How an image of another size is brought to this one; None if there is none.
         why: The reason, in a few words.
+        kind: Of the data.
+        normalize: How floats are brought to the scale of the noise; None if they are not.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     mode: str | None
     fit: str | None
     why: str
+    kind: str = "image"
+    normalize: str | None = None
 
 
 class Recipe(NamedTuple):
     """Network, objective and length of a training.
 
     Attributes:
-        channels: Features of each level of the U-Net.
-        blocks: Blocks per level.
-        attention: Heights of the levels with attention.
-        dropout: Of the network.
+        network: The network's class.
+        arguments: Its arguments.
         levels: Grey levels of the decoder; None for 256, without a decoder.
         logsnr_max: Largest λ of the bound, where neighbouring levels are 16 σ apart.
-        fourier: Exponents of the Fourier features.
         batch_size: Examples per step.
         lr: Learning rate.
         steps: Number of steps.
         every: Steps from one validation to the next.
     """
 
-    channels: tuple[int, ...]
-    blocks: int
-    attention: tuple[int, ...]
-    dropout: float
+    network: str
+    arguments: dict[str, Any]
     levels: int | tuple[float, ...] | None
     logsnr_max: float
-    fourier: tuple[int, ...]
     batch_size: int
     lr: float
     steps: int
@@ -89,7 +97,10 @@ def propose_shape(files: Files, fast: bool, size: int | None = None) -> Shape:
         Shape(shape=(1, 28, 28), mode=None, fit=None, why='the size of all images')
     """
     channels, mode = (1, "L") if files.grey else (3, "RGB")
-    alike = set(files.modes) <= ({"L", "1"} if files.grey else {"RGB"})  # 1 bit is an encoding
+    if 2 * files.transparent > files.read:  # what is transparent is part of the picture
+        channels, mode = 4, "RGBA"
+    same = {"L": {"L", "1"}, "RGB": {"RGB"}, "RGBA": {"RGBA"}}  # 1 bit is an encoding
+    alike = set(files.modes) <= same[mode]
     mode_wanted = None if alike else mode
     (height, width), most = files.sizes.most_common(1)[0]
     whole = len(files.sizes) == 1
@@ -110,6 +121,19 @@ def propose_shape(files: Files, fast: bool, size: int | None = None) -> Shape:
         why = "as chosen by --size"
     fit = None if set(files.sizes) == {(size, size)} else "center_crop"
     return Shape((channels, size, size), mode_wanted, fit, why)
+
+
+def shape_of_arrays(arrays: Arrays, kind: Kind) -> Shape:
+    """Propose how arrays are read.
+
+    Args:
+        arrays: What they are.
+        kind: Their kind and shape.
+    """
+    scale = {"image": "min_max", "latents": None}.get(kind.kind, "mean_std")
+    if kind.kind == "latents" and not 0.3 < arrays.std < 3:  # latents are used unchanged
+        return Shape(kind.shape, None, None, kind.why, "image", "mean_std")
+    return Shape(kind.shape, None, None, kind.why, kind.kind, scale)
 
 
 def propose_classes(labels: Counter[int], names: tuple[str, ...], total: int) -> int | None:
@@ -167,35 +191,64 @@ def propose_recipe(shape: Shape, pixels: Pixels, total: int | None, fast: bool) 
         total: Number of training examples, None if unknown.
         fast: Whether there is an accelerator.
     """
-    heights, sides = [shape.shape[1]], [min(shape.shape[1:])]
-    while sides[-1] >= 8 and len(sides) < 4:
-        heights.append(-(-heights[-1] // 2))
-        sides.append(-(-sides[-1] // 2))
-    side = max(shape.shape[1:])
-    wide = (128, 256, 256, 256) if side > 16 else (64, 128, 128, 128)
-    channels = wide if fast else (32, 64, 64, 128)
+    side = max(shape.shape[1:], default=1)
     known = total if total is not None else 10**6
-    levels = grey_levels(pixels.levels, all_seen=pixels.looked == total)
+    levels = grey_levels(pixels.levels, all_seen=pixels.looked == total) if pixels.levels else None
     gap = 2.0 / 255
     if levels is not None:
         gap = float(level_values(levels).diff().min())
     steps = 100_000 if fast else 2500 if side <= 8 else 10_000
     batch = 64 if fast or side <= 16 else 32 if side <= LARGEST else 16
-    limit = 16 if fast else 8  # attention costs the square of the number of pixels
-    attended = [height for height in heights if height <= limit] or heights[-1:]
+    network, arguments = _network(shape, fast)
+    if known < 10_000 and fast and network == "UNet":
+        arguments["dropout"] = 0.1
+    if levels is not None and (waves := _fourier(gap)) and network != "ResidualMLP":
+        arguments["fourier"] = [*waves]
     return Recipe(
-        channels=channels[: len(sides)],
-        blocks=2 if fast else 1,
-        attention=tuple(attended[:2]),
-        dropout=0.1 if known < 10_000 and fast else 0.0,
+        network=network,
+        arguments=arguments,
         levels=levels,
         logsnr_max=round(min(13.3, 2 * math.log(16 / gap)), 1),
-        fourier=_fourier(gap) if levels is not None else (),
         batch_size=min(batch, max(8, 2 ** int(math.log2(known)))),
         lr=2e-4 if fast else 1e-3,
         steps=steps,
         every=steps // 20 if fast else steps // 10,
     )
+
+
+def _network(shape: Shape, fast: bool) -> tuple[str, dict[str, Any]]:
+    """The network for a kind of data, and its arguments."""
+    if shape.kind == "vector":
+        return "ResidualMLP", {"features": 512 if fast else 256, "layers": 4}
+    if shape.kind == "points":
+        width = 384 if fast else 128
+        return "DiT", {
+            "patch": 1,
+            "positions": "none",
+            "depth": 8 if fast else 4,
+            "width": width,
+            "heads": width // 32,
+        }
+    axes = shape.shape[1:]
+    firsts, sides = [axes[0]], [min(axes)]
+    most = 6 if len(axes) == 1 else 4  # levels
+    while sides[-1] >= 8 and len(sides) < most:
+        firsts.append(-(-firsts[-1] // 2))
+        sides.append(-(-sides[-1] // 2))
+    channels: tuple[int, ...]
+    wide = (128, 256, 256, 256) if max(axes) > 16 else (64, 128, 128, 128)
+    if len(axes) == 3:  # of volumes, which have many more elements
+        wide = (64, 128, 256, 256)
+    channels = wide if fast else (16, 32, 64, 128) if len(axes) == 3 else (32, 64, 64, 128)
+    channels = (*channels, *channels[-1:] * (most - 4))
+    # Attention costs the square of the number of elements.
+    limit = {1: 256, 2: 16, 3: 8}[len(axes)] // (1 if fast else 2)
+    attended = [height for height in firsts if height <= limit] or firsts[-1:]
+    return "UNet", {
+        "channels": [*channels[: len(sides)]],
+        "blocks": 2 if fast else 1,
+        "attention": attended[:2],
+    }
 
 
 def _fourier(gap: float) -> tuple[int, ...]:
@@ -215,7 +268,10 @@ def data_arguments(
         val: Split to validate on, None if there is none.
         total: Number of training examples, None if unknown.
     """
-    arguments: dict[str, Any] = {"shape": [*shape.shape]}
+    arguments: dict[str, Any] = {} if shape.kind == "image" else {"kind": shape.kind}
+    arguments["shape"] = [*shape.shape]
+    if shape.normalize is not None:
+        arguments["normalize"] = shape.normalize
     if shape.mode is not None:
         arguments["mode"] = shape.mode
     if shape.fit is not None:
@@ -225,6 +281,8 @@ def data_arguments(
         arguments["val_share"] = 0.1
     else:
         arguments["val_split"] = val
-    if total is not None and total * math.prod(shape.shape) <= IN_MEMORY:
+    floats = shape.normalize is not None or shape.kind != "image"
+    size = math.prod(shape.shape) * (4 if floats else 1)
+    if total is not None and total * size <= IN_MEMORY:
         arguments["streaming"] = False
     return arguments

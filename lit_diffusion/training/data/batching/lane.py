@@ -42,7 +42,12 @@ class LaneBatches(IterableDataset[Delivery | Failure], ABC):
         flip: Mirror each image with probability one half.
         rank: This rank.
         world: Number of ranks.
+
+    Attributes:
+        mixed: Whether a batch should have the classes that a random one would have.
     """
+
+    mixed = True
 
     def __init__(self, batch_size: int, seed: int, flip: bool, rank: int, world: int) -> None:
         self.batch_size = batch_size

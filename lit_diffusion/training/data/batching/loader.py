@@ -71,7 +71,7 @@ class TrainLoader:
         self._stream: Iterator[Delivery | Failure] | None = None
         self._workers: Workers | None = None
         self._change: str | None = None  # of the data, since the checkpoint
-        self._mix = ClassMix() if batches.rank == 0 else None
+        self._mix = ClassMix() if batches.rank == 0 and batches.mixed else None
         self._kept: list[dict[str, Tensor]] = []  # the batches to repeat
         self._next = 0  # which of them
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_diffusion.training.data.decoding.images import Decoded, ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split, chunks, sift
 from lit_diffusion.training.data.reading.bad_examples import Bad
 from lit_diffusion.training.data.reading.columns import TEXT
@@ -78,23 +80,30 @@ def writing(cache_dir: Path) -> Iterator[None]:
 def _decode_into(partial: Path, split: Split, check: Check) -> None:
     decoder, total = split.decoder, split.source.total
     assert total is not None  # what is not streamed has a length
-    image = decoder.like["image"]
+    like = decoder.like["image"]
+    shapes = decoder.buckets.shapes(len(like)) or [like.shape]
     looks = [decoder.like[name] for name in decoder.conditions]
-    example_bytes = image.nbytes + sum(like.nbytes for like in looks)
+    example_bytes = like.itemsize * max(map(math.prod, shapes)) + sum(
+        look.nbytes for look in looks
+    )
     chunk = min(CHUNK_EXAMPLES, max(1, CHUNK_BYTES // example_bytes))
     good, reported = 0, time.monotonic()
     bad: list[Bad] = []
-    rows, labels = [], []
+    rows, labels, buckets = [], [], []
     # Written, not mapped: on a full disk a write raises an error, a store into a map SIGBUS.
     with contextlib.ExitStack() as files:
         with writing(partial.parent):
             need, free = total * (example_bytes + 16), shutil.disk_usage(partial).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes of free space and not {need:,}")
-            images = _GrowingArray(partial / "images.npy", image.dtype.str, image.shape, files)
+            names, kind = image_files(len(decoder.buckets.sizes)), like.dtype.str
+            images = [
+                _GrowingArray(partial / name, kind, shape, files)
+                for name, shape in zip(names, shapes, strict=True)
+            ]
             conditions = {
                 name: _GrowingArray(
-                    partial / f"condition-{k}.npy", _stored(name, like), like.shape, files
+                    partial / f"condition-{k}.npy", _stored(name, like, decoder), like.shape, files
                 )
                 for k, (name, like) in enumerate(zip(decoder.conditions, looks, strict=True))
             }
@@ -103,10 +112,11 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
             bad += found
             good += len(kept)
             check(good, bad)
-            if kept:
-                batch = decoder.collate(kept)
+            for k, some in _by_file(kept, shapes):
+                batch = decoder.collate(some)
+                buckets.append(np.full(len(some), k))
                 with writing(partial.parent):
-                    images.append(batch["image"].numpy())
+                    images[k].append(batch["image"].numpy())
                     for name, file in conditions.items():
                         file.append(batch[name].numpy())
                 rows.append(batch["index"].numpy())
@@ -116,18 +126,42 @@ def _decode_into(partial: Path, split: Split, check: Check) -> None:
                 reported, done = time.monotonic(), good + len(bad)
                 logger.info(f"decoding split {split.name!r}, once: {done:,} of {total:,} examples")
         with writing(partial.parent):
-            for file in (images, *conditions.values()):
-                file.finish(good)
+            for file in (*images, *conditions.values()):
+                file.finish()
     with writing(partial.parent):
         (partial / "bad.json").write_text(json.dumps(bad))
         np.save(partial / "rows.npy", np.concatenate(rows))
+        if decoder.buckets:
+            np.save(partial / "buckets.npy", np.concatenate(buckets))
         if decoder.labels:
             np.save(partial / "labels.npy", np.concatenate(labels))
 
 
-def _stored(name: str, like: npt.NDArray[Any]) -> str:
+def image_files(buckets: int) -> list[str]:
+    """Return the names of the files of images: one, or one for each bucket.
+
+    Args:
+        buckets: Their number, 0 for none.
+    """
+    return [f"images-{k}.npy" for k in range(buckets)] or ["images.npy"]
+
+
+def _by_file(
+    kept: list[Decoded], shapes: list[tuple[int, ...]]
+) -> Iterator[tuple[int, list[Decoded]]]:
+    """Divide examples by the file of their images, which is that of their shape."""
+    if len(shapes) == 1:
+        yield from [(0, kept)] if kept else []
+        return
+    for k, shape in enumerate(shapes):
+        if some := [one for one in kept if one.image.shape == shape]:
+            yield k, some
+
+
+def _stored(name: str, like: npt.NDArray[Any], decoder: ImageDecoder) -> str:
     """The type of a condition on disk: that of the batch, or of captions bytes."""
-    return np.dtype(np.uint8).str if name == TEXT else like.dtype.str
+    # A condition of numbers may have the name of captions, too.
+    return np.dtype(np.uint8).str if decoder.text and name == TEXT else like.dtype.str
 
 
 class _GrowingArray:
@@ -138,17 +172,19 @@ class _GrowingArray:
     ) -> None:
         self.dtype = dtype
         self.shape = shape
+        self.length = 0
         self.file = files.enter_context(path.open("wb", buffering=0))
         self._write_header(0)
 
     def append(self, array: npt.NDArray[Any]) -> None:
         """Write some more rows."""
         write(self.file, array.astype(self.dtype, copy=False))
+        self.length += len(array)
 
-    def finish(self, length: int) -> None:
+    def finish(self) -> None:
         """Write the length: numpy pads a header so that this does not change its size."""
         self.file.seek(0)
-        self._write_header(length)
+        self._write_header(self.length)
 
     def _write_header(self, length: int) -> None:
         header = {"descr": self.dtype, "fortran_order": False, "shape": (length, *self.shape)}

@@ -9,6 +9,8 @@ the same images. So the whole split is decoded once, into a folder:
     condition-0.npy  (N, *) float32 or   one file per condition, in the order of identity.json;
                      int64, or uint8     bytes of captions, after all others
     rows.npy      (N,) int64             row of each example in the split
+    buckets.npy   (N,) int64             bucket of each example, if there are several sizes; their
+                                         images are in images-0.npy, images-1.npy, …
     bad.json                             the rows that are left out, and why
 
 The folder's name is a hash of everything that determines the bytes, so other data or another shape
@@ -40,6 +42,7 @@ from torch import Tensor
 
 from lit_diffusion.training.data.batching import map_writer
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
+from lit_diffusion.training.data.batching.map_writer import image_files
 from lit_diffusion.training.data.decoding.images import mirror
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transforms import Transforms
@@ -50,7 +53,7 @@ from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
 # then written anew.
-FORMAT = 2
+FORMAT = 3
 
 
 class MemoryMap:
@@ -66,10 +69,12 @@ class MemoryMap:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            images = np.load(folder / "images.npy", mmap_mode="r")
             labels = np.load(path) if (path := folder / "labels.npy").exists() else None
             rows = np.load(folder / "rows.npy")
             identity = json.loads((folder / "identity.json").read_text())
+            names = image_files(len(identity.get("buckets", [])))
+            images = [np.load(folder / name, mmap_mode="r") for name in names]
+            bucket = np.load(path) if (path := folder / "buckets.npy").exists() else None
             keys = identity.get("condition_keys", []) + [TEXT] * ("text_key" in identity)
             conditions = [
                 np.load(folder / f"condition-{k}.npy", mmap_mode="r") for k in range(len(keys))
@@ -83,11 +88,13 @@ class MemoryMap:
         with warnings.catch_warnings():
             # torch warns that these bytes must not be written to. Nobody writes to them.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self.images = torch.from_numpy(images)
+            self.images = [torch.from_numpy(array) for array in images]
             arrays = map(torch.from_numpy, conditions)
             self.conditions = dict(zip(keys, arrays, strict=True))
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.rows = torch.from_numpy(rows)
+        self.bucket = None if bucket is None else torch.from_numpy(bucket)
+        self._places = None if bucket is None else torch.from_numpy(_ranks_within(bucket))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,12 +103,16 @@ class MemoryMap:
         """Return the batch of some examples, copied.
 
         Args:
-            chosen: Positions in the map.
+            chosen: Positions in the map, all of one bucket.
 
         Shapes:
             chosen (B,), int64.
         """
-        batch = {"image": self.images.index_select(0, chosen)}
+        if self.bucket is None or self._places is None:
+            batch = {"image": self.images[0].index_select(0, chosen)}
+        else:
+            images = self.images[int(self.bucket[chosen[0]])]
+            batch = {"image": images.index_select(0, self._places[chosen])}
         if self.labels is not None:
             batch["label"] = self.labels[chosen]
         for name, values in self.conditions.items():
@@ -113,6 +124,15 @@ class MemoryMap:
     def __reduce__(self) -> tuple[type[MemoryMap], tuple[Path]]:
         # A spawned worker gets the folder and not the bytes.
         return MemoryMap, (self.folder,)
+
+
+def _ranks_within(bucket: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return of each example how many of its bucket precede it: its row in the bucket's file."""
+    places = np.empty_like(bucket)
+    for k in np.unique(bucket):
+        mine = bucket == k
+        places[mine] = np.arange(mine.sum())
+    return places
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
@@ -201,7 +221,7 @@ class MemoryBatches(LaneBatches):
         rank: This rank.
         world: Number of ranks.
         transforms: What is done to an image at each access; by default nothing.
-        shape: (C, H, W) of the images after that.
+        shape: (C, H, W) of the images after that; with buckets only C counts.
     """
 
     def __init__(
@@ -219,6 +239,9 @@ class MemoryBatches(LaneBatches):
         self.memory = memory
         self.shape = shape
         self.transforms = transforms or Transforms()
+        if self.transforms:  # once here, so that mistakes show before a worker meets them
+            few = np.arange(min(FEW, len(memory)))
+            self._batch(few, np.zeros_like(few))
 
     def batches(self, lane: int, lanes: int, position: Position) -> Iterator[Delivery]:
         """Yield the batches of one lane for ever."""
@@ -249,7 +272,10 @@ class MemoryBatches(LaneBatches):
         batch = self.memory[torch.from_numpy(chosen)]
         if self.transforms:
             keys = epochs.tolist(), batch["index"].tolist()
-            batch["image"] = self.transforms.batch(batch["image"], *keys, self.shape)
+            shape = self.shape
+            if self.memory.bucket is not None:
+                shape = (shape[0], *batch["image"].shape[2:])
+            batch["image"] = self.transforms.batch(batch["image"], *keys, shape)
         if self.flip:
             mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
         return batch

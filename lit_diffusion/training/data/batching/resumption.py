@@ -51,6 +51,7 @@ def settings_of(data: DataModule, split: Split, world: int, total: int | None) -
         "data.condition_keys": list(data.condition_keys) or None,
         "data.val_share": data.val_share,
         "data.mode": data.mode,
+        "data.buckets": [[*size] for size in data.buckets.sizes] or None,
         "data.transform": data.transforms.description or None,
         "data.text_key": data.text_key,
         "data.text_length": data.text_length if data.text_key else None,

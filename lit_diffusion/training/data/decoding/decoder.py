@@ -38,6 +38,7 @@ def decoder_of(
         text=None if data.text_key is None else (data.text_key, data.text_length),
         mode=data.mode,
         transforms=transforms,
+        buckets=data.buckets,
         partial=later,
     )
 
@@ -56,7 +57,9 @@ def map_identity(data: DataModule, split: Split) -> dict[str, Any]:
         identity["condition_keys"] = data.condition_keys
     if data.text_key is not None:
         identity |= {"text_key": data.text_key, "text_length": data.text_length}
-    if data.transforms or data.mode:
+    if data.buckets:
+        identity["buckets"] = data.buckets.sizes
+    if data.transforms or data.mode or data.buckets:
         described = split.decoder.transforms.description
         identity |= {"mode": data.mode, "transform": described, "by": library_versions()}
     return identity | {"fingerprint": split.source.fingerprint}

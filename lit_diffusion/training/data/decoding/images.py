@@ -26,7 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.encodings import channels_of, formats
+from lit_diffusion.training.data.decoding.repeatable import NotRepeatableError
 from lit_diffusion.training.data.decoding.transforms import CHANNELS, Transforms, converted
 from lit_diffusion.training.data.reading.bad_examples import one_line
 from lit_diffusion.training.data.reading.columns import (
@@ -41,6 +43,7 @@ from lit_diffusion.training.data.reading.image_headers import (
     NPY,
     PNG,
     jpeg_size,
+    opened,
     png_chunks,
     read_npy,
 )
@@ -86,6 +89,7 @@ class ImageDecoder:
         paths: Reads the images that rows name by paths; by default none may be named.
         mode: Colour mode to which the pictures are converted, L, RGB or RGBA; None for none.
         transforms: What is done to each picture; by default nothing.
+        buckets: Sizes to one of which each picture is first brought; by default none.
         partial: Whether further transforms follow, so that the result may have any shape, the same
             for all pictures.
     """
@@ -101,11 +105,13 @@ class ImageDecoder:
         transforms: Transforms | None = None,
         partial: bool = False,
         text: tuple[str, int] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         self.mode = mode
         self.transforms = transforms or Transforms()
         self.partial = partial
-        self.any_size = bool(self.transforms) or partial  # of the stored pictures
+        self.buckets = buckets or Buckets()
+        self.any_size = bool(self.transforms or self.buckets) or partial  # of the stored pictures
         self.stored_channels = shape[0] if mode is None else CHANNELS[mode]
         self.paths = paths or ImagePaths()
         self.shape = shape
@@ -142,7 +148,7 @@ class ImageDecoder:
             label = whole_number(example.label) if self.labels else None
             *stored, text = example.conditions if self.text else (*example.conditions, None)
             conditions = [
-                numbers(value, name, self.like.get(name))
+                numbers(opened(value), name, self.like.get(name))
                 for name, value in zip(self.numbers, stored, strict=True)
             ]
             if self.text:
@@ -157,7 +163,7 @@ class ImageDecoder:
                     "store all of them alike"
                 )
             return Decoded(example.index, image, label, conditions)
-        except (MisfitError, NetworkError, MemoryError, SeveralShapesError):
+        except (MisfitError, NetworkError, MemoryError, SeveralShapesError, NotRepeatableError):
             raise  # the latter ones are not the example's fault
         except Exception as error:  # decoders raise anything
             came = f"{_what(example.image)}: {one_line(error)}"
@@ -185,7 +191,11 @@ class ImageDecoder:
             stored = self.paths.read(stored.get("path")) if data is None else data
         if isinstance(stored, bytes):
             return self._decode(stored)
-        if isinstance(stored, list | np.ndarray):
+        if isinstance(stored, np.ndarray):
+            last = np.moveaxis(stored, -1, 0)  # channels, or there is one that has no axis
+            stored = last if stored.shape != self.shape == last.shape else stored
+            return self._numbers(stored[None] if self.shape == (1, *stored.shape) else stored)
+        if isinstance(stored, list):
             return self._fit(np.asarray(stored), "an array")
         if stored is None:
             raise MisfitError("an image, got none; remove the row")
@@ -216,11 +226,11 @@ class ImageDecoder:
     def _numbers(self, array: npt.NDArray[Any]) -> Tensor:
         """Return floats unchanged; integers are the bytes of an image stored as an array."""
         if array.dtype.kind != "f":
-            return self._fit(array, "a .npy array")
+            return self._fit(array, "an array")
         if self.any_size or self.mode:
             raise MisfitError(
-                "bytes, which data.transform and data.mode change, got floats; leave these out "
-                "for latents"
+                "bytes, which data.transform, data.mode and data.buckets change, got floats; "
+                "leave these out for latents"
             )
         if array.shape != self.shape:
             raise MisfitError(
@@ -276,6 +286,13 @@ class ImageDecoder:
 
     def _transformed(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Apply the transforms and check the shape of the result."""
+        if self.buckets:
+            image = self.buckets(image)
+            shape = (self.shape[0], *image.shape[1:])
+            if self.transforms:
+                image = self.transforms(image, epoch, index)
+            self.transforms.check(image, shape)
+            return image.contiguous()
         if self.transforms:
             image = self.transforms(image, epoch, index)
         first = self.like.get("image")

@@ -11,6 +11,7 @@ it calls bad is what training will call bad.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lit_diffusion.training.data.decoding.array_survey import Arrays, survey_arrays
 from lit_diffusion.training.data.decoding.encodings import formats
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.reading.bad_examples import Bad
@@ -45,16 +48,18 @@ class Files(NamedTuple):
         sizes: Number of images of each (height, width), upright.
         modes: Number of images of each mode of PIL, and of 16-bit ones.
         grey: Whether all of them are grey, also those that are stored in colour.
-        floats: Shape of the first array of floats, such as a latent; None if there is none.
+        arrays: What the arrays are, if the examples are no pictures; None if they are.
         read: Number of files whose header can be read.
+        transparent: Number of images with an alpha channel that is not opaque.
     """
 
     formats: Counter[str]
     sizes: Counter[tuple[int, int]]
     modes: Counter[str]
     grey: bool
-    floats: tuple[int, ...] | None
+    arrays: Arrays | None
     read: int
+    transparent: int = 0
 
 
 class Pixels(NamedTuple):
@@ -64,11 +69,11 @@ class Pixels(NamedTuple):
         looked: Number of examples looked at.
         bad: Name and reason of each that cannot be used.
         lost: Number of rows that cannot be used: an unreadable file has many.
-        levels: The values of bytes that occur, increasing.
-        mean: Mean of x in [−1, 1].
-        std: Standard deviation of x.
+        levels: The values of bytes that occur, increasing; none of floats.
+        mean: Mean of x in [−1, 1], or of the floats as they are stored.
+        std: Standard deviation of the same.
         labels: Number of examples of each label.
-        images: Some of them, as bytes, (n, C, H, W).
+        images: Some of them, as bytes or floats, (n, C, *).
         image_labels: Their labels, (n,); None if the data have none.
     """
 
@@ -111,28 +116,52 @@ def survey_files(examples: Iterable[Example | Bad], paths: ImagePaths) -> Files:
     kinds: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     modes: Counter[str] = Counter()
-    grey, compared, floats = True, 0, None
+    grey, compared, transparent = True, 0, 0
+    arrays: list[npt.NDArray[Any]] = []
     for example in examples:
         if isinstance(example, Bad):
             continue
         try:
-            data = _bytes(example.image, paths)
-            if data.startswith(NPY):
-                array = read_npy(data)
-                floats = floats or (array.shape if array.dtype.kind == "f" else None)
+            stored = _array_or_file(example.image, paths)
+            picture = stored if isinstance(stored, bytes) else picture_of_bytes(stored)
+            if picture is None:
+                arrays.append(np.asarray(stored))
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                header = _header(data)
+                header = _header(picture)
                 if header.mode not in GREY and grey and compared < COMPARED:
                     compared += 1
-                    grey = _is_grey(data)
+                    grey = _is_grey(picture)
+                transparent += header.alpha and _is_transparent(picture)
         except Exception:  # decoders raise anything; the second pass gives the reason
             continue
         kinds[header.format] += 1
         sizes[header.size] += 1
         modes[header.mode] += 1
-    return Files(kinds, sizes, modes, grey, floats, kinds.total())
+    found = survey_arrays(arrays) if len(arrays) > kinds.total() else None
+    return Files(kinds, sizes, modes, grey, found, kinds.total(), transparent)
+
+
+def picture_of_bytes(array: npt.NDArray[Any]) -> Any:
+    """Return an array as a picture of PIL; None if it is none of bytes in a known mode.
+
+    Args:
+        array: As it is stored.
+
+    Shapes:
+        array (H, W), (H, W, C) or (C, H, W).
+    """
+    from PIL import Image
+
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        return None
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        return None
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
@@ -145,6 +174,7 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
     bad: list[tuple[str, str]] = []
     lost = 0
     count = np.zeros(256, dtype=np.int64)
+    moments = np.zeros(3)  # number, sum and sum of squares of floats
     labels: Counter[int] = Counter()
     images: list[Tensor] = []
     shown_labels: list[int | None] = []
@@ -155,22 +185,31 @@ def survey_pixels(split: Split, examples: list[Example | Bad]) -> Pixels:
                 bad.append((_name(example, one), one.reason))
                 lost += one.rows
                 continue
-            count += np.bincount(one.image.numpy().ravel(), minlength=256)
+            if one.image.is_floating_point():
+                values = one.image.double().numpy()
+                moments += (values.size, values.sum(), (values**2).sum())
+            else:
+                count += np.bincount(one.image.numpy().ravel(), minlength=256)
             if one.label is not None:
                 labels[one.label] += 1
             if len(images) < SHOWN:
                 images.append(one.image)
                 shown_labels.append(one.label)
-    x = np.arange(256) / 127.5 - 1
-    share = count / max(1, count.sum())
-    mean = float(share @ x)
+    if moments[0]:
+        mean = float(moments[1] / moments[0])
+        std = math.sqrt(max(0.0, moments[2] / moments[0] - mean**2))
+    else:
+        x = np.arange(256) / 127.5 - 1
+        share = count / max(1, count.sum())
+        mean = float(share @ x)
+        std = float(np.sqrt(share @ (x - mean) ** 2))
     return Pixels(
         looked=len(examples),
         bad=bad,
         lost=lost,
         levels=tuple(np.flatnonzero(count).tolist()),
         mean=mean,
-        std=float(np.sqrt(share @ (x - mean) ** 2)),
+        std=std,
         labels=labels,
         images=torch.stack(images) if images else torch.empty(0),
         image_labels=torch.tensor(shown_labels) if labels and images else None,
@@ -189,32 +228,49 @@ class _Header(NamedTuple):
     format: str
     mode: str
     size: tuple[int, int]
+    alpha: bool
 
 
-def _header(data: bytes) -> _Header:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=formats()) as picture:
+def _header(data: Any) -> _Header:
+    """What a file, or the picture of an array, says of itself."""
+    if not isinstance(data, bytes):
+        alpha = data.mode == "RGBA"
+        return _Header("array of bytes", data.mode, (data.height, data.width), alpha)
+    with _opened(data) as picture:
         width, height = picture.size
         if picture.getexif().get(0x0112, 1) > 4:  # the orientation exchanges the sides
             width, height = height, width
         deep = picture.format == "PNG" and data[24] == 16
         mode = f"{picture.mode}, 16 bit" if deep else picture.mode
-        return _Header(picture.format or "?", mode, (height, width))
+        alpha = picture.has_transparency_data
+        return _Header(picture.format or "?", mode, (height, width), alpha)
 
 
-def _is_grey(data: bytes) -> bool:
+def _opened(data: Any) -> Any:
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=formats()) as picture:
+    return Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
+
+
+def _is_grey(data: Any) -> bool:
+    with _opened(data) as picture:
         red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
     return np.array_equal(red, green) and np.array_equal(green, blue)
 
 
-def _bytes(stored: Any, paths: ImagePaths) -> bytes:
+def _is_transparent(data: Any) -> bool:
+    with _opened(data) as picture:
+        return bool(picture.convert("RGBA").getextrema()[-1] != (255, 255))
+
+
+def _array_or_file(stored: Any, paths: ImagePaths) -> bytes | npt.NDArray[Any]:
+    """Return what an example has: the bytes of the file of a picture, or an array of numbers."""
     if isinstance(stored, dict):
         data = stored.get("bytes")
         stored = paths.read(stored.get("path")) if data is None else data
-    if not isinstance(stored, bytes):
-        raise TypeError(f"expected the bytes of a file, got {type(stored).__name__}")
-    return stored
+    if isinstance(stored, bytes):
+        return read_npy(stored) if stored.startswith(NPY) else stored
+    array = np.asarray(stored)
+    if array.dtype.kind not in "iuf" or not array.ndim:
+        raise TypeError(f"expected a file or an array of numbers, got {type(stored).__name__}")
+    return array

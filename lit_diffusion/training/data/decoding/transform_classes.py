@@ -18,6 +18,7 @@ from jsonargparse.typing import register_type
 
 from lit_diffusion.description import allowed_modules
 from lit_diffusion.registry import subclasses
+from lit_diffusion.training.data.decoding.repeatable import own_generator
 
 V2 = "torchvision.transforms.v2"
 
@@ -100,6 +101,12 @@ def make(given: Any, where: str, own: Mapping[str, type]) -> tuple[Any, str, boo
         raise ValueError(f"{where}: {name} cannot be made so: {error}") from error
     if name in own:
         return transform, name, transform.random
+    if (place := own_generator(transform)) is not None:
+        raise ValueError(
+            f"{where}: {place} is a generator of random numbers, whose state a resumed run would "
+            "not have: use those of torch, random or NumPy itself, which are seeded for each "
+            "example"
+        )
     if cls is getattr(sys.modules[V2], name, None):
         container = name == "Compose" and bool(parts)
         return transform, name, any(parts) if container else name not in FIXED

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from lit_diffusion.training.data.decoding.repeatable import (
+    PICTURES,
+    check_repeatable,
+    is_own,
+    restored_generators,
+    seed_generators,
+)
 from lit_diffusion.training.data.decoding.transform_classes import (
     Given,
     describe_all,
@@ -131,11 +136,12 @@ class Fit:
 
 
 class Step(NamedTuple):
-    """One transform: its name for messages, the function, whether it is random."""
+    """One transform: its name, the function, whether it is random, whether the user wrote it."""
 
     name: str
     apply: Callable[[Any], Any]
     random: bool
+    own: bool = False
 
 
 class Transforms:
@@ -154,6 +160,7 @@ class Transforms:
         self.description = list(description)
         self.seed = seed
         self.random = any(step.random for step in steps)
+        self._unproven = PICTURES if any(step.own for step in steps) else 0
 
     @classmethod
     def of(cls, given: Sequence[Given] | None, shape: tuple[int, ...], seed: int) -> Transforms:
@@ -178,7 +185,7 @@ class Transforms:
                 )
                 arguments = dataclasses.asdict(made) | {"size": list(made.size or ())}
                 description[number]["init_args"] = arguments  # also the defaults
-            steps.append(Step(name, made, is_random))
+            steps.append(Step(name, made, is_random, is_own(made)))
         return cls(steps, description, seed)
 
     def __bool__(self) -> bool:
@@ -219,10 +226,14 @@ class Transforms:
 
         Raises:
             MisfitError: If one fails, or its result is no picture of bytes.
+            NotRepeatableError: If one of the user's would not be repeated by a resumed run.
         """
         if self.random:
             seed_generators(self.seed, epoch, index)
+        proving, self._unproven = self._unproven > 0, max(0, self._unproven - 1)
         for step in self.steps:
+            if proving and step.own:
+                check_repeatable(step, picture)
             try:
                 found = step.apply(picture)
             except Exception as error:  # they raise anything
@@ -250,6 +261,7 @@ class Transforms:
         )
         if picture.shape[1:] != shape[1:]:
             remedy = "put Fit last in data.transform (random transforms act in training only)"
+            remedy += "; with data.buckets no transform may change the size of a picture"
         else:
             remedy = "set data.mode to the colours of the images, or data.shape"
         raise MisfitError(
@@ -344,33 +356,6 @@ def converted(picture: Tensor, mode: str) -> Tensor:
     return tensor_of(Image.fromarray(np.ascontiguousarray(array)).convert(mode))
 
 
-def seed_generators(seed: int, epoch: int, index: int) -> None:
-    """Seed torch's generator of the CPU, Python's and NumPy's by a hash.
-
-    Args:
-        seed: Of the run.
-        epoch: In which the example is used.
-        index: Of the example.
-    """
-    key = hashlib.blake2b(f"transform {seed} {epoch} {index}".encode(), digest_size=8).digest()
-    number = int.from_bytes(key, "little")
-    torch.default_generator.manual_seed(number)  # not those of devices, which the model uses
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)  # of a list it would take ten times as long
-
-
-@contextlib.contextmanager
-def restored_generators() -> Iterator[None]:
-    """Restore afterwards what `seed_generators` seeds."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
 def library_versions() -> list[str]:
     """The versions of the libraries that change pictures, on which single bytes may depend."""
     return [f"{name} {version(name)}" for name in ("pillow", "torch", "torchvision")]
@@ -387,5 +372,6 @@ def protocol_of(data: Any) -> dict[str, Any]:
         "mode": getattr(data, "mode", None),
         "transform": transforms.fixed().description if transforms else None,
         "val_share": getattr(data, "val_share", None),
+        "buckets": [[*size] for size in getattr(getattr(data, "buckets", None), "sizes", ())],
     }
     return {name: value for name, value in found.items() if value}

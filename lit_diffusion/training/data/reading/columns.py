@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lit_diffusion.nn.text import text_bytes
 
+TEXT_LENGTH = 256  # bytes of the longest caption, if nothing else is said
 BATCH = ("image", "label", "index", "total", "batch")  # entries of a batch that are no conditions
 TEXT = "text"  # the entry of a batch that has the captions, whatever the name of their column
 

@@ -71,6 +71,23 @@ def png_chunks(data: bytes) -> set[bytes]:
     return kinds
 
 
+def opened(stored: Any) -> Any:
+    """The array of a .npy file; anything else as it is.
+
+    Args:
+        stored: A value of a column of numbers.
+
+    Raises:
+        MisfitError: If it begins like such a file and is none.
+    """
+    if not (isinstance(stored, bytes) and stored.startswith(NPY)):
+        return stored
+    try:
+        return read_npy(stored)
+    except ValueError as error:
+        raise MisfitError(f"numbers in a .npy file: {error}") from error
+
+
 def read_npy(data: bytes) -> npt.NDArray[Any]:
     """Return the array of a .npy file, which must contain as many bytes as its header claims.
 

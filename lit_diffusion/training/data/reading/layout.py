@@ -19,7 +19,8 @@ from lit_diffusion.training.data.reading.table import TableSource
 
 __all__ = ["Layout", "count_labels", "find_layout"]
 
-IMAGES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "pixels")
+FILES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "pixels")
+IMAGES = (*FILES, "data", "x", "series", "signal", "points", "values", "features")
 LABELS = ("label", "labels", "class", "cls", "target", "category", "digit", "fine_label", "y")
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
         splits: All splits.
         train: Name of the split to train on.
         val: Name of the split to validate on, None if there is none.
-        image: Column of the images.
+        image: Column of the images, or of the arrays.
         label: Column of the integer labels, None if there is none.
         class_names: Names of the classes, if the data declare them.
     """
@@ -73,8 +74,9 @@ def find_layout(path: str, data_files: Files | None = None) -> Layout:
     image = _image_column(types)
     if image is None:
         raise ValueError(
-            f"expected a column of images in {path!r}, got {', '.join(types) or 'none'}; store "
-            "each image as the bytes of its file, and name the column `image`"
+            f"expected a column of images, or of lists of numbers, in {path!r}, got "
+            f"{', '.join(types) or 'none'}; store each image as the bytes of its file, and name "
+            "the column `image`"
         )
     label = _label_column(types)
     val = next((name for name in held_out if name != train), None)
@@ -129,8 +131,20 @@ def _image_column(types: Mapping[str, Any]) -> str | None:
     declared = [name for name, kind in types.items() if type(kind).__name__ == "Image"]
     stored = [name for name, kind in types.items() if _is_bytes(kind)]
     unknown = [name for name, kind in types.items() if kind is None]
+    lists = [name for name, kind in types.items() if _is_list(kind)]
     found = [*_usual(declared, IMAGES), *declared, *_usual(stored, IMAGES), *stored]
+    found += [*_usual(lists, IMAGES), *lists]
     return next(iter([*found, *_usual(unknown, IMAGES)]), None)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a column holds lists of numbers, or lists of these."""
+    if type(kind).__name__.startswith("Array"):  # of two axes or more
+        return True
+    if not hasattr(kind, "feature"):
+        return False
+    inner = kind.feature
+    return _is_list(inner) or str(getattr(inner, "dtype", "")).startswith(("int", "uint", "float"))
 
 
 def _is_bytes(kind: Any) -> bool:

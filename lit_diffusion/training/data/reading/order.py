@@ -41,7 +41,8 @@ from torch import Tensor
 from lit_diffusion.training.data.reading.bad_examples import Bad
 
 ORDER_VERSION = 2  # to be raised whenever the same arguments give another order
-ORDER, WINDOW, FLIP = 1, 2, 3  # purposes of a random key: no two of them share a key
+# Purposes of a random key: no two of them share a key.
+ORDER, WINDOW, FLIP, BUCKET, PIECES = 1, 2, 3, 4, 5
 
 
 class Piece(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import lit_diffusion
+from lit_diffusion.training.data.reading.arrays import find_arrays
 from lit_diffusion.training.data.reading.columns import Columns
 from lit_diffusion.training.data.reading.content import digests
 from lit_diffusion.training.data.reading.file_names import Files, files_of_folder, named_files
@@ -46,7 +47,7 @@ class Splits(dict[str, Any]):
     """The splits of a data set by name.
 
     A split is a list of parquet files or a ``datasets.IterableDataset`` if it is streamed, and a
-    ``datasets.Dataset`` if not.
+    ``datasets.Dataset`` if not. Of arrays it is an `ArrayTable` in either case.
 
     Args:
         splits: By name.
@@ -96,8 +97,8 @@ def locate(path: str, data_files: Files | None) -> Place:
     if local.is_file() and data_files is None:
         if local.suffix != ".parquet":
             raise ValueError(
-                f"expected a parquet file or a folder, got {path!r}; {formats} files in "
-                "data.data_files"
+                f"expected a parquet, .npy or .npz file or a folder, got {path!r}; {formats} "
+                "files in data.data_files"
             )
         return Place("parquet", {"train": str(local.resolve())}, name)
     if local.is_dir():
@@ -143,6 +144,9 @@ def find_splits(
     )
     from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
+    if data_files is None and (arrays := find_arrays(path)) is not None:
+        paths = ImagePaths((arrays.folder,))
+        return Splits(arrays.splits, arrays.files, arrays.listed, paths)
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # or each pass ends with 5 idle seconds
     limit_silence()
     place = locate(path, data_files)
