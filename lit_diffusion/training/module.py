@@ -155,13 +155,11 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = sampler
         self.sampler_in_range()  # refuses a sampler that leaves the range
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.schedule_lr = schedule_lr
         self._shape = find_shape(network, shape)
         self.label_dropout = label_dropout
-        self.conditions = named_conditions(network, conditions)
-        self.keys = check_keys(keys)
+        self.conditions, self.keys = named_conditions(network, conditions), check_keys(keys)
         self.clip_denoised = clip_denoised
         self.seed = 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)

@@ -150,7 +150,7 @@ def test_a_data_module_with_names_of_its_own_is_trained_on_from_a_config(own, tm
     assert code == 0, err
     code, _, err = own("report", f"{newest(tmp_path)}")
     assert code == 0, err
-    code, _, err = own("objective", "--config=mine.yaml", "--out=o")
+    code, _, err = own("objective", "--config=mine.yaml", "--out=o.png")
     assert code == 0, err
     code, _, err = own("evaluate", f"--ckpt_path={checkpoint}")
     assert code == 2
