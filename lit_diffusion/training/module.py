@@ -53,7 +53,7 @@ from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.accumulation import micro_batch
 from lit_diffusion.training.step.batch_fit import BatchFit
 from lit_diffusion.training.step.batches import BatchReader, FirstBatch, Numbered, check_keys
-from lit_diffusion.training.step.conditions import named_conditions
+from lit_diffusion.training.step.conditions import augmentation, named_conditions
 from lit_diffusion.training.step.optimization import OptimizedModule
 from lit_diffusion.training.step.parts import (
     check_numbers,
@@ -243,6 +243,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             cond = drop_condition(
                 cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
             )
+        cond |= augmentation(self.denoiser.network, batch)
         has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
         eps = torch.randn_like(x)
         terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)

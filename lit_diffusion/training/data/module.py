@@ -35,6 +35,7 @@ from lit_diffusion.training.data.batching.memory import (
 from lit_diffusion.training.data.batching.resumption import settings_of
 from lit_diffusion.training.data.batching.stream import ShuffledBatches
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.decoding.augment import Augment, check_moved
 from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
@@ -105,6 +106,8 @@ class DataModule(L.LightningDataModule):
             number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
+        augment: Move training images at random and tell the network how, for small data: an
+            `Augment`; null for none. The network needs `augment: 9`, which the command line sets.
         seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label or caption, a shard that cannot be read):
@@ -145,6 +148,7 @@ class DataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
+        augment: Augment | None = None,
         seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
@@ -169,7 +173,7 @@ class DataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
         self.val_examples = val_examples
-        self.horizontal_flip = horizontal_flip
+        self.horizontal_flip, self.augment = horizontal_flip, augment
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share, self.on_changed_data = max_bad_share, on_changed_data
@@ -297,6 +301,8 @@ class DataModule(L.LightningDataModule):
             x = x.float().div_(127.5).sub_(1.0)
         elif x.is_floating_point():
             x = at_least_float32(x)
+        if self.augment is not None and "augment" in batch:  # in training only
+            x = self.augment(x, batch["augment"])
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
@@ -351,11 +357,7 @@ class DataModule(L.LightningDataModule):
             source = part_of(source, self.val_share, held_out, self.path)
         decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
-        if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
-            raise ValueError(
-                "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
-                "latent is not the latent of the mirror image; set it to false"
-            )
+        check_moved(self, split.decoder.like["image"])
         if source.lost:
             bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
             bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])
@@ -382,6 +384,7 @@ class DataModule(L.LightningDataModule):
             batches = ShuffledBatches(
                 split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
             )
+        batches.augment = self.augment
         return TrainLoader(
             batches,
             steps,

@@ -14,7 +14,11 @@ import lightning as L
 from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset
 
-from lit_diffusion.training.commands.fit_setup.network_shape import set_shape, set_text_length
+from lit_diffusion.training.commands.fit_setup.network_shape import (
+    set_augment,
+    set_shape,
+    set_text_length,
+)
 from lit_diffusion.training.commands.shell.parsing import instantiate
 from lit_diffusion.training.data.own import DatasetModule, shape_of
 
@@ -49,6 +53,7 @@ def prepare_data(config: Any, cls: type | None) -> L.LightningDataModule | None:
     if cls is None:
         set_shape(config.model.get("network"), tuple(config.data.shape))
         set_text_length(config.model.get("network"), config.data)
+        set_augment(config.model.get("network"), config.data)
         return None
     described = config.data.as_dict()
     data: L.LightningDataModule
