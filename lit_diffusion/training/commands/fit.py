@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
+from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid, SlicedWasserstein
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.fit_setup.differences import naming_differences
@@ -382,7 +382,10 @@ class DiffusionCLI(LightningCLI):
             _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
-            if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
+            if (
+                isinstance(callback, (FID, Likelihood, SlicedWasserstein))
+                and callback.summary is not None
+            ):
                 _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return

@@ -142,7 +142,8 @@ def sample(
         columns = per_column if per_class or per_column > 1 else max(1, round(n**0.5))
         names = [_name(c, model) for c in classes] if columns == len(classes) else []
         shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else []
-        save_grid(torch.cat(kept), out, columns, names, shown)
+        kind = getattr(model, "kind", None)
+        save_grid(torch.cat(kept), out, columns, names, shown, kind)
         return Samples(torch.cat(kept), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None

@@ -63,9 +63,10 @@ class DataModule(L.LightningDataModule):
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
-            lit_diffusion (digits8x8, digits_text, swirl, toy1d), or a name on the Hugging Face
-            hub; looked up in that order. Or the URL of a parquet file. Or a .npy or .npz file of
-            numpy, or a folder of these: of all examples, or one .npy file for each.
+            lit_diffusion (digits8x8, digits_text, swirl, toy1d, oscillations, ellipses), or a name
+            on the Hugging Face hub; looked up in that order. Or the URL of a parquet file. Or a
+            .npy or .npz file of numpy, or a folder of these: of all examples, or one .npy file for
+            each.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
