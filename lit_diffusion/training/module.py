@@ -156,12 +156,10 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self._sampler = sampler
         self.sampler_in_range()  # refuses a sampler that leaves the range
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.schedule_lr = schedule_lr
+        self.schedule_lr, self.label_dropout = schedule_lr, label_dropout
         self._shape = find_shape(network, shape)
-        self.label_dropout = label_dropout
         self.conditions, self.keys = named_conditions(network, conditions), check_keys(keys)
-        self.clip_denoised = clip_denoised
-        self.seed = 0 if seed is None else seed
+        self.clip_denoised, self.seed = clip_denoised, 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now

@@ -24,7 +24,7 @@ from lit_diffusion.training.commands.fit_setup.own_data import (
     prepare_data,
     without_data,
 )
-from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
+from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser, add_run_arguments
 from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
 from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
 from lit_diffusion.training.commands.fit_setup.without_config import with_default_words
@@ -108,31 +108,7 @@ class DiffusionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, plug-ins, and the link from the data's shape to the model's."""
-        parser.add_argument(
-            "--name",
-            type=str,
-            default="run",
-            help="The run goes to <default_root_dir>/<name>/<time>.",
-        )
-        parser.add_argument(
-            "--plugins",
-            type=list[str] | str,
-            default=[],
-            help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="fit: start with the network's weights of this checkpoint, run folder or "
-            "exported folder, as far as names and shapes agree; a resumed run has its own.",
-        )
-        parser.add_argument(
-            "--out",
-            type=str | None,
-            default=None,
-            help="predict: the folder of the samples; predicted/ in the run folder by default.",
-        )
+        add_run_arguments(parser)
         link_data(parser, self.own_data)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
