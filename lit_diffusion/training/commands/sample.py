@@ -81,7 +81,8 @@ def sample(
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
-        out: A .png file for one grid, a folder for one file per image, or a .npy file.
+        out: A .png file for one grid, a folder for one file per image, or a .npy file, which is in
+            the unit of the data if they were normalised.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
         seed: Image i is a function of (seed, i).
         config: For a model with conditions besides the class: the config that describes the data;
@@ -182,6 +183,8 @@ def _sample_all(
             cond=cond,
             **sampling,
         ).cpu()
+        if isinstance(files, ArrayFile) and model.normalization is not None:
+            images = model.normalization.restore(images)  # into the unit of the data
         if files is None:
             kept.append(images)
         else:
@@ -278,6 +281,11 @@ def _check(
 
 def _shape(model: LitDiffusion, size: int | list[int] | str | None, out: Path) -> tuple[int, ...]:
     """The shape of a sample of a size such as 48x64."""
+    if not out.suffix and model.kind not in ("image", "latents"):
+        raise UsageError(
+            f"examples of kind {model.kind} cannot be written as images: give a .npy file as "
+            "--out."
+        )
     if not out.suffix and model.shape[0] not in (1, 3):
         raise UsageError(
             f"examples of {model.shape[0]} channels cannot be written as images: give a "

@@ -21,19 +21,10 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments, check_share
-from lit_diffusion.training.data.batching.buckets import BucketBatches
-from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
-from lit_diffusion.training.data.batching.lane import LaneBatches
-from lit_diffusion.training.data.batching.loader import TrainLoader, batches_to_repeat
-from lit_diffusion.training.data.batching.memory import (
-    MemoryBatches,
-    MemoryMap,
-    cache_folder,
-    open_map,
-)
-from lit_diffusion.training.data.batching.resumption import settings_of
-from lit_diffusion.training.data.batching.stream import ShuffledBatches
+from lit_diffusion.normalization import Normalization
+from lit_diffusion.training.data.arguments import Kind, check_arguments, check_kind, check_share
+from lit_diffusion.training.data.batching.loader import TrainLoader
+from lit_diffusion.training.data.batching.memory import MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
 from lit_diffusion.training.data.decoding.augment import Augment, check_moved
 from lit_diffusion.training.data.decoding.buckets import Buckets
@@ -42,10 +33,12 @@ from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
+from lit_diffusion.training.data.normalizing import settle
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.reading.columns import TEXT_LENGTH, Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
+from lit_diffusion.training.data.training_batches import train_loader
 
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
 
@@ -70,7 +63,14 @@ class DataModule(L.LightningDataModule):
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
-        shape: (channels, height, width) of every image, after the transforms.
+        kind: What an example is: `image`, `signal` (channels, length), `volume` (channels, depth,
+            height, width), `points` (numbers of a point, points), a set stored as a list of
+            points, `vector` (numbers,), a row of a table, or `latents`, floats of any shape. All
+            but images are numbers in lists or in .npy format.
+        normalize: What turns floats into x: `mean_std`, per channel to mean 0 and standard
+            deviation 1 over the training split, `min_max`, to [−1, 1], or null for nothing.
+            `auto` is mean_std for signal, volume, points and vector, and nothing for latents.
+        shape: Shape of every example, (channels, height, width) of images after the transforms.
         mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
             or `RGBA`; null to convert none.
         transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
@@ -128,6 +128,8 @@ class DataModule(L.LightningDataModule):
         path: str = "digits8x8",
         data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
+        kind: Kind = "image",
+        normalize: Literal["auto", "mean_std", "min_max"] | None = "auto",
         shape: tuple[int, ...] = (1, 8, 8),
         mode: Literal["L", "RGB", "RGBA"] | None = None,
         transform: list[Given] | None = None,
@@ -159,25 +161,23 @@ class DataModule(L.LightningDataModule):
         self.path, self.data_files, self.config_name = path, data_files, config_name
         self.shape = (*shape,)  # a config gives a list
         self.mode, self.transform, self.buckets = mode, transform, Buckets(buckets or ())
-        self.image_key = image_key
-        self.label_key = label_key
+        self.kind, self.normalize = kind, normalize
+        self.image_key, self.label_key = image_key, label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
         self.text_length = TEXT_LENGTH if text_length is None else text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
-        self.streaming = streaming
-        self.cache_dir = cache_dir
-        self.shuffle_window = shuffle_window
-        self.open_shards = open_shards
-        self.num_workers = num_workers
-        self.steps_per_epoch = steps_per_epoch
+        self.streaming, self.cache_dir = streaming, cache_dir
+        self.shuffle_window, self.open_shards = shuffle_window, open_shards
+        self.num_workers, self.steps_per_epoch = num_workers, steps_per_epoch
         self.val_examples = val_examples
         self.horizontal_flip, self.augment = horizontal_flip, augment
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share, self.on_changed_data = max_bad_share, on_changed_data
+        self.normalize = check_kind(self)
         self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
         check_arguments(self)
@@ -190,6 +190,7 @@ class DataModule(L.LightningDataModule):
 
     def _forget(self) -> None:
         self._folder: str | None = None
+        self.normalization: Normalization | None = None
         self._train: Split | None = None
         self._memory: MemoryMap | None = None
         self._val: Split | None = None
@@ -215,7 +216,14 @@ class DataModule(L.LightningDataModule):
         if self._train_loader is None:
             if self._train is None:
                 raise ValueError("expected setup('fit') before train_dataloader(): call it first")
-            self._train_loader = self._make_train_loader(self._train)
+            self._train_loader = train_loader(
+                self,
+                self._train,
+                self._memory,
+                *self._place(),
+                self._bad_examples(self._train.name),
+                self._allowed_share,
+            )
             if self._resume is not None:
                 self._train_loader.load_state_dict(self._resume)
         return self._train_loader
@@ -302,11 +310,27 @@ class DataModule(L.LightningDataModule):
             x = x.float().div_(127.5).sub_(1.0)
         elif x.is_floating_point():
             x = at_least_float32(x)
+            self.settle_normalization(getattr(self.trainer, "lightning_module", None))
+            if self.normalization is not None:
+                x = self.normalization.normalize(x)
         if self.augment is not None and "augment" in batch:  # in training only
             x = self.augment(x, batch["augment"])
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
+
+    def settle_normalization(self, model: Any) -> None:
+        """Take the normalisation of a model, or measure it for one that has none; a collective.
+
+        Args:
+            model: The model, which then has it, or None.
+
+        Raises:
+            ValueError: If the model was trained on data of another kind or normalisation.
+        """
+        if self.normalization is None:
+            place = self._place()
+            self.normalization = settle(self, model, self._train, self._memory, *place)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place of training in the data.
@@ -370,29 +394,3 @@ class DataModule(L.LightningDataModule):
         memory = open_map(split, identity, cache_folder(self.cache_dir), self._allowed_share)
         self._bad_examples(split.name).add(memory.bad if self._place()[0] == 0 else [])
         return memory
-
-    def _make_train_loader(self, split: Split) -> TrainLoader:
-        rank, world = self._place()
-        total = split.source.total if self._memory is None else len(self._memory)
-        steps = steps_per_epoch(self, split.source.shards, total, world)
-        lanes = (self.seed, self.horizontal_flip, rank, world)
-        batches: LaneBatches
-        if self._memory is not None:
-            rest = self.transforms.divided()[1]
-            kind = BucketBatches if self.buckets else MemoryBatches
-            batches = kind(self._memory, self.batch_size, *lanes, rest, self.shape)
-        else:
-            batches = ShuffledBatches(
-                split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
-            )
-        batches.augment = self.augment
-        return TrainLoader(
-            batches,
-            steps,
-            self.num_workers,
-            settings_of(self, split, world, total),
-            self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            self._bad_examples(split.name),
-            self.on_changed_data,
-            batches_to_repeat(self.trainer, steps),
-        )

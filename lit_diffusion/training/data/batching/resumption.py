@@ -51,6 +51,8 @@ def settings_of(data: DataModule, split: Split, world: int, total: int | None) -
         "data.shape": list(data.shape),
         "data.condition_keys": list(data.condition_keys) or None,
         "data.val_share": data.val_share,
+        "data.kind": None if data.kind == "image" else data.kind,
+        "data.normalize": data.normalize,
         "data.mode": data.mode,
         "data.buckets": [[*size] for size in data.buckets.sizes] or None,
         "data.transform": data.transforms.description or None,
