@@ -123,7 +123,6 @@ class DatasetModule(L.LightningDataModule):
         world, rank = self._place()
         self._order = EpochOrder(self.train, world, rank, self.shuffle, self.seed)
         if self._resume is not None:
-            check_settings(self._resume["settings"], self._settings(world))
             examples = self._resume["batches"] * self.batch_size
             self._order.continue_at(self._resume["epoch"], examples)
         return self._loader(self.train, self._order)
@@ -149,8 +148,19 @@ class DatasetModule(L.LightningDataModule):
         return {"settings": settings, "epoch": self._order.epoch, "batches": batches.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place for the loader, which does not exist yet."""
-        self._resume = state_dict or None
+        """Keep the place for the loader, which does not exist yet.
+
+        Args:
+            state_dict: From `state_dict`.
+
+        Raises:
+            ValueError: If training would continue in another order.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit" or not state_dict:
+            return  # an evaluation has no place
+        # Here, since Lightning leaves DataLoader patched after an error in `train_dataloader`.
+        check_settings(state_dict["settings"], self._settings(self._place()[0]))
+        self._resume = state_dict
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
