@@ -5,7 +5,8 @@ in the row or in a file that it names. What does not fit is a bad example. Only 
 one array are undone:
 
     C = 1      the axis of the channel may be missing
-    signal     the channels may come last, (L, C), and likewise in volumes
+    signal     the channels may come last, (L, C), and likewise in volumes, and in latents that
+               are no .npy files, which are written by programs that put them first
     points     are stored as a list of points, (N, C)
 
 Numbers become float32; latents in float16 remain so.
@@ -50,10 +51,12 @@ class ArrayDecoder(ImageDecoder):
                     f"{what}, in lists or in .npy format, got a file of {len(stored)} bytes; set "
                     "data.kind to image if these are pictures"
                 )
-            stored = read_npy(stored)
-        return torch.from_numpy(self._checked(self._arranged(_array(stored, what))))
+            array = self._arranged(read_npy(stored), last=self.kind != "latents")
+        else:
+            array = self._arranged(_array(stored, what), last=True)
+        return torch.from_numpy(self._checked(array))
 
-    def _arranged(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _arranged(self, array: npt.NDArray[Any], last: bool) -> npt.NDArray[Any]:
         """Undo the encodings that are allowed, and check the shape."""
         shape = self.shape
         if self.kind == "points" and array.shape == shape[::-1]:
@@ -62,9 +65,9 @@ class ArrayDecoder(ImageDecoder):
             return array
         if shape == (1, *array.shape):
             return array[None]
-        last = np.moveaxis(array, -1, 0) if array.ndim else array
-        if self.kind in ("signal", "volume") and last.shape == shape:
-            return last
+        moved = np.moveaxis(array, -1, 0) if array.ndim else array
+        if last and self.kind != "points" and moved.shape == shape:
+            return moved
         wanted = _times(shape[::-1] if self.kind == "points" else shape)
         raise MisfitError(
             f"numbers of data.kind {self.kind} and shape {wanted}, got {_times(array.shape)}; set "
