@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lit_diffusion.loss import *
     from lit_diffusion.models import *
     from lit_diffusion.nn import *
+    from lit_diffusion.normalization import *
     from lit_diffusion.objective import *
     from lit_diffusion.predictions import *
     from lit_diffusion.probability_flow import *
@@ -49,6 +50,7 @@ _MODULES = (
     "models",
     "nn",
     "averaging",
+    "normalization",
     "domains",
     "registry",
 )

@@ -20,6 +20,7 @@ from lit_diffusion.models.shape import Shape
 from lit_diffusion.nn import check_shape
 from lit_diffusion.nn.embeddings import TEXT
 from lit_diffusion.nn.text import TextEncoder, once, text_bytes
+from lit_diffusion.normalization import Normalization
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.schedules import NoiseSchedule
 
@@ -54,6 +55,8 @@ class SamplingModel(nn.Module):
         label_dropout: Probability with which training dropped labels and conditions.
         clip_denoised: Keep x̂ within [−1, 1] while sampling.
         class_names: Names of the classes, by their numbers; None if the data did not name them.
+        kind: What an example is: image, signal, volume, points, vector or latents.
+        normalization: Turns the data into x; None if the data were not normalised.
     """
 
     denoiser: Denoiser
@@ -62,6 +65,8 @@ class SamplingModel(nn.Module):
     label_dropout: float
     clip_denoised: bool
     class_names: list[str] | None = None
+    kind: str = "image"
+    normalization: Normalization | None = None
     _shape: Shape | None
     _sampler: Sampler
 
@@ -104,6 +109,26 @@ class SamplingModel(nn.Module):
         if shape != self.shape:
             check_shape(self.denoiser.network, shape)
         return shape
+
+    @property
+    def about_data(self) -> dict[str, Any]:
+        """Of what kind the data are and how they were normalised, as plain data to be stored."""
+        normalization = self.normalization
+        return {
+            "kind": self.kind,
+            "normalization": None if normalization is None else normalization.description,
+        }
+
+    def set_about_data(self, about: Mapping[str, Any] | None) -> None:
+        """Take what `about_data` returned; None means images.
+
+        Args:
+            about: As it was stored.
+        """
+        about = about or {}
+        self.kind = about.get("kind", "image")
+        stored = about.get("normalization")
+        self.normalization = None if stored is None else Normalization(**stored)
 
     @property
     def num_classes(self) -> int | None:

@@ -147,6 +147,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
     _check(folder / WEIGHTS, config.get("sha256"))
     model = _make(folder / CONFIG, config["model"])
     model.class_names = config.get("class_names")
+    model.set_about_data(config.get("data"))
     _fill(model, folder / WEIGHTS)
     return model.eval()
 

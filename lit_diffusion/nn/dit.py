@@ -192,6 +192,8 @@ class DiT(ConditionalNetwork):
             {attributes: 40}, each of size about 1; None for none.
         text: Encoder of the condition ``text``, at whose tokens every block looks as well; None
             for no texts.
+        augment: Number of values that describe how an image was augmented, 9 for ``data.augment``,
+            which the command line gives by itself; None for none.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -200,7 +202,7 @@ class DiT(ConditionalNetwork):
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W).
         Label −1 means "no label", None means all −1. Each further condition is (B, *), and zero
         where dropped (B,), bool; none at all means all dropped. A text is (B, T), as its encoder
-        takes it.
+        takes it, and augment (B, K), None for zeros.
 
     Raises:
         ValueError: If a number does not fit the others, or an image does not fit the patches.
@@ -242,6 +244,7 @@ class DiT(ConditionalNetwork):
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
         text: TextEncoder | None = None,
+        augment: int | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -265,12 +268,13 @@ class DiT(ConditionalNetwork):
         self.positions = positions
         self.fourier = tuple(fourier)
         self.conditions = dict(conditions or {})
+        self.augment = augment
         self.activation_checkpointing = activation_checkpointing
         self._check_arguments()
         self._check(self.shape)
 
         features, channels = self.width, shape[0]
-        self.make_embeddings(features, num_classes, self.conditions, text)
+        self.make_embeddings(features, num_classes, self.conditions, text, augment)
         self.waves = FourierWaves(self.fourier)
         seen = channels * (1 + 2 * len(self.fourier))
         dims = len(self.shape) - 1
@@ -362,12 +366,13 @@ class DiT(ConditionalNetwork):
         logsnr: Tensor,
         label: Tensor | None = None,
         dropped: Tensor | None = None,
+        augment: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         self._check(z.shape[1:])
         others, tokens, mask = self.read_text(cond, len(z))
-        embedding = F.silu(self.embed(logsnr, label, dropped, others))
+        embedding = F.silu(self.embed(logsnr, label, dropped, others, augment))
 
         sides = z.shape[2:]
         places, axes, head = self._places(sides, z.device), len(sides), self.width // self.heads
@@ -387,7 +392,7 @@ class DiT(ConditionalNetwork):
         """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "shape, patch, size, depth, width, heads, num_classes, rope, qk_norm, "
-            "positions, fourier, conditions, text, activation_checkpointing"
+            "positions, fourier, conditions, text, augment, activation_checkpointing"
         )
         plain = [name for name in names.split(", ") if name != "text" or self.text is None]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_diffusion.nn.augment import AugmentEmbedding
 from lit_diffusion.nn.text import TextEncoder
 
 
@@ -279,6 +280,7 @@ class ConditionalNetwork(nn.Module):
         num_classes: int | None,
         conditions: Mapping[str, int],
         text: TextEncoder | None = None,
+        augment: int | None = None,
     ) -> None:
         """Make those of the three embeddings that are needed, and keep the encoder of texts.
 
@@ -287,6 +289,7 @@ class ConditionalNetwork(nn.Module):
             num_classes: Number of classes, None for none.
             conditions: Number of values of each further condition, by name.
             text: The encoder of the condition ``text``, None for no texts.
+            augment: Number of values that describe an augmentation, None for none.
 
         Raises:
             ValueError: If there are an encoder of texts and numbers of the name ``text``.
@@ -300,6 +303,7 @@ class ConditionalNetwork(nn.Module):
         self.embed_logsnr = LogSNREmbedding(features)
         self.embed_label = None if num_classes is None else LabelEmbedding(num_classes, features)
         self.embed_condition = ConditionEmbedding(conditions, features) if conditions else None
+        self.embed_augment = None if augment is None else AugmentEmbedding(augment, features)
 
     def embed(
         self,
@@ -307,6 +311,7 @@ class ConditionalNetwork(nn.Module):
         label: Tensor | None,
         dropped: Tensor | None,
         cond: Mapping[str, Tensor],
+        augment: Tensor | None = None,
     ) -> Tensor:
         """The sum e of the embeddings.
 
@@ -315,9 +320,10 @@ class ConditionalNetwork(nn.Module):
             label: Class of each example, −1 for no label; None means all −1.
             dropped: Whether the conditions of each example are dropped; None for no example.
             cond: The further conditions; empty means all dropped.
+            augment: What was done to each example; None for nothing.
 
         Shapes:
-            logsnr, label and dropped (B,), each condition (B, *) → (B, F).
+            logsnr, label and dropped (B,), each condition (B, *), augment (B, K) → (B, F).
 
         Raises:
             ValueError: If the network was built without labels or conditions but is given some.
@@ -336,6 +342,13 @@ class ConditionalNetwork(nn.Module):
             raise ValueError(
                 f"this {type(self).__name__} was built without conditions but got "
                 f"{', '.join(cond)}; give conditions, or pass none."
+            )
+        if self.embed_augment is not None:
+            embedding = embedding + self.embed_augment(augment, len(logsnr))
+        elif augment is not None:
+            raise ValueError(
+                f"this {type(self).__name__} was built for data that are not augmented "
+                f"(augment=None), got {augment.shape[1]} numbers; give augment={augment.shape[1]}."
             )
         return embedding
 

@@ -117,6 +117,11 @@ class FourierFeatures(nn.Module):
         """Encoder of texts of the inner network; None if it takes no texts."""
         return getattr(self.network, "text", None)
 
+    @property
+    def augment(self) -> int | None:
+        """Number of values that tell the inner network of an augmentation; None for none."""
+        return getattr(self.network, "augment", None)
+
     def forward(
         self, z: Tensor, logsnr: Tensor, label: Tensor | None = None, **cond: Tensor
     ) -> Tensor:

@@ -124,6 +124,8 @@ class UNet(ConditionalNetwork):
             {attributes: 40}, each of size about 1; None for none.
         text: Encoder of the condition ``text``, at whose tokens every block with attention looks
             as well; None for no texts.
+        augment: Number of values that describe how an image was augmented, 9 for ``data.augment``,
+            which the command line gives by itself; None for none.
         activation_checkpointing: Keep of each block only what goes into it, and compute the rest
             again in the backward pass: the same gradients for less memory, and up to a third more
             arithmetic.
@@ -134,7 +136,7 @@ class UNet(ConditionalNetwork):
         z (B, C, H, W), logsnr (B,), label (B,) int64 in [−1, num_classes) or None → (B, C, H, W);
         of series (B, C, L), of volumes (B, C, D, H, W). Label −1 means "no label", None means all
         −1. Each further condition is (B, *), and zero where dropped (B,), bool; none at all means
-        all dropped. A text is (B, T), as its encoder takes it.
+        all dropped. A text is (B, T), as its encoder takes it, and augment (B, K), None for zeros.
 
     References:
         Ronneberger et al. (2015), U-Net, arXiv:1505.04597. Ho et al. (2020), Denoising Diffusion
@@ -167,6 +169,7 @@ class UNet(ConditionalNetwork):
         fourier: tuple[int, ...] = (),
         conditions: dict[str, int] | None = None,
         text: TextEncoder | None = None,
+        augment: int | None = None,
         activation_checkpointing: bool = False,
         channels_last: bool = False,
     ) -> None:
@@ -184,11 +187,12 @@ class UNet(ConditionalNetwork):
         self.head_channels = head_channels
         self.fourier = tuple(fourier)
         self.conditions = dict(conditions or {})
+        self.augment = augment
         self.activation_checkpointing = activation_checkpointing
         self.channels_last = channels_last
 
         # The order of construction fixes the first weights under a seed.
-        self.make_embeddings(self._embedding_width, num_classes, self.conditions, text)
+        self.make_embeddings(self._embedding_width, num_classes, self.conditions, text, augment)
         self.waves = FourierWaves(self.fourier)
         self.down, skips = self._encoder()
         self.middle = self._bottleneck()
@@ -303,11 +307,12 @@ class UNet(ConditionalNetwork):
         logsnr: Tensor,
         label: Tensor | None = None,
         dropped: Tensor | None = None,
+        augment: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
         """Map noisy images to a prediction of the same shape and type."""
         others, tokens, mask = self.read_text(cond, len(z))
-        embedding = F.silu(self.embed(logsnr, label, dropped, others))
+        embedding = F.silu(self.embed(logsnr, label, dropped, others, augment))
 
         h, skips = self.waves(z), []
         for step in self.down:
@@ -329,7 +334,7 @@ class UNet(ConditionalNetwork):
         """The arguments, except for an encoder of texts, which is shown as a submodule."""
         names = (
             "shape, channels, blocks, attention, num_classes, dropout, downsample, "
-            "embedding_features, head_channels, fourier, conditions, text, "
+            "embedding_features, head_channels, fourier, conditions, text, augment, "
             "activation_checkpointing, channels_last"
         )
         plain = [name for name in names.split(", ") if name != "text" or self.text is None]

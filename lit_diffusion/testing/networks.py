@@ -30,10 +30,11 @@ def check_network(
 
     The output has the shape and dtype of z and is finite for |λ| ≤ 20; in evaluation mode an
     example does not depend on the rest of the batch; z, λ, the label and each condition matter;
-    no label is the label −1; it takes `dropped` if it has conditions; the gradient reaches every
-    parameter; float64 gives the result of float32, and bfloat16 autocast about the same; a network
-    made from its arguments, with its weights, is the same; it takes every shape that its method
-    `check_shape` accepts, if it has one, its own among them.
+    no label is the label −1; it takes `dropped` if it has conditions; no augmentation is zeros, if
+    it has an attribute `augment`; the gradient reaches every parameter; float64 gives the result
+    of float32, and bfloat16 autocast about the same; a network made from its arguments, with its
+    weights, is the same; it takes every shape that its method `check_shape` accepts, if it has
+    one, its own among them.
 
     The network that is checked is a copy with random numbers added to all parameters, since a part
     that is zero at first would hide others.
@@ -82,6 +83,8 @@ def _inputs(
     for name, size in sizes.items():
         each = (size,) if isinstance(size, int) else tuple(size)
         given[name] = torch.randn(BATCH, *each, generator=generator)
+    if (numbers := getattr(network, "augment", None)) is not None:
+        given["augment"] = torch.randn(BATCH, numbers, generator=generator)
     return given
 
 
@@ -128,7 +131,12 @@ def _check_inputs_matter(network: nn.Module, given: dict[str, Tensor]) -> None:
         absent = network(**{name: value for name, value in given.items() if name != "label"})
         same = close(absent, network(**given | {"label": none}), 1e-4)
         law(same, network, "no label is the label −1.")
-    conditions = {name: value for name, value in given.items() if name not in ("z", "logsnr")}
+    if "augment" in given:
+        absent = network(**{name: value for name, value in given.items() if name != "augment"})
+        same = close(absent, network(**given | {"augment": 0 * given["augment"]}), 1e-4)
+        law(same, network, "no augmentation is that of zeros.")
+    others = ("z", "logsnr", "augment")
+    conditions = {name: value for name, value in given.items() if name not in others}
     if conditions.keys() - {"label"}:
         dropped = drop_condition(conditions, torch.arange(BATCH) % 2 == 0)
         try:

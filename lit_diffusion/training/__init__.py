@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.replay import replay
     from lit_diffusion.training.commands.report import report
     from lit_diffusion.training.commands.sample import sample
+    from lit_diffusion.training.data.decoding.augment import Augment
     from lit_diffusion.training.data.module import DataModule
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
     from lit_diffusion.training.module import LitDiffusion
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 #: Where a name is defined; all others are callbacks.
 _MODULES = {
     **{one.function: f"commands.{one.function}" for one in COMMANDS.values() if one.function},
+    "Augment": "data.decoding.augment",
     "ClassifierFeatures": "evaluation.features",
     "DataModule": "data.module",
     "InceptionFeatures": "evaluation.features",

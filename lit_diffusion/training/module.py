@@ -36,6 +36,7 @@ from lit_diffusion.training.last_weights import MeasuredModule
 from lit_diffusion.training.restore.rebuild import own_arguments, rebuild, remember
 from lit_diffusion.training.restore.resume import Resume
 from lit_diffusion.training.run.checkpoints import (
+    ABOUT_DATA,
     CLASS_NAMES,
     MODEL_CLASS,
     load_checkpoint,
@@ -53,7 +54,7 @@ from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.accumulation import micro_batch
 from lit_diffusion.training.step.batch_fit import BatchFit
 from lit_diffusion.training.step.batches import BatchReader, FirstBatch, Numbered
-from lit_diffusion.training.step.conditions import named_conditions
+from lit_diffusion.training.step.conditions import augmentation, named_conditions
 from lit_diffusion.training.step.optimization import OptimizedModule
 from lit_diffusion.training.step.parts import (
     check_numbers,
@@ -209,9 +210,13 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self.expect(data)
         if stage == "fit" and self.num_classes is not None and data is not None:
             self.class_names = class_names(data)
+        self.kind = getattr(data, "kind", self.kind) if stage == "fit" else self.kind
 
     def on_fit_start(self) -> None:
         """Refuse to lose the average of a run that is resumed; turn on the training mode."""
+        settle = getattr(getattr(self.trainer, "datamodule", None), "settle_normalization", None)
+        if settle is not None:
+            settle(self)
         left, self._resumed = take_average(self._resumed), {}
         if left is not None:
             raise ValueError(
@@ -240,6 +245,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             cond = drop_condition(
                 cond, torch.rand(n, dtype=x.dtype, device=x.device) < self.label_dropout
             )
+        cond |= augmentation(self.denoiser.network, batch)
         has_extra = type(self).extra_loss is not LitDiffusion.extra_loss
         eps = torch.randn_like(x)
         terms = self.loss(self.denoiser, x, t=t, eps=eps, with_estimates=has_extra, **cond)
@@ -339,11 +345,13 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         """Mark the checkpoint as ours, with how the model was made."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
         checkpoint[MODEL_CLASS] = public_path(type(self))
+        checkpoint[ABOUT_DATA] = self.about_data
         if self.class_names is not None:
             checkpoint[CLASS_NAMES] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training continues from the raw weights; everything else uses the average."""
+        self.set_about_data(checkpoint.get(ABOUT_DATA))
         if self._trainer is None or not self.trainer.training:
             self.weights = weights_name(checkpoint)
             self.trained_steps = checkpoint["global_step"]

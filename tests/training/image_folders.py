@@ -178,6 +178,55 @@ def a_file_each(folder):
     return folder
 
 
+# Arrays and lists of other kinds
+
+
+def waves(n, length, channels=()):
+    phase = np.random.default_rng(0).normal(size=(n, *channels, 1)) * 3
+    return (np.sin(np.arange(length) / 9 + phase) * 5 + 20).astype(np.float32)
+
+
+def series(folder):
+    np.save(folder / "x.npy", waves(24, 100))
+    return folder / "x.npy"
+
+
+def channels_last(folder):
+    np.savez(folder / "x.npz", x=waves(24, 64, (3,)).transpose(0, 2, 1), y=np.arange(24) % 2)
+    return folder / "x.npz"
+
+
+def listed_series(folder):
+    values = {"ecg": waves(24, 50).tolist(), "label": [i % 2 for i in range(24)]}
+    datasets.Dataset.from_dict(values).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def listed_points(folder):
+    points = np.random.default_rng(0).normal(size=(24, 30, 3))
+    datasets.Dataset.from_dict({"points": points.tolist()}).to_parquet(folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def vectors(folder):
+    rows = np.random.default_rng(0).normal(size=(64, 7)) * [1, 10, 0.1, 1, 1, 1, 5] + 3
+    np.save(folder / "table.npy", rows)
+    return folder / "table.npy"
+
+
+def volumes(folder):
+    for i in range(12):
+        volume = np.random.default_rng(i).normal(size=(8, 10, 12)).cumsum(0).astype(np.float32)
+        np.save(folder / f"scan {i}.npy", volume)
+    return folder
+
+
+def float_pictures(folder):
+    pictures = np.stack([np.asarray(photograph(i)) for i in range(24)]) / np.float32(255)
+    np.save(folder / "x.npy", pictures)
+    return folder / "x.npy"
+
+
 # No images to train on
 
 
@@ -219,10 +268,17 @@ def all_broken(folder):
     return folder
 
 
+def uneven(folder):
+    for i in range(12):
+        np.save(folder / f"{i:02d}.npy", np.zeros(20 + i))
+    return folder
+
+
 def latents(folder):
     rows = []
-    for _ in range(3):
-        np.save(file := io.BytesIO(), np.zeros((4, 8, 8), np.float16))
+    for i in range(24):
+        latent = np.random.default_rng(i).normal(size=(4, 8, 8)).astype(np.float16)
+        np.save(file := io.BytesIO(), latent)
         rows.append(file.getvalue())
     datasets.Dataset.from_dict({"latent": rows}).to_parquet(folder / "train.parquet")
     return folder

@@ -1,7 +1,11 @@
 """Buckets: every picture in the size nearest to it, each once a pass, one size a batch."""
 
 import io
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import lightning as L
@@ -384,3 +388,25 @@ def test_a_run_resumes_bit_for_bit(path, tmp_path):
     whole = load_checkpoint(fit("whole", 9))["state_dict"]
     part = load_checkpoint(fit("part", 9, fit("part", 4)))["state_dict"]
     assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_killed_runs_with_buckets_end_as_if_nothing_had_happened(path, tmp_path):
+    """Real processes, killed by SIGKILL at random moments and while a checkpoint is written."""
+    words = [f"--data.path={path}", "--data.shape=[3,8,8]", "--data.streaming=false"]
+    words += ["--data.buckets=[[8,8],[6,10],[10,6]]", "--data.horizontal_flip=true"]
+    words += ["--model.network.num_classes=47", f"--data.cache_dir={tmp_path / 'maps'}"]
+    code = (
+        "import pathlib, sys, resume\n"
+        "words, root = sys.argv[2:], pathlib.Path(sys.argv[1])\n"
+        "for _, outcome in resume.torment({'buckets': words}, 3, 3, 0, root):\n"
+        "    print(outcome.equal, outcome.kills, outcome.unreadable, outcome.problem)\n"
+    )
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    variables["PYTHONPATH"] = f"{benchmarks}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", code, tmp_path / "runs", *words]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=500)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr[-3000:]
+    assert all(line.startswith("True ") and line.split()[2] == "0" for line in lines), lines

@@ -319,7 +319,8 @@ def test_other_bad_places(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         FileNotFoundError,
-        match=r"neither a local path nor shipped \(digits8x8, digits_text, swirl, toy1d\), and on",
+        match=r"neither a local path nor shipped \(digits8x8, digits_text, ellipses, "
+        r"oscillations, swirl, toy1d\), and on",
     ):
         module("someone/something")
 

@@ -69,6 +69,14 @@ TRAINS = {
     make.an_array: {"shape": [1, 24, 24]},
     make.archive: {"shape": [3, 24, 24], "label_key": "label", "val_split": "test"},
     make.a_file_each: {"shape": [3, 24, 24], "label_key": "label"},
+    make.series: {"kind": "signal", "shape": [1, 100], "normalize": "mean_std"},
+    make.channels_last: {"kind": "signal", "shape": [3, 64], "label_key": "label"},
+    make.listed_series: {"kind": "signal", "image_key": "ecg", "label_key": "label"},
+    make.listed_points: {"kind": "points", "shape": [3, 30], "image_key": "points"},
+    make.vectors: {"kind": "vector", "shape": [7], "normalize": "mean_std"},
+    make.volumes: {"kind": "volume", "shape": [1, 8, 10, 12]},
+    make.float_pictures: {"kind": "latents", "shape": [3, 24, 24], "normalize": "mean_std"},
+    make.latents: {"kind": "latents", "shape": [4, 8, 8], "image_key": "latent"},
 }
 
 
@@ -130,6 +138,7 @@ REFUSED = {
     make.deep: "16 bit",
     make.animations: "an animation of 3",
     make.all_broken: "none of the 3",
+    make.uneven: "arrays of 12 shapes, such as ",
     make.on_the_hub: "cannot be opened",
     make.numbers: "expected a column of images",
 }
@@ -226,6 +235,28 @@ def test_what_is_asked_for_is_in_the_config(tmp_path, quick):
             new(folder, "other.yaml", **wrong)
 
 
+def test_what_is_for_pictures_is_refused_for_arrays(tmp_path, quick):
+    (folder := tmp_path / "numbers").mkdir()
+    for wrong in ({"size": 8}, {"horizontal_flip": True}):
+        with pytest.raises(UsageError, match="leave it out"):
+            new(make.vectors(folder), **wrong)
+    assert not [*tmp_path.glob("*/*.yaml")]
+
+
+def test_transparency_and_the_kind_of_arrays_are_reported(tmp_path, quick):
+    (folder := tmp_path / "icons").mkdir()
+    text = " ".join(str(new(make.transparent(folder))).split())
+    assert "12 have transparent pixels: transparency is part of the picture" in text
+    (folder := tmp_path / "shots").mkdir()
+    text = " ".join(str(new(make.opaque(folder), "shots.yaml")).split())
+    assert "1 have transparent pixels: transparency is left out" in text
+    (folder := tmp_path / "waves").mkdir()
+    text = " ".join(str(new(make.series(folder), "waves.yaml")).split())
+    assert "arrays float32 24 shapes 100 (24); correlation of neighbours by axis: 0.9" in text
+    assert "signal of 1 × 100, normalised by mean_std" in text
+    assert "flow matching" in text
+
+
 def test_steps_are_measured_on_this_machine(tmp_path):
     (folder := tmp_path / "bits").mkdir()
     proposed = new(make.single_bits(folder))
@@ -237,7 +268,25 @@ def test_steps_are_measured_on_this_machine(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [make.mixed, make.classes, make.splits, make.single_bits, make.one_image, make.tar]
+    "kind",
+    [
+        make.mixed,
+        make.classes,
+        make.splits,
+        make.single_bits,
+        make.one_image,
+        make.tar,
+        make.transparent,
+        make.archive,
+        make.series,
+        make.channels_last,
+        make.listed_points,
+        make.vectors,
+        make.volumes,
+        make.float_pictures,
+        make.latents,
+    ],
+    ids=lambda kind: kind.__name__,
 )
 def test_the_config_trains_without_an_edit(kind, tmp_path, cli, quick):
     (folder := tmp_path / "my images").mkdir()

@@ -76,7 +76,7 @@ def test_the_line_is_drawn_from_the_peaks_of_its_readme(tmp_path, monkeypatch):
     assert float(bits) == pytest.approx(6.345, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["swirl", "toy1d"])
+@pytest.mark.parametrize("name", ["swirl", "toy1d", "oscillations", "ellipses"])
 def test_the_readme_names_the_files(name):
     import hashlib
 
@@ -84,6 +84,25 @@ def test_the_readme_names_the_files(name):
     for file in sorted((SHIPPED / name).glob("*.parquet")):
         assert file.name in text
         assert hashlib.sha256(file.read_bytes()).hexdigest() in text
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "shape"),
+    [("oscillations", "signal", (1, 64)), ("ellipses", "points", (32, 2))],
+)
+def test_the_readme_makes_the_examples_of_the_formula(name, column, shape, tmp_path, monkeypatch):
+    import pyarrow.parquet as pq
+
+    text = (SHIPPED / name / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    for split in ("train", "test"):
+        made, kept = (
+            torch.tensor(pq.read_table(folder / f"{split}.parquet")[column].to_pylist())
+            for folder in (tmp_path, SHIPPED / name)
+        )
+        assert made.shape[1:] == shape
+        assert torch.equal(made, kept)
 
 
 # Lessons -------------------------------------------------------------------------------------

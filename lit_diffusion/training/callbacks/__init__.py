@@ -17,6 +17,7 @@ from lit_diffusion.training.callbacks.noise_level_loss import *
 from lit_diffusion.training.callbacks.overview import *
 from lit_diffusion.training.callbacks.predictions import *
 from lit_diffusion.training.callbacks.sample_grid import *
+from lit_diffusion.training.callbacks.sliced_wasserstein import *
 from lit_diffusion.training.callbacks.throughput import *
 
 __all__ = sorted(

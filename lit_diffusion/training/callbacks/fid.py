@@ -10,7 +10,7 @@ from torch import nn
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.callbacks.periodic import Periodic, log
 from lit_diffusion.training.evaluation import scores
-from lit_diffusion.training.evaluation.comparison import Comparison
+from lit_diffusion.training.evaluation.comparison import Comparison, refuse_other_kinds
 from lit_diffusion.training.evaluation.features import InceptionFeatures
 from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.row_conditions import check_enough
@@ -117,6 +117,7 @@ class FID(Periodic):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the feature network now, so that a missing file is reported before training."""
+        refuse_other_kinds(getattr(trainer, "datamodule", None))
         if stage != "predict" and self.features is None:
             self.features = InceptionFeatures()
 

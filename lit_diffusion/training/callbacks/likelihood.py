@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_diffusion.decoders import Decoder, SoftmaxDecoder
+from lit_diffusion.decoders import Decoder, GaussianDecoder, SoftmaxDecoder
 from lit_diffusion.likelihood import BoundTerms, variational_bound
 from lit_diffusion.schedules import LinearSchedule, NoiseSchedule
 from lit_diffusion.times import fixed_times
@@ -56,7 +56,8 @@ class Likelihood(L.Callback):
 
     Args:
         decoder: The distribution of the data given the cleanest z; None means the model's own,
-            else `SoftmaxDecoder()` over the 256 bytes.
+            else `SoftmaxDecoder()` over the 256 bytes of images and `GaussianDecoder()`, a
+            density, for all other data. Of normalised data it is that in their own unit.
         num_timesteps: Number T of steps of the chain whose bound is computed, at least 1; None
             means the model's own, which may be continuous time.
         samples_per_example: Noise levels per example, at least 1; more reduce the standard error.
@@ -99,7 +100,8 @@ class Likelihood(L.Callback):
             ValueError: If the schedule has another range of λ than the model.
         """
         loss = model.loss
-        decoder = self.decoder or loss.decoder or SoftmaxDecoder()
+        usual = SoftmaxDecoder if model.kind == "image" else GaussianDecoder
+        decoder = self.decoder or loss.decoder or usual()
         num_timesteps = loss.num_timesteps if self.num_timesteps is None else self.num_timesteps
         schedule = self.schedule
         if schedule is None:
@@ -171,7 +173,12 @@ class Likelihood(L.Callback):
                 **cond,
             )
             found.append(torch.stack(terms))
-        return BoundTerms(*torch.stack(found).mean(0))
+        terms = BoundTerms(*torch.stack(found).mean(0))
+        if model.normalization is None or hasattr(decoder, "levels"):
+            return terms
+        # A density depends on the unit: that of the data, not that of x.
+        shift = model.normalization.mean_log_scale
+        return terms._replace(reconstruction=terms.reconstruction + shift)
 
     def sums(self, model: LitDiffusion, batch: Any) -> Tensor:
         """Sums over a batch: the three terms in bits, the square of their sum, and the examples.
@@ -219,6 +226,7 @@ class Likelihood(L.Callback):
             "λ": [float(low), float(high)],
             "sampled from": repr(schedule),
             "decoder": repr(decoder),
+            **self._unit(model, decoder),
             "error": "standard error over the examples",
             "weights": weights,
             "versions": versions(),
@@ -231,6 +239,14 @@ class Likelihood(L.Callback):
             Measurement(name, float(value), error, step, stage, protocol)
             for name, (value, error) in values.items()
         ]
+
+    @staticmethod
+    def _unit(model: LitDiffusion, decoder: Decoder) -> dict[str, Any]:
+        """In which unit a density is, for the protocol; nothing if it is of grey levels."""
+        if hasattr(decoder, "levels"):
+            return {}
+        normalization = model.normalization
+        return {"unit": "x" if normalization is None else f"of the data, x of {normalization}"}
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums = torch.zeros(5, dtype=torch.float64, device=pl_module.device)
@@ -275,7 +291,8 @@ class Likelihood(L.Callback):
         low, high = model.loss.schedule.ends
         parts = ", ".join(f"{one.name.removeprefix('bpd_')} {one.value:.4f}" for one in terms)
         density = not hasattr(decoder, "levels")
-        what = ", of a density in units of x, not of grey levels" if density else ""
+        unit = "units of x" if model.normalization is None else "the unit of the data"
+        what = f", of a density in {unit}, not of grey levels" if density else ""
         return (
             f"{stage}/bpd at step {bits.step}: at most {bits.value:.4f} ± {bits.error:.4f} bits "
             f"per dimension{what} "

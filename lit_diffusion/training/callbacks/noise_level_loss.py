@@ -26,6 +26,7 @@ from lit_diffusion.training.run.tolerance import may_fail, thinned
 from lit_diffusion.training.run.trainer import output_folder
 from lit_diffusion.training.run.whole_file import write_whole
 from lit_diffusion.training.step import randomness
+from lit_diffusion.training.step.conditions import augmentation
 
 __all__ = ["NoiseLevelLoss"]
 
@@ -171,7 +172,8 @@ class NoiseLevelLoss(Measures):
         """
         batch = model.standard(batch)
         x, denoiser = batch["image"][: self.probe_examples], model.denoiser
-        cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
+        told = model.condition(batch) | augmentation(denoiser.network, batch)
+        cond = {name: c[: len(x)] for name, c in told.items()}
         generators = randomness.generators(model.seed, "probe", list(range(len(x))))
         eps = noise_like(x, generators)
         parameters = [p for p in denoiser.parameters() if p.requires_grad]

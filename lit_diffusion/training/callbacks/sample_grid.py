@@ -79,8 +79,10 @@ class SampleGrid(Periodic):
     epochs of training count as validations. Sampling with more than 100 noise levels shows a
     progress bar, if the trainer has one.
 
-    Data of one or two numbers are shown as a histogram or a scatter plot instead, which needs
-    some thousand samples, such as 40 rows and 50 columns.
+    Other kinds of data are shown as suits them: signals as line plots, volumes as their middle
+    slices, sets of points as scatter plots, all in the unit of the data. Vectors, and images of
+    one or two numbers, are together in one histogram or scatter plot, which needs some thousand
+    samples, such as 40 rows and 50 columns.
 
     Args:
         rows: Rows of the grid.
@@ -207,7 +209,10 @@ class SampleGrid(Periodic):
         names = self._names(pl_module) if self.prompts or not seen else []
         captions = _captions(trainer, seen)
         with may_fail(path):
-            save_grid(images, path, self.columns, names, None if self.prompts else captions)
+            shown = None if self.prompts else captions
+            save_grid(
+                _restored(pl_module, images), path, self.columns, names, shown, _kind(pl_module)
+            )
             self.last_path = path
             show(trainer, "samples", path, f"columns: {', '.join(names)}" if names else "")
         return {}
@@ -258,7 +263,20 @@ class SampleGrid(Periodic):
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
             self.last_path = folder / "samples" / name
             texts = _captions(trainer, batch if isinstance(batch, dict) else {})
-            save_grid(outputs, self.last_path, self.columns, texts=texts)
+            save_grid(outputs, self.last_path, self.columns, texts=texts, kind=_kind(pl_module))
+
+
+def _kind(model: Any) -> str | None:
+    """The kind of data of a model; None where nothing but the shape tells."""
+    kind: str | None = getattr(model, "kind", None)
+    return None if kind == "image" and len(model.shape) != 3 else kind
+
+
+def _restored(model: Any, samples: Tensor) -> Tensor:
+    """Samples in the unit of the data, if these were normalised."""
+    normalization = getattr(model, "normalization", None)
+    restored: Tensor = samples if normalization is None else normalization.restore(samples)
+    return restored
 
 
 def _captions(trainer: L.Trainer, seen: dict[str, Tensor]) -> list[str] | None:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.messages import warn
 from lit_diffusion.training.run.trainer import log_interval
+from lit_diffusion.training.step.conditions import augmentation
 
 __all__ = ["Throughput"]
 
@@ -278,7 +279,8 @@ def count_flops(model: LitDiffusion, batch: Any) -> float:
             torch.enable_grad(),
             FlopCounterMode(display=False) as counter,
         ):
-            cond = {name: c[: len(x)] for name, c in model.condition(batch).items()}
+            told = model.condition(batch) | augmentation(model.denoiser.network, batch)
+            cond = {name: c[: len(x)] for name, c in told.items()}
             loss = model.loss(model.denoiser, x, **cond).loss.mean()
             torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:

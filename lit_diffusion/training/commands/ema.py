@@ -16,6 +16,7 @@ from lit_diffusion.training.commands.shell.choices import (
 )
 from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.run.checkpoints import (
+    ABOUT_DATA,
     CLASS_NAMES,
     WholeCheckpointIO,
     load_checkpoint,
@@ -230,7 +231,7 @@ def _write(checkpoint: dict[str, Any], average: _Weights, out: Path) -> None:
         checkpoint["epoch"],
         model_class(checkpoint),
     )
-    new |= {name: checkpoint[name] for name in (CLASS_NAMES,) if name in checkpoint}
+    new |= {name: checkpoint[name] for name in (CLASS_NAMES, ABOUT_DATA) if name in checkpoint}
     WholeCheckpointIO().save_checkpoint(new, out)
 
 

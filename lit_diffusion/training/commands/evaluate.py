@@ -38,7 +38,11 @@ from lit_diffusion.training.commands.shell.experiment import (
 from lit_diffusion.training.commands.shell.load import load_model
 from lit_diffusion.training.commands.shell.parsing import instantiate
 from lit_diffusion.training.data.module import DataModule
-from lit_diffusion.training.evaluation.comparison import Comparison, SamplerScores
+from lit_diffusion.training.evaluation.comparison import (
+    Comparison,
+    SamplerScores,
+    refuse_other_kinds,
+)
 from lit_diffusion.training.evaluation.features import InceptionFeatures, fingerprint
 from lit_diffusion.training.evaluation.generation import Generation
 from lit_diffusion.training.evaluation.record import make_record, write_record
@@ -166,6 +170,7 @@ def evaluate(
     )
     _check(settings, out)
     data = data or own_data(experiment, path)
+    refuse_other_kinds(data)
     measure = likelihood or instantiate(Likelihood, callback_arguments(experiment, "Likelihood"))
     subject = _load(path, run, device, data)
     if compile:
@@ -277,6 +282,7 @@ def _bound(subject: _Model, data: DataModule, likelihood: Likelihood) -> list[Me
     if data.val_split is None:
         return []
     data.setup("validate")
+    data.settle_normalization(subject.model)
     total = torch.zeros(5, dtype=torch.float64)
     decoder = likelihood.settings(subject.model).decoder
     for i, batch in enumerate(

@@ -32,7 +32,7 @@ from lit_diffusion.training.commands.shell.choices import (
 )
 from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.reporting.model_card import SAMPLES, model_card
-from lit_diffusion.training.run.checkpoints import CLASS_NAMES, load_checkpoint
+from lit_diffusion.training.run.checkpoints import ABOUT_DATA, CLASS_NAMES, load_checkpoint
 from lit_diffusion.training.run.measurements import Measurement, read_measurements
 from lit_diffusion.training.run.weights import weights_name
 from lit_diffusion.training.run.whole_folder import publish, unfinished_folder
@@ -96,6 +96,7 @@ def export(
         "weights": trained.weights,
         "step": trained.step,
         "model": trained.described,
+        "data": trained.model.about_data,
     }
     if trained.model.class_names is not None:
         about["class_names"] = trained.model.class_names
@@ -120,6 +121,7 @@ def _read(path: Path) -> _Trained:
     model: Pretrained = build(described, Pretrained)
     model.load_state_dict(checkpoint["state_dict"])
     model.class_names = checkpoint.get(CLASS_NAMES)
+    model.set_about_data(checkpoint.get(ABOUT_DATA))
     return _Trained(model.eval(), described, weights_name(checkpoint), checkpoint["global_step"])
 
 

@@ -13,12 +13,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
 from lit_diffusion.objective import Objective
-from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid
+from lit_diffusion.training.callbacks import FID, Likelihood, SampleGrid, SlicedWasserstein
 from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.fit_setup.differences import naming_differences
 from lit_diffusion.training.commands.fit_setup.loggers import make_loggers
-from lit_diffusion.training.commands.fit_setup.network_shape import set_shape, set_text_length
+from lit_diffusion.training.commands.fit_setup.network_shape import (
+    set_augment,
+    set_shape,
+    set_text_length,
+)
 from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
 from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
 from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
@@ -195,6 +199,7 @@ class DiffusionCLI(LightningCLI):
         config.ckpt_path = self.ckpt_path
         set_shape(config.model.get("network"), tuple(config.data.shape))
         set_text_length(config.model.get("network"), config.data)
+        set_augment(config.model.get("network"), config.data)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
@@ -368,7 +373,10 @@ class DiffusionCLI(LightningCLI):
             _say(f"{name} at step {step}: {value:.4f} nats per dimension")
         callbacks = all_callbacks(self.trainer)
         for callback in callbacks:
-            if isinstance(callback, (FID, Likelihood)) and callback.summary is not None:
+            if (
+                isinstance(callback, (FID, Likelihood, SlicedWasserstein))
+                and callback.summary is not None
+            ):
                 _say(callback.summary)
         if not any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
             return

@@ -1,4 +1,4 @@
-"""The command `new`: from a folder of images to a configuration that trains.
+"""The command `new`: from a folder of images, or other data, to a configuration that trains.
 
     lit-diffusion new photos        →  what is in it, a contact sheet, photos.yaml
     lit-diffusion fit --config photos.yaml
@@ -38,6 +38,8 @@ from lit_diffusion.training.reporting.survey import Survey, subject_lines, surve
 from lit_diffusion.training.run.secrets import without_secrets
 from lit_diffusion.training.run.whole_file import write_whole
 
+PICTURES = ("image", "latents")  # kinds that a contact sheet shows as pictures
+
 __all__ = ["Proposed", "new"]
 
 
@@ -70,23 +72,23 @@ def new(
     horizontal_flip: bool = False,
     looks: int = 1000,
 ) -> Proposed:
-    """Look at a data set of images and write a configuration that trains on it.
+    """Look at a data set of images or numbers and write a configuration that trains on it.
 
     It reports what is in the data and what training could not use, writes a contact sheet of
     images as training will see them, proposes network, objective and length, and measures a few
     steps of the proposed training on this machine.
 
     Args:
-        path: A folder of images or of parquet or tar files, one such file, a shipped data set, or
-            a name on the Hugging Face hub.
+        path: A folder of images or of parquet, tar or .npy files, one such file or an .npz file, a
+            shipped data set, or a name on the Hugging Face hub.
         out: The config to write, a new .yaml file; by default named after the data, in the working
             directory. The contact sheet is a PNG of the same name.
-        size: Side of the images in training; by default chosen from their sizes.
+        size: Side of the pictures in training; by default chosen from their sizes.
         horizontal_flip: Mirror each training image with probability one half.
         looks: Number of examples to look at, in random order, at least 1.
 
     Raises:
-        ValueError: If there are no usable images, or out is not a new .yaml file.
+        ValueError: If there are no usable examples, or out is not a new .yaml file.
     """
     if looks < 1 or (size is not None and size < 1):
         raise UsageError(f"--looks and --size must be at least 1, got {looks} and {size}.")
@@ -97,6 +99,11 @@ def new(
     fast = find_device("auto").type != "cpu"
     found = look(where, title, looks, fast, size)
     survey, shape, data = found.survey, found.shape, found.data
+    if horizontal_flip and shape.kind != "image":
+        raise UsageError(
+            f"--horizontal_flip mirrors pictures, and {title} holds data of kind {shape.kind}: "
+            "leave it out."
+        )
     if horizontal_flip:
         data["horizontal_flip"] = True
     recipe = propose_recipe(shape, survey.pixels, survey.total, fast)
@@ -117,7 +124,8 @@ def new(
         "steps, validations and samples not counted."
     )
     write_whole(config, write(remarks=textwrap.wrap(estimate, 98)))
-    save_grid(_as_trained(survey.pixels), sheet, columns=8)
+    shown = survey.pixels.images if shape.kind not in PICTURES else _as_trained(survey.pixels)
+    save_grid(shown, sheet, columns=8, kind=shape.kind)
     text = "\n".join(
         [
             *survey_lines(survey),

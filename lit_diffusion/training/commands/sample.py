@@ -81,7 +81,8 @@ def sample(
         name: With `last`: only runs of this name.
         root: With `last`: the folder of all runs; runs/ by default.
         num_samples: Number of images; 64 by default.
-        out: A .png file for one grid, a folder for one file per image, or a .npy file.
+        out: A .png file for one grid, a folder for one file per image, or a .npy file, which is in
+            the unit of the data if they were normalised.
         sampler: The sampler, such as DDIMSampler; the model's own by default.
         seed: Image i is a function of (seed, i).
         config: For a model with conditions besides the class: the config that describes the data;
@@ -142,7 +143,8 @@ def sample(
         columns = per_column if per_class or per_column > 1 else max(1, round(n**0.5))
         names = [_name(c, model) for c in classes] if columns == len(classes) else []
         shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else []
-        save_grid(torch.cat(kept), out, columns, names, shown)
+        kind = getattr(model, "kind", None)
+        save_grid(torch.cat(kept), out, columns, names, shown, kind)
         return Samples(torch.cat(kept), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
@@ -181,6 +183,8 @@ def _sample_all(
             cond=cond,
             **sampling,
         ).cpu()
+        if isinstance(files, ArrayFile) and model.normalization is not None:
+            images = model.normalization.restore(images)  # into the unit of the data
         if files is None:
             kept.append(images)
         else:
@@ -277,6 +281,11 @@ def _check(
 
 def _shape(model: LitDiffusion, size: int | list[int] | str | None, out: Path) -> tuple[int, ...]:
     """The shape of a sample of a size such as 48x64."""
+    if not out.suffix and model.kind not in ("image", "latents"):
+        raise UsageError(
+            f"examples of kind {model.kind} cannot be written as images: give a .npy file as "
+            "--out."
+        )
     if not out.suffix and model.shape[0] not in (1, 3):
         raise UsageError(
             f"examples of {model.shape[0]} channels cannot be written as images: give a "

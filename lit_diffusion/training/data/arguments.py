@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_diffusion.training.data.decoding.transforms import CHANNELS, Fit
 from lit_diffusion.training.data.reading.columns import BATCH, TEXT
@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 
 LEAST = {"batch_size": 1, "shuffle_window": 1, "num_workers": 0, "seed": 0, "open_shards": 1}
 LEAST |= {"steps_per_epoch": 1, "val_examples": 1, "text_length": 1}
+Kind = Literal["image", "signal", "volume", "points", "vector", "latents"]
+#: The axes of an example of each kind; those of latents are any.
+KINDS: dict[str, tuple[str, ...]] = {
+    "image": ("channels", "height", "width"),
+    "signal": ("channels", "length"),
+    "volume": ("channels", "depth", "height", "width"),
+    "points": ("numbers of a point", "points"),
+    "vector": ("numbers",),
+    "latents": (),
+}
 CHOICES = {"on_bad_example": ("skip", "raise"), "on_changed_data": ("refuse", "continue")}
 
 
@@ -31,6 +41,47 @@ def check_share(val_share: float | None, val_split: str | None) -> None:
             f"data.val_share {val_share} holds out training examples to validate on, got also "
             f"data.val_split {val_split!r}; set one of them to null"
         )
+
+
+def check_kind(data: DataModule) -> Any:
+    """Return how the data are normalised, once their kind fits their shape and what is asked.
+
+    Args:
+        data: Has the arguments.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    kind, shape = data.kind, data.shape
+    if kind not in KINDS:
+        raise ValueError(f"data.kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    axes = KINDS[kind]
+    if not shape or min(shape) < 1 or (axes and len(shape) != len(axes)):
+        wanted = f"({', '.join(axes)}{',' * (len(axes) == 1)})" if axes else "(channels, …)"
+        fitting = [name for name, other in KINDS.items() if other and len(other) == len(shape)]
+        hint = f"; data of this shape are of data.kind {' or '.join(fitting)}" if fitting else ""
+        hint = "" if kind in fitting else hint
+        raise ValueError(
+            f"data.shape must be {wanted}, all positive, got {shape}, with data.kind {kind}{hint}"
+        )
+    if data.normalize not in ("auto", "mean_std", "min_max", None):
+        raise ValueError(
+            f"data.normalize must be auto, mean_std, min_max or null, got {data.normalize!r}"
+        )
+    if kind == "image" and data.normalize in ("mean_std", "min_max"):
+        raise ValueError(
+            f"data.normalize is for floats, and data.kind is image, whose bytes always become "
+            f"[−1, 1], got {data.normalize}; leave it out, or set data.kind to latents for floats"
+        )
+    for name in ("horizontal_flip", "mode", "transform", "buckets"):
+        if kind != "image" and getattr(data, name):
+            raise ValueError(
+                f"data.{name} is for pictures, got {getattr(data, name)!r} with data.kind {kind}; "
+                "leave it out"
+            )
+    if data.normalize != "auto":
+        return data.normalize
+    return None if kind in ("image", "latents") else "mean_std"
 
 
 def check_buckets(data: DataModule) -> None:
@@ -74,10 +125,6 @@ def check_arguments(data: DataModule) -> None:
     if not data.path.strip():  # which would be the current folder
         raise ValueError(
             f"data.path must be a folder, a file or the name of a data set, got {data.path!r}"
-        )
-    if len(data.shape) != 3 or min(data.shape) < 1:
-        raise ValueError(
-            f"data.shape must be (channels, height, width), all positive, got {data.shape}"
         )
     taken = set(BATCH) & set(data.condition_keys)
     if taken or len(set(data.condition_keys)) < len(data.condition_keys):

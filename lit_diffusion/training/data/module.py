@@ -21,30 +21,24 @@ import lightning as L
 import torch
 
 from lit_diffusion.exact import at_least_float32
-from lit_diffusion.training.data.arguments import check_arguments, check_share
-from lit_diffusion.training.data.batching.buckets import BucketBatches
-from lit_diffusion.training.data.batching.epoch_length import steps_per_epoch
-from lit_diffusion.training.data.batching.lane import LaneBatches
-from lit_diffusion.training.data.batching.loader import TrainLoader, batches_to_repeat
-from lit_diffusion.training.data.batching.memory import (
-    MemoryBatches,
-    MemoryMap,
-    cache_folder,
-    open_map,
-)
-from lit_diffusion.training.data.batching.resumption import settings_of
-from lit_diffusion.training.data.batching.stream import ShuffledBatches
+from lit_diffusion.normalization import Normalization
+from lit_diffusion.training.data.arguments import Kind, check_arguments, check_kind, check_share
+from lit_diffusion.training.data.batching.loader import TrainLoader
+from lit_diffusion.training.data.batching.memory import MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
+from lit_diffusion.training.data.decoding.augment import Augment, check_moved
 from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transform_classes import Given
 from lit_diffusion.training.data.decoding.transforms import Transforms
+from lit_diffusion.training.data.normalizing import settle
 from lit_diffusion.training.data.reading.bad_examples import BadExamples, lost_rows
 from lit_diffusion.training.data.reading.columns import TEXT_LENGTH, Columns
 from lit_diffusion.training.data.reading.held_out import HELD_OUT, part_of, validation_split
 from lit_diffusion.training.data.reading.sources import Splits, find_splits, open_source
+from lit_diffusion.training.data.training_batches import train_loader
 
 FIRST_LOOK = 100  # if none of so many first examples fits, the configuration is wrong
 
@@ -62,13 +56,21 @@ class DataModule(L.LightningDataModule):
 
     Args:
         path: A folder of parquet files or of images, a parquet file, a data set shipped with
-            lit_diffusion (digits8x8, digits_text, swirl, toy1d), or a name on the Hugging Face
-            hub; looked up in that order. Or the URL of a parquet file. Or a .npy or .npz file of
-            numpy, or a folder of these: of all examples, or one .npy file for each.
+            lit_diffusion (digits8x8, digits_text, swirl, toy1d, oscillations, ellipses), or a name
+            on the Hugging Face hub; looked up in that order. Or the URL of a parquet file. Or a
+            .npy or .npz file of numpy, or a folder of these: of all examples, or one .npy file for
+            each.
         data_files: Files of each split, as paths, globs or URLs, one or a list of them; by
             default found from `path`.
         config_name: Configuration of the data set, if it has several.
-        shape: (channels, height, width) of every image, after the transforms.
+        kind: What an example is: `image`, `signal` (channels, length), `volume` (channels, depth,
+            height, width), `points` (numbers of a point, points), a set stored as a list of
+            points, `vector` (numbers,), a row of a table, or `latents`, floats of any shape. All
+            but images are numbers in lists or in .npy format.
+        normalize: What turns floats into x: `mean_std`, per channel to mean 0 and standard
+            deviation 1 over the training split, `min_max`, to [−1, 1], or null for nothing.
+            `auto` is mean_std for signal, volume, points and vector, and nothing for latents.
+        shape: Shape of every example, (channels, height, width) of images after the transforms.
         mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
             or `RGBA`; null to convert none.
         transform: What is then done to every picture, in order: `Fit`, which resizes and crops or
@@ -105,6 +107,8 @@ class DataModule(L.LightningDataModule):
             number is unknown.
         val_examples: Validate on the first so many examples only, null for all.
         horizontal_flip: Mirror each training image with probability one half.
+        augment: Move training images at random and tell the network how, for small data: an
+            `Augment`; null for none. The network needs `augment: 9`, which the command line sets.
         seed: Seed of order and flips; null means 0, in a command that of seed_everything.
         on_bad_example: What to do with an example that cannot be used (a broken or missing image,
             one of another size or mode, a missing label or caption, a shard that cannot be read):
@@ -124,6 +128,8 @@ class DataModule(L.LightningDataModule):
         path: str = "digits8x8",
         data_files: dict[str, str | list[str]] | None = None,
         config_name: str | None = None,
+        kind: Kind = "image",
+        normalize: Literal["auto", "mean_std", "min_max"] | None = "auto",
         shape: tuple[int, ...] = (1, 8, 8),
         mode: Literal["L", "RGB", "RGBA"] | None = None,
         transform: list[Given] | None = None,
@@ -145,6 +151,7 @@ class DataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_examples: int | None = 10_000,
         horizontal_flip: bool = False,
+        augment: Augment | None = None,
         seed: int | None = None,
         on_bad_example: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.01,
@@ -154,25 +161,23 @@ class DataModule(L.LightningDataModule):
         self.path, self.data_files, self.config_name = path, data_files, config_name
         self.shape = (*shape,)  # a config gives a list
         self.mode, self.transform, self.buckets = mode, transform, Buckets(buckets or ())
-        self.image_key = image_key
-        self.label_key = label_key
+        self.kind, self.normalize = kind, normalize
+        self.image_key, self.label_key = image_key, label_key
         self.condition_keys = tuple(condition_keys)
         self.text_key = text_key
         self.text_length = TEXT_LENGTH if text_length is None else text_length
         self.train_split, self.val_share = train_split, val_share
         self.val_split = val_split if val_share is None else HELD_OUT
         self.batch_size = batch_size
-        self.streaming = streaming
-        self.cache_dir = cache_dir
-        self.shuffle_window = shuffle_window
-        self.open_shards = open_shards
-        self.num_workers = num_workers
-        self.steps_per_epoch = steps_per_epoch
+        self.streaming, self.cache_dir = streaming, cache_dir
+        self.shuffle_window, self.open_shards = shuffle_window, open_shards
+        self.num_workers, self.steps_per_epoch = num_workers, steps_per_epoch
         self.val_examples = val_examples
-        self.horizontal_flip = horizontal_flip
+        self.horizontal_flip, self.augment = horizontal_flip, augment
         self.seed = 0 if seed is None else seed
         self.on_bad_example = on_bad_example
         self.max_bad_share, self.on_changed_data = max_bad_share, on_changed_data
+        self.normalize = check_kind(self)
         self.transforms = Transforms.of(transform, self.shape, self.seed)
         check_share(val_share, val_split)
         check_arguments(self)
@@ -185,6 +190,7 @@ class DataModule(L.LightningDataModule):
 
     def _forget(self) -> None:
         self._folder: str | None = None
+        self.normalization: Normalization | None = None
         self._train: Split | None = None
         self._memory: MemoryMap | None = None
         self._val: Split | None = None
@@ -210,7 +216,14 @@ class DataModule(L.LightningDataModule):
         if self._train_loader is None:
             if self._train is None:
                 raise ValueError("expected setup('fit') before train_dataloader(): call it first")
-            self._train_loader = self._make_train_loader(self._train)
+            self._train_loader = train_loader(
+                self,
+                self._train,
+                self._memory,
+                *self._place(),
+                self._bad_examples(self._train.name),
+                self._allowed_share,
+            )
             if self._resume is not None:
                 self._train_loader.load_state_dict(self._resume)
         return self._train_loader
@@ -297,9 +310,27 @@ class DataModule(L.LightningDataModule):
             x = x.float().div_(127.5).sub_(1.0)
         elif x.is_floating_point():
             x = at_least_float32(x)
+            self.settle_normalization(getattr(self.trainer, "lightning_module", None))
+            if self.normalization is not None:
+                x = self.normalization.normalize(x)
+        if self.augment is not None and "augment" in batch:  # in training only
+            x = self.augment(x, batch["augment"])
         if self.trainer is not None and self.trainer.precision == "64-true":
             x = x.double()
         return batch if x is batch["image"] else batch | {"image": x}
+
+    def settle_normalization(self, model: Any) -> None:
+        """Take the normalisation of a model, or measure it for one that has none; a collective.
+
+        Args:
+            model: The model, which then has it, or None.
+
+        Raises:
+            ValueError: If the model was trained on data of another kind or normalisation.
+        """
+        if self.normalization is None:
+            place = self._place()
+            self.normalization = settle(self, model, self._train, self._memory, *place)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place of training in the data.
@@ -351,11 +382,7 @@ class DataModule(L.LightningDataModule):
             source = part_of(source, self.val_share, held_out, self.path)
         decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
-        if self.horizontal_flip and split.decoder.like["image"].dtype.kind == "f":
-            raise ValueError(
-                "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
-                "latent is not the latent of the mirror image; set it to false"
-            )
+        check_moved(self, split.decoder.like["image"])
         if source.lost:
             bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
             bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])
@@ -367,28 +394,3 @@ class DataModule(L.LightningDataModule):
         memory = open_map(split, identity, cache_folder(self.cache_dir), self._allowed_share)
         self._bad_examples(split.name).add(memory.bad if self._place()[0] == 0 else [])
         return memory
-
-    def _make_train_loader(self, split: Split) -> TrainLoader:
-        rank, world = self._place()
-        total = split.source.total if self._memory is None else len(self._memory)
-        steps = steps_per_epoch(self, split.source.shards, total, world)
-        lanes = (self.seed, self.horizontal_flip, rank, world)
-        batches: LaneBatches
-        if self._memory is not None:
-            rest = self.transforms.divided()[1]
-            kind = BucketBatches if self.buckets else MemoryBatches
-            batches = kind(self._memory, self.batch_size, *lanes, rest, self.shape)
-        else:
-            batches = ShuffledBatches(
-                split, self.batch_size, self.shuffle_window, *lanes, self._allowed_share
-            )
-        return TrainLoader(
-            batches,
-            steps,
-            self.num_workers,
-            settings_of(self, split, world, total),
-            self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            self._bad_examples(split.name),
-            self.on_changed_data,
-            batches_to_repeat(self.trainer, steps),
-        )

@@ -25,7 +25,27 @@ from lit_diffusion.training.evaluation.scores import Score, ScoreFunction, Score
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.run.measurements import Measurement, versions
 
-__all__ = ["Comparison", "SamplerScores"]
+__all__ = ["Comparison", "SamplerScores", "refuse_other_kinds"]
+
+
+def refuse_other_kinds(data: Any) -> None:
+    """Refuse to compare what is not an image.
+
+    Args:
+        data: The data.
+
+    Raises:
+        ValueError: If they are of another kind.
+    """
+    kind = getattr(data, "kind", "image")
+    if kind != "image":
+        remedy = "measure the bound instead, by Likelihood and `lit-diffusion validate`"
+        if kind == "latents":
+            remedy = "decode latents into images first"
+        raise ValueError(
+            f"expected images to compare with samples by FID and the scores beside it, got "
+            f"data.kind {kind}: {remedy}, and leave FID out of their training."
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ class Comparison:
         Raises:
             ValueError: If the hash differs, or a split does not exist.
         """
+        refuse_other_kinds(data)
         device = next(model.parameters()).device
         network = network.to(device).eval()
         reference = open_reference(data, split, network, device, bool(others), reference_hash)

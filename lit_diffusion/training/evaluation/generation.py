@@ -88,7 +88,30 @@ class Generation:
         world: int = 1,
         rows: Callable[[int, int], dict[str, Tensor]] | None = None,
     ) -> Iterator[SampleBatch]:
-        """Generate the batches of this rank.
+        """Generate the batches of this rank, as images.
+
+        Args:
+            model: The model.
+            shares: Relative frequency of each class; None for equal frequencies.
+            rank: This process, from 0.
+            world: Number of processes.
+            rows: The conditions of a batch, as for `floats`.
+
+        Shapes:
+            shares (K,).
+        """
+        for index, x in self.floats(model, shares, rank, world, rows):
+            yield SampleBatch(index, to_bytes(x))
+
+    def floats(
+        self,
+        model: SamplingModel,
+        shares: Tensor | None = None,
+        rank: int = 0,
+        world: int = 1,
+        rows: Callable[[int, int], dict[str, Tensor]] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Generate the batches of this rank, as the indices and what the model samples.
 
         Args:
             model: The model.
@@ -99,7 +122,7 @@ class Generation:
                 a model that has more than classes.
 
         Shapes:
-            shares (K,).
+            shares (K,); index (B,); x (B, C, *).
         """
         for number, index in enumerate(torch.arange(self.num_samples).split(self.batch_size)):
             if number % world != rank:
@@ -118,7 +141,7 @@ class Generation:
                 guidance_interval=self.guidance_interval,
                 cond=cond,
             )
-            yield SampleBatch(index, to_bytes(x))
+            yield index, x
 
     def protocol(self, model: SamplingModel) -> dict[str, Any]:
         """The sampling settings that a score depends on, as plain data.

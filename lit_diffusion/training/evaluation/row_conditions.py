@@ -50,6 +50,7 @@ class RowConditions:
 
     def __init__(self, model: LitDiffusion, data: DataModule, split: str, batch_size: int) -> None:
         self._model, self._data = model, data
+        data.settle_normalization(model)
         self._batches = data.examples(split, batch_size)
         self._present: dict[str, Any] | None = None
 

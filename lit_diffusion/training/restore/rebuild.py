@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from lit_diffusion.description import build_arguments, describe, public_path
-from lit_diffusion.training.run.checkpoints import CLASS_NAMES
+from lit_diffusion.training.run.checkpoints import ABOUT_DATA, CLASS_NAMES
 from lit_diffusion.training.run.weights import weights_name
 
 __all__ = ["own_arguments", "rebuild", "refuse_other_class", "remember"]
@@ -124,6 +124,7 @@ def rebuild(
         model = cls(**build_arguments(cls, kept), **arguments)
     model.load_state_dict(checkpoint["state_dict"], strict=strict)
     model.class_names = checkpoint.get(CLASS_NAMES)  # type: ignore[assignment]
+    model.set_about_data(checkpoint.get(ABOUT_DATA))  # type: ignore[operator]
     model.weights = weights_name(checkpoint)  # type: ignore[assignment]
     return model.eval()
 

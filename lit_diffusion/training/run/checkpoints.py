@@ -20,6 +20,7 @@ from lit_diffusion.training.run.archive import check_archive
 from lit_diffusion.training.run.whole_file import remove_orphans, replacing
 
 __all__ = [
+    "ABOUT_DATA",
     "CLASS_NAMES",
     "MODEL_CLASS",
     "SAVED_AT",
@@ -29,6 +30,7 @@ __all__ = [
     "with_whole_checkpoints",
 ]
 
+ABOUT_DATA = "about_data"  # key of the kind of the data and their normalisation
 CLASS_NAMES = "class_names"  # key of the names of the classes, by their numbers
 MODEL_CLASS = "model_class"  # key of the path of the class that was trained
 SAVED_AT = "saved_at"  # key of the time at which a checkpoint was written, Unix time in seconds

@@ -27,6 +27,7 @@ from lit_diffusion.training.data.reading.columns import BATCH, TEXT
 
 __all__ = [
     "RESERVED",
+    "augmentation",
     "check_labels",
     "check_network",
     "from_batch",
@@ -80,11 +81,7 @@ def check_network(network: nn.Module, names: Sequence[str]) -> None:
             )
     if not names:
         return
-    inner: Any = network
-    while (takes := _arguments(inner)) is None and isinstance(
-        getattr(inner, "network", None), nn.Module
-    ):
-        inner = inner.network  # a wrapper passes on what it does not take itself
+    inner, takes = _innermost(network)
     for name in (*names, "dropped"):
         if takes is not None and name not in takes:
             raise ValueError(
@@ -92,6 +89,42 @@ def check_network(network: nn.Module, names: Sequence[str]) -> None:
                 f"on {', '.join(names)}: its forward needs them, and `dropped`, by name; see the "
                 "guide on conditioning."
             )
+
+
+def _innermost(network: nn.Module) -> tuple[nn.Module, set[str] | None]:
+    """The network within all wrappers that pass on what they do not take, and what it takes."""
+    inner: Any = network
+    while (takes := _arguments(inner)) is None and isinstance(
+        getattr(inner, "network", None), nn.Module
+    ):
+        inner = inner.network
+    return inner, takes
+
+
+def augmentation(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the network is told of the augmentation of a batch; nothing if there is none.
+
+    It is never dropped with the conditions: a network that is not told would take the images as
+    they are. Only training batches have the entry; wherever it is missing, the network is told
+    that the images are not augmented, by zeros, which add nothing to its embedding.
+
+    Args:
+        network: The network.
+        batch: A batch of the data.
+
+    Raises:
+        ValueError: If the network does not take it.
+    """
+    if "augment" not in batch:
+        return {}
+    inner, takes = _innermost(network)
+    if takes is not None and "augment" not in takes:
+        raise ValueError(
+            f"The data are augmented (data.augment), but {type(inner).__name__} takes no argument "
+            "'augment', without which its samples would be augmented as well: let its forward "
+            "take augment=None, (B, 9), or set data.augment to null."
+        )
+    return {"augment": batch["augment"]}
 
 
 def _arguments(network: nn.Module) -> set[str] | None:

@@ -1,4 +1,4 @@
-"""What a config need not say twice: the shape of the data and the length of their captions."""
+"""What a config need not say twice: shape and augmentation of the data, length of captions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from jsonargparse import Namespace
 
 from lit_diffusion.nn.text import TextEncoder
 from lit_diffusion.training.commands.shell.errors import UsageError
+from lit_diffusion.training.data.decoding.augment import NUMBERS
 
-__all__ = ["set_shape", "set_text_length"]
+__all__ = ["set_augment", "set_shape", "set_text_length"]
 
 
 def set_shape(network: Any, shape: tuple[int, ...]) -> None:
@@ -35,6 +36,25 @@ def set_shape(network: Any, shape: tuple[int, ...]) -> None:
         given["shape"] = shape
         for argument, inner in cls.inner_shapes(**given).items():
             set_shape(given.get(argument), inner)
+
+
+def set_augment(network: Any, data: Any) -> None:
+    """Set augment in a network's config unless it is set, and in those of the networks it wraps.
+
+    Args:
+        network: The config of the network, which is changed; None for none.
+        data: The config of the data.
+    """
+    if network is None or data.get("augment") is None:
+        return
+    cls = _class(network)
+    given = network.get("init_args") or Namespace()
+    if "augment" in inspect.signature(cls).parameters and given.get("augment") is None:
+        network.init_args = given
+        network.init_args.augment = NUMBERS
+    if hasattr(cls, "inner_shapes"):
+        for argument in cls.inner_shapes(**vars(given)):
+            set_augment(given.get(argument), data)
 
 
 def set_text_length(network: Any, data: Any) -> None:

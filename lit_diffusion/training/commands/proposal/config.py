@@ -199,8 +199,9 @@ def _data(data: Mapping[str, Any], shape: Shape, recipe: Recipe) -> str:
                 2, key, value, comments.get(key, "").format(axes=AXES[shape.kind], why=shape.why)
             )
         )
-    pictures = shape.kind == "image" and shape.normalize is None
-    return "".join(lines) + (FLIP if pictures and "horizontal_flip" not in values else "")
+    return "".join(lines) + (
+        FLIP if shape.kind == "image" and "horizontal_flip" not in values else ""
+    )
 
 
 def _line(indent: int, key: str, value: Any, comment: str) -> str:

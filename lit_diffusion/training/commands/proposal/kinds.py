@@ -4,11 +4,13 @@
               numbers                                vector (L,)
 (C, L)        a few channels of a series             signal (C, L)
 (N, 2 or 3)   places, in no order                    points (2 or 3, N)
-(H, W)        both axes long, neighbours alike       image (1, H, W)
-(C, H, W)     1 or 3 channels, first or last         image (C, H, W)
+(H, W)        both axes long, neighbours alike       latents (1, H, W)
+(C, H, W)     1 or 3 channels, first or last         latents (C, H, W)
               4 to 16 channels of a square           latents (C, H, W)
               three axes of space                    volume (1, D, H, W)
 (C, D, H, W)  channels, first or last                volume (C, D, H, W)
+
+Pictures of floats are of the kind latents, which keeps floats as they are.
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ def propose_kind(arrays: Arrays) -> Kind:
         return _of_two_axes(shape, likeness, stored)
     if len(shape) == 3:
         if shape[2] in (1, 3):
-            return Kind("image", (shape[2], *shape[:2]), f"stored as {stored}, channels last")
+            return Kind("latents", (shape[2], *shape[:2]), f"stored as {stored}, channels last")
         if shape[0] in (1, 3):
-            return Kind("image", shape, f"stored as {stored}")
+            return Kind("latents", shape, f"stored as {stored}")
         if 4 <= shape[0] <= FEW and shape[1] == shape[2] and shape[0] < shape[1]:
             return Kind("latents", shape, f"stored as {stored}, {shape[0]} channels of a square")
         return Kind("volume", (1, *shape), f"stored as {stored}, one channel")
@@ -79,5 +81,5 @@ def _of_two_axes(shape: tuple[int, ...], likeness: tuple[float, ...], stored: st
     if b in PLACES and a > b:
         return Kind("points", (b, a), f"stored as {stored}: {a} places of {b} numbers")
     if min(a, b) > FEW and min(likeness) > ALIKE:
-        return Kind("image", (1, a, b), f"stored as {stored}, neighbours of both axes alike")
+        return Kind("latents", (1, a, b), f"stored as {stored}, neighbours of both axes alike")
     return Kind("signal", shape, f"stored as {stored}: channels × length")

@@ -5,7 +5,6 @@ headers of a sample  →  shape, mode and fit  →  the data module  →  pixels
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import Counter
 from pathlib import Path
@@ -78,10 +77,6 @@ def look(where: dict[str, Any], title: str, looks: int, fast: bool, size: int | 
     else:
         _check_arrays(files.arrays, title, size)
         shape = shape_of_arrays(files.arrays, propose_kind(files.arrays))
-        if "kind" not in inspect.signature(DataModule).parameters:
-            raise UsageError(
-                f"{title} holds arrays that are no pictures of bytes, but {shape.kind}."
-            )
     labels = _labels(layout, source, examples)
     validated = Counter[int]()
     if layout.label is not None and layout.val is not None:

@@ -130,10 +130,8 @@ def shape_of_arrays(arrays: Arrays, kind: Kind) -> Shape:
         arrays: What they are.
         kind: Their kind and shape.
     """
-    scale = {"image": "min_max", "latents": None}.get(kind.kind, "mean_std")
-    if kind.kind == "latents" and not 0.3 < arrays.std < 3:  # latents are used unchanged
-        return Shape(kind.shape, None, None, kind.why, "image", "mean_std")
-    return Shape(kind.shape, None, None, kind.why, kind.kind, scale)
+    ready = kind.kind == "latents" and kind.shape[0] > 3 and 0.5 < arrays.std < 2
+    return Shape(kind.shape, None, None, kind.why, kind.kind, None if ready else "mean_std")
 
 
 def propose_classes(labels: Counter[int], names: tuple[str, ...], total: int) -> int | None:

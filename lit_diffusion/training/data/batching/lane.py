@@ -7,11 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lit_diffusion.training.data.decoding.augment import Augment
+from lit_diffusion.training.data.decoding.images import mirror
 from lit_diffusion.training.data.reading.bad_examples import Bad
-from lit_diffusion.training.data.reading.order import Position
+from lit_diffusion.training.data.reading.order import Position, coin
 from lit_diffusion.training.data.reading.retry import begin_after_fork
 
 
@@ -45,9 +49,11 @@ class LaneBatches(IterableDataset[Delivery | Failure], ABC):
 
     Attributes:
         mixed: Whether a batch should have the classes that a random one would have.
+        augment: What is to be done to the images on the device, and told the network.
     """
 
     mixed = True
+    augment: Augment | None = None
 
     def __init__(self, batch_size: int, seed: int, flip: bool, rank: int, world: int) -> None:
         self.batch_size = batch_size
@@ -83,6 +89,22 @@ class LaneBatches(IterableDataset[Delivery | Failure], ABC):
             # A plain copy, since some libraries' errors cannot be pickled.
             kinds = (FileNotFoundError, ConnectionError, OSError, ValueError)
             yield Failure(next(kind for kind in kinds if isinstance(error, kind))(str(error)))
+
+    def varied(
+        self, batch: dict[str, Tensor], epochs: Sequence[int] | npt.NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        """Mirror some of the images, and say how each is to be augmented.
+
+        Args:
+            batch: The batch, whose images are changed in place.
+            epochs: Epoch of each example.
+        """
+        index = batch["index"].numpy()
+        if self.flip:
+            mirror(batch["image"], coin(self.seed, epochs, index))
+        if self.augment is not None:
+            batch["augment"] = self.augment.describe(self.seed, epochs, index)
+        return batch
 
     @abstractmethod
     def batches(self, lane: int, lanes: int, position: Position) -> Iterator[Delivery]:

@@ -43,12 +43,11 @@ from torch import Tensor
 from lit_diffusion.training.data.batching import map_writer
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
 from lit_diffusion.training.data.batching.map_writer import image_files
-from lit_diffusion.training.data.decoding.images import mirror
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transforms import Transforms
 from lit_diffusion.training.data.reading.bad_examples import FEW, Bad, BadExample, BadExamples
 from lit_diffusion.training.data.reading.columns import TEXT
-from lit_diffusion.training.data.reading.order import ORDER, Position, coin, permutation
+from lit_diffusion.training.data.reading.order import ORDER, Position, permutation
 from lit_diffusion.training.run.messages import logger
 
 # To be raised whenever the folder, or what `ImageDecoder` makes of an image, changes: all maps are
@@ -276,6 +275,4 @@ class MemoryBatches(LaneBatches):
             if self.memory.bucket is not None:
                 shape = (shape[0], *batch["image"].shape[2:])
             batch["image"] = self.transforms.batch(batch["image"], *keys, shape)
-        if self.flip:
-            mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
-        return batch
+        return self.varied(batch, epochs)

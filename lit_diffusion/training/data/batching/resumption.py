@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lit_diffusion.training.data.decoding import augment
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.reading.content import differ
 from lit_diffusion.training.data.reading.order import ORDER_VERSION
@@ -50,9 +51,12 @@ def settings_of(data: DataModule, split: Split, world: int, total: int | None) -
         "data.shape": list(data.shape),
         "data.condition_keys": list(data.condition_keys) or None,
         "data.val_share": data.val_share,
+        "data.kind": None if data.kind == "image" else data.kind,
+        "data.normalize": data.normalize,
         "data.mode": data.mode,
         "data.buckets": [[*size] for size in data.buckets.sizes] or None,
         "data.transform": data.transforms.description or None,
+        "data.augment": augment.settings_of(data.augment),
         "data.text_key": data.text_key,
         "data.text_length": data.text_length if data.text_key else None,
         TOTAL: total,

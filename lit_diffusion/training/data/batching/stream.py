@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lit_diffusion.training.data.batching.lane import Delivery, LaneBatches
-from lit_diffusion.training.data.decoding.images import Decoded, mirror
+from lit_diffusion.training.data.decoding.images import Decoded
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.reading.bad_examples import (
     FEW,
@@ -16,7 +16,7 @@ from lit_diffusion.training.data.reading.bad_examples import (
     BadExamples,
     lost_rows,
 )
-from lit_diffusion.training.data.reading.order import WINDOW, Position, coin, permutation
+from lit_diffusion.training.data.reading.order import WINDOW, Position, permutation
 
 
 class Step(NamedTuple):
@@ -131,9 +131,7 @@ class ShuffledBatches(LaneBatches):
             first = (first + found)[:FEW]
             lost = lost_rows(found)
             read, bad = read + len(kept) + lost, bad + lost
-            batch = self.split.decoder.collate(kept)
-            if self.flip:
-                mirror(batch["image"], coin(self.seed, epochs, batch["index"].numpy()))
+            batch = self.varied(self.split.decoder.collate(kept), epochs)
             yield Delivery(batch, position._replace(read=read, bad=bad), found)
 
     def _check(self, first: list[Bad], found: list[Bad], read: int, bad: int) -> None:

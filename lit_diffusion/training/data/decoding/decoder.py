@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_diffusion.training.data.decoding.arrays import ArrayDecoder
 from lit_diffusion.training.data.decoding.images import ImageDecoder
 from lit_diffusion.training.data.decoding.split import Split
 from lit_diffusion.training.data.decoding.transforms import library_versions
@@ -29,18 +30,27 @@ def decoder_of(
         # In memory the rest of them, from the first random one on, is applied at each access.
         now, rest = data.transforms.divided()
         transforms, later = (data.transforms, False) if data.streaming else (now, bool(rest))
+    if data.kind != "image":
+        return ArrayDecoder(data.kind, **_examples(data, paths, like))
     return ImageDecoder(
-        data.shape,
-        labels=data.label_key is not None,
-        conditions=data.condition_keys,
-        like=None if like is None else like.like,
-        paths=paths,
-        text=None if data.text_key is None else (data.text_key, data.text_length),
+        **_examples(data, paths, like),
         mode=data.mode,
         transforms=transforms,
         buckets=data.buckets,
         partial=later,
     )
+
+
+def _examples(data: DataModule, paths: ImagePaths, like: ImageDecoder | None) -> dict[str, Any]:
+    """The arguments that the decoders of all kinds of data have."""
+    return {
+        "shape": data.shape,
+        "labels": data.label_key is not None,
+        "conditions": data.condition_keys,
+        "like": None if like is None else like.like,
+        "paths": paths,
+        "text": None if data.text_key is None else (data.text_key, data.text_length),
+    }
 
 
 def map_identity(data: DataModule, split: Split) -> dict[str, Any]:
@@ -53,6 +63,8 @@ def map_identity(data: DataModule, split: Split) -> dict[str, Any]:
     identity: dict[str, Any] = {
         name: getattr(data, name) for name in ("shape", "image_key", "label_key")
     }
+    if data.kind != "image":
+        identity["kind"] = data.kind
     if data.condition_keys:
         identity["condition_keys"] = data.condition_keys
     if data.text_key is not None:

@@ -200,7 +200,8 @@ class ImageDecoder:
         if stored is None:
             raise MisfitError("an image, got none; remove the row")
         raise MisfitError(
-            f"an image, got {type(stored).__name__}; set data.image_key to its column"
+            f"an image, got {type(stored).__name__}; set data.image_key to its column, or "
+            "data.kind to vector"
         )
 
     def _decode(self, data: bytes) -> Tensor:
@@ -315,7 +316,9 @@ class ImageDecoder:
             array.size and not 0 <= array.min() <= array.max() < 256
         ):
             raise MisfitError(
-                f"bytes (integers in 0 … 255), got {array.dtype} ({kind}); convert the data"
+                f"bytes (integers in 0 … 255), got {array.dtype} ({kind}); convert the data, or "
+                "set data.kind to what these numbers are: signal, volume, points, vector or "
+                "latents"
             )
         free = self.any_size or self.mode is not None
         if free and (array.ndim != 3 or not 1 <= len(array) <= 4 or not array.size):

@@ -368,7 +368,10 @@ def protocol_of(data: Any) -> dict[str, Any]:
         data: An `DataModule`, or any other.
     """
     transforms: Transforms | None = getattr(data, "transforms", None)
+    kind = getattr(data, "kind", "image")
     found: Mapping[str, Any] = {
+        "kind": None if kind == "image" else kind,
+        "normalize": getattr(data, "normalize", None),
         "mode": getattr(data, "mode", None),
         "transform": transforms.fixed().description if transforms else None,
         "val_share": getattr(data, "val_share", None),

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from lit_diffusion.nn.text import text_bytes
 
 TEXT_LENGTH = 256  # bytes of the longest caption, if nothing else is said
-BATCH = ("image", "label", "index", "total", "batch")  # entries of a batch that are no conditions
+# Entries of a batch that are no conditions.
+BATCH = ("image", "label", "index", "total", "batch", "augment")
 TEXT = "text"  # the entry of a batch that has the captions, whatever the name of their column
 
 Row = tuple[Any, Any, tuple[Any, ...]]  # an image as stored, a label or None, the conditions

@@ -42,7 +42,7 @@ from lit_diffusion.training.data.reading.bad_examples import Bad
 
 ORDER_VERSION = 2  # to be raised whenever the same arguments give another order
 # Purposes of a random key: no two of them share a key.
-ORDER, WINDOW, FLIP, BUCKET, PIECES = 1, 2, 3, 4, 5
+ORDER, WINDOW, FLIP, BUCKET, PIECES, AUGMENT = 1, 2, 3, 4, 5, 6
 
 
 class Piece(NamedTuple):
@@ -106,13 +106,43 @@ def coin(seed: int, epochs: Sequence[int] | npt.NDArray[Any], indices: npt.Array
         >>> coin(0, [0, 0, 0, 1], [0, 1, 2, 0])
         tensor([ True, False,  True, False])
     """
-    x = np.asarray(indices, dtype=np.uint64)
-    for key in (np.asarray(epochs, np.uint64), np.asarray([seed], np.uint64), FLIP):
-        x = (x ^ np.asarray(key, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
+    x = _hash(indices, epochs, [seed], FLIP)
     return torch.from_numpy((x & np.uint64(1)).astype(bool))
+
+
+def uniform(
+    seed: int,
+    epochs: Sequence[int] | npt.NDArray[Any],
+    indices: npt.ArrayLike,
+    purpose: int,
+    count: int,
+) -> Tensor:
+    """Numbers uniform in (0, 1) for each example, keyed by (seed, epoch, index) and a purpose.
+
+    Args:
+        seed: Of the run.
+        epochs: Epoch of each example.
+        indices: Index of each example.
+        purpose: What they are for, which no other random key has.
+        count: How many for each example.
+
+    Shapes:
+        epochs (B,); indices (B,); result (B, count), float64.
+    """
+    keys = np.asarray(epochs)[:, None], [seed], purpose, np.arange(count)
+    x = _hash(np.asarray(indices)[:, None], *keys)
+    return torch.from_numpy(((x >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53)
+
+
+def _hash(x: npt.ArrayLike, *keys: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Mix integers with keys, one after another."""
+    mixed = np.asarray(x, dtype=np.uint64)
+    for key in keys:
+        mixed = (mixed ^ np.asarray(key, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
 
 
 def deal(rows: list[int] | None, order: list[int], lane: int, lanes: int) -> list[Piece]:
