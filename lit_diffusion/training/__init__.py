@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lit_diffusion.training.commands.sample import sample
     from lit_diffusion.training.data.decoding.augment import Augment
     from lit_diffusion.training.data.module import DataModule
+    from lit_diffusion.training.data.own import DatasetModule
     from lit_diffusion.training.evaluation.features import ClassifierFeatures, InceptionFeatures
     from lit_diffusion.training.module import LitDiffusion
     from lit_diffusion.training.run.checkpoints import WholeCheckpointIO
@@ -39,6 +40,7 @@ _MODULES = {
     "Augment": "data.decoding.augment",
     "ClassifierFeatures": "evaluation.features",
     "DataModule": "data.module",
+    "DatasetModule": "data.own",
     "InceptionFeatures": "evaluation.features",
     "LitDiffusion": "module",
     "WarmupDecayLR": "step.learning_rates",

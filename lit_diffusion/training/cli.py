@@ -23,6 +23,12 @@ import yaml
 from lit_diffusion.description import allow
 from lit_diffusion.training.commands.shell.config_check import check_config
 from lit_diffusion.training.commands.shell.config_places import config_files, located
+from lit_diffusion.training.commands.shell.data_class import (
+    base_of,
+    named_data_class,
+    names_class,
+    refuse_data_class,
+)
 from lit_diffusion.training.commands.shell.errors import UsageError, fail, one_line, unexpected
 from lit_diffusion.training.commands.shell.output import lasting_output
 from lit_diffusion.training.commands.shell.parsing import (
@@ -108,6 +114,7 @@ def _run(
         skip: set[str] = {"model_class", "data_class"} if name == "replay" else set()
         parser = _parser(name, function, skip)
         if command.group is not None:
+            refuse_data_class(argv, name)
             _add_data(parser, _classes(model_class, data_class)[1])
         arguments = vars(parser.instantiate(parser.parse_args(argv)))
         arguments.pop("plugins")
@@ -175,6 +182,7 @@ def _of_evaluate(
         read_experiment,
     )
 
+    refuse_data_class(argv, "evaluate")
     # The run must be known before the rest can be parsed.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--ckpt_path", "--name", "--root", "--config"):
@@ -189,7 +197,9 @@ def _of_evaluate(
     _add_data(parser, data_class)
     parser.set_defaults(evaluation_defaults(experiment))
     likelihood = callback_arguments(experiment, "Likelihood")
-    for group, own in (("data", experiment.get("data") or {}), ("likelihood", likelihood)):
+    data = experiment.get("data") or {}
+    has_class = names_class(data)  # which the command refuses, unless other data are given
+    for group, own in (("data", {} if has_class else data), ("likelihood", likelihood)):
         parser.set_defaults({f"{group}.{key}": value for key, value in own.items()})
     if path is None and not {"-h", "--help"} & set(argv):
         raise UsageError("evaluate needs a checkpoint: give --ckpt_path, which may be `last`.")
@@ -199,7 +209,7 @@ def _of_evaluate(
     for name in ("baseline_split", "reference_hash", "guidance_interval"):
         if arguments[name] is None:  # the run's own would have been the default
             arguments[name] = "none"
-    if not experiment and not any(word.startswith("--data.p") for word in argv):
+    if (has_class or not experiment) and not any(word.startswith("--data.p") for word in argv):
         arguments["data"] = None
     return arguments
 
@@ -215,6 +225,7 @@ def _of_objective(
     from lightning.pytorch import Trainer
 
     from lit_diffusion.description import build
+    from lit_diffusion.training.commands.fit_setup.own_data import link_data
 
     of_config = ("schedule", "weighting", "prediction", "decoder")
     parser = _parser("objective", function, {*of_config, "num_timesteps"})
@@ -226,8 +237,12 @@ def _of_objective(
         Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True
     )
     parser.add_class_arguments(model_class, "model", fail_untyped=False, sub_configs=True)
-    _add_data(parser, data_class)
-    parser.link_arguments("data.shape", "model.shape")
+    own = named_data_class(argv)
+    if own is None:
+        _add_data(parser, data_class)
+    else:
+        parser.add_subclass_arguments(base_of(own), "data", fail_untyped=False)
+    link_data(parser, own)
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Not used.")
     parser.add_argument("--init_from", type=str | None, default=None, help="Not used.")
     config = parser.parse_args(argv)

@@ -53,7 +53,7 @@ from lit_diffusion.training.run.weights import (
 from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.accumulation import micro_batch
 from lit_diffusion.training.step.batch_fit import BatchFit
-from lit_diffusion.training.step.batches import BatchReader, FirstBatch, Numbered
+from lit_diffusion.training.step.batches import BatchReader, FirstBatch, Numbered, check_keys
 from lit_diffusion.training.step.conditions import augmentation, named_conditions
 from lit_diffusion.training.step.optimization import OptimizedModule
 from lit_diffusion.training.step.parts import (
@@ -99,6 +99,8 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             with its further conditions. Guidance needs a model that was trained without them, too.
         conditions: Names of further inputs of the network, which are keys of a batch and arguments
             of the network; None means the network's attribute `conditions`.
+        keys: Our names of what a batch has, each with its name there, or its position in a tuple:
+            {"image": "pixel_values", "label": "class"}; None means our own names.
         clip_denoised: Clip x̂ to [−1, 1] in sampling: right for images, wrong for latents.
         seed: Seed of all noise in training, validation and sampling; None means 0, and
             on the command line that of seed_everything.
@@ -137,6 +139,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         shape: tuple[int, ...] | None = None,
         label_dropout: float = 0.1,
         conditions: Sequence[str] | None = None,
+        keys: dict[str, str | int] | None = None,
         clip_denoised: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -153,14 +156,11 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
         self.loss = DiffusionLoss(schedule, weighting, num_timesteps, decoder)
         self._sampler = sampler
         self.sampler_in_range()  # refuses a sampler that leaves the range
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.schedule_lr = schedule_lr
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.schedule_lr, self.label_dropout = schedule_lr, label_dropout
         self._shape = find_shape(network, shape)
-        self.label_dropout = label_dropout
-        self.conditions = named_conditions(network, conditions)
-        self.clip_denoised = clip_denoised
-        self.seed = 0 if seed is None else seed
+        self.conditions, self.keys = named_conditions(network, conditions), check_keys(keys)
+        self.clip_denoised, self.seed = clip_denoised, 0 if seed is None else seed
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._numbered, self._first_batch = Numbered(), FirstBatch()
         self.weights = RAW  # or the name of the average that is in the parameters now
@@ -179,6 +179,7 @@ class LitDiffusion(BatchReader, OptimizedModule, MeasuredModule):
             shape=self._shape,
             label_dropout=label_dropout,
             conditions=conditions,
+            keys=self.keys,
             clip_denoised=clip_denoised,
             seed=self.seed,
         )

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lit_diffusion as ld
 from lit_diffusion import description
-from lit_diffusion.nn import UNet
+from lit_diffusion.nn import ByteTransformer, UNet
+from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training import Likelihood, LitDiffusion, NoiseLevelLoss, SampleGrid
 from lit_diffusion.training.step.batches import Numbered, standard
 
@@ -317,3 +318,56 @@ def test_two_ranks_share_the_examples_of_a_loader(tmp_path):
     for epoch in (slice(0, 8), slice(8, 16)):
         assert sorted(map(int, seen[0][epoch] + seen[1][epoch])) == list(range(16))
     assert seen[0][:8] != seen[0][8:]  # another order in each epoch
+
+
+# Names of one's own ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["names", "positions"])
+def test_entries_of_other_names_are_those_that_keys_name(tmp_path, form):
+    if form == "names":
+        data = [{"pixels": x, "class": y, "name": "?"} for x, y in zip(X, Y, strict=True)]
+        keys = {"image": "pixels", "label": "class"}
+    else:
+        data, keys = TensorDataset(Y, torch.zeros(12), X), {"image": 2, "label": 0}
+    found, losses = validated(tmp_path, model(keys=keys), data)
+    expected, same = validated(tmp_path, model(), FORMS["pair"])
+    assert found == expected
+    assert torch.equal(losses, same)
+    subject = model(keys=keys)
+    run = trainer(tmp_path)
+    run.fit(subject, loader(data))
+    run.save_checkpoint(tmp_path / "keys.ckpt")
+    assert LitDiffusion.load_from_checkpoint(tmp_path / "keys.ckpt").keys == keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "batch", "message"),
+    [
+        ({"image": "pixels"}, {"x": X, "y": Y}, "'pixels' for 'image'.* a dict with 'x', 'y'"),
+        ({"image": 3}, (X, Y), "3 for 'image'.* a tuple of 2"),
+        ({"image": "pixels"}, (X, Y), "'pixels' for 'image'.* a tuple of 2"),
+        ({"image": "pixels"}, X, "got a Tensor: leave keys out"),
+        ({"label": 1}, (X, Y), "Expected a batch that is"),
+    ],
+)
+def test_an_entry_that_is_not_there_is_named_with_those_that_are(keys, batch, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        model(keys=keys).standard(batch)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", [{}, {"image": 0, "label": "y"}, {"image": None}, {0: "x"}])
+def test_keys_that_are_none_are_refused(keys):
+    with pytest.raises(ValueError, match="Expected keys that are names"):
+        model(keys=keys)
+
+
+def test_texts_may_be_strings():
+    network = UNet(
+        (1, 8, 8), channels=(8,), attention=(8,), text=ByteTransformer(length=8, width=8, depth=1)
+    )
+    subject = LitDiffusion(network, keys={"text": "caption"})
+    batch = subject.standard({"image": X[:2], "caption": ["a 3", "é"]})
+    assert batch["text"].shape == (2, 8)
+    assert bytes_text(batch["text"]) == ["a 3", "é"]

@@ -56,7 +56,7 @@ class Likelihood(L.Callback):
 
     Args:
         decoder: The distribution of the data given the cleanest z; None means the model's own,
-            else `SoftmaxDecoder()` over the 256 bytes of images and `GaussianDecoder()`, a
+            else `SoftmaxDecoder()` over the 256 bytes of pictures and `GaussianDecoder()`, a
             density, for all other data. Of normalised data it is that in their own unit.
         num_timesteps: Number T of steps of the chain whose bound is computed, at least 1; None
             means the model's own, which may be continuous time.
@@ -100,7 +100,8 @@ class Likelihood(L.Callback):
             ValueError: If the schedule has another range of λ than the model.
         """
         loss = model.loss
-        usual = SoftmaxDecoder if model.kind == "image" else GaussianDecoder
+        grey = model.kind == "image" and model.normalization is None
+        usual = SoftmaxDecoder if grey else GaussianDecoder
         decoder = self.decoder or loss.decoder or usual()
         num_timesteps = loss.num_timesteps if self.num_timesteps is None else self.num_timesteps
         schedule = self.schedule

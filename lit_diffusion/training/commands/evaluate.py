@@ -221,6 +221,7 @@ def _check(settings: _Settings, out: str | Path | None) -> None:
 def _load(path: Path, run: Path | None, device: str, data: DataModule) -> _Model:
     """The model of a checkpoint, if it can be evaluated on these data."""
     model = load_model(path, find_device(device))
+    model.keys = None  # the data are those of DataModule, whatever it was trained on
     if model.shape != tuple(data.shape):
         raise UsageError(
             f"expected data of the model's shape {model.shape}, got "

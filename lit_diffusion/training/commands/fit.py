@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_diffusion.description import check_arguments
@@ -18,12 +19,12 @@ from lit_diffusion.training.callbacks.defaults import with_defaults
 from lit_diffusion.training.callbacks.predictions import Predictions
 from lit_diffusion.training.commands.fit_setup.differences import naming_differences
 from lit_diffusion.training.commands.fit_setup.loggers import make_loggers
-from lit_diffusion.training.commands.fit_setup.network_shape import (
-    set_augment,
-    set_shape,
-    set_text_length,
+from lit_diffusion.training.commands.fit_setup.own_data import (
+    link_data,
+    prepare_data,
+    without_data,
 )
-from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser
+from lit_diffusion.training.commands.fit_setup.parser import DiffusionParser, add_run_arguments
 from lit_diffusion.training.commands.fit_setup.seeds import follow_seed
 from lit_diffusion.training.commands.fit_setup.trainer import RunTrainer
 from lit_diffusion.training.commands.fit_setup.without_config import with_default_words
@@ -32,8 +33,10 @@ from lit_diffusion.training.commands.shell.choices import (
     resolve_weights,
     run_of,
 )
+from lit_diffusion.training.commands.shell.data_class import base_of, named_data_class
 from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.data.module import DataModule
+from lit_diffusion.training.data.own import promises
 from lit_diffusion.training.last_weights import measure_again
 from lit_diffusion.training.module import LitDiffusion
 from lit_diffusion.training.reporting.objective import headline
@@ -77,6 +80,8 @@ class DiffusionCLI(LightningCLI):
         args: list[str] | None = None,
     ) -> None:
         self.trained_class = model_class
+        self.own_data = named_data_class(sys.argv[1:] if args is None else args)
+        self.made: LightningDataModule | None = None
         self.run_folder: Path | None = None
         self.created: NewFolder | None = None
         self.ckpt_path: str | None = None
@@ -86,7 +91,8 @@ class DiffusionCLI(LightningCLI):
         self.described: dict[str, Any] = {}
         super().__init__(
             model_class,
-            data_class,
+            data_class if self.own_data is None else base_of(self.own_data),
+            subclass_mode_data=self.own_data is not None,
             parser_class=DiffusionParser,
             trainer_class=RunTrainer,
             save_config_callback=SaveConfig,
@@ -102,32 +108,8 @@ class DiffusionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, plug-ins, and the link from the data's shape to the model's."""
-        parser.add_argument(
-            "--name",
-            type=str,
-            default="run",
-            help="The run goes to <default_root_dir>/<name>/<time>.",
-        )
-        parser.add_argument(
-            "--plugins",
-            type=list[str] | str,
-            default=[],
-            help="Modules with classes of your own, such as my_plugins for ./my_plugins.py.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="fit: start with the network's weights of this checkpoint, run folder or "
-            "exported folder, as far as names and shapes agree; a resumed run has its own.",
-        )
-        parser.add_argument(
-            "--out",
-            type=str | None,
-            default=None,
-            help="predict: the folder of the samples; predicted/ in the run folder by default.",
-        )
-        parser.link_arguments("data.shape", "model.shape")
+        add_run_arguments(parser)
+        link_data(parser, self.own_data)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words of the command, with what a checkpoint that they name says of the model.
@@ -187,7 +169,8 @@ class DiffusionCLI(LightningCLI):
         inform(f"Using {path}, step {step}: the checkpoint's model; `--model.*` is ignored.")
         described = dict(checkpoint[LitDiffusion.CHECKPOINT_HYPER_PARAMS_KEY])
         check_arguments(self.trained_class, described)
-        described.pop("shape", None)  # the data's, by the link
+        if self.own_data is None:
+            described.pop("shape", None)  # the data's, by the link
         self.config = self.parser.parse_object(
             {self.config.subcommand: {"model": described}}, self.config
         )
@@ -197,15 +180,15 @@ class DiffusionCLI(LightningCLI):
         config = self.config[self.subcommand]
         follow_seed(config)
         config.ckpt_path = self.ckpt_path
-        set_shape(config.model.get("network"), tuple(config.data.shape))
-        set_text_length(config.model.get("network"), config.data)
-        set_augment(config.model.get("network"), config.data)
+        self.made = prepare_data(config, self.own_data)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; the model records its config."""
         trainer = self.config[self.subcommand].trainer
         loggers, trainer.logger = trainer.logger, None  # made once their folder exists
-        super().instantiate_classes()
+        with without_data(self.config[self.subcommand], made=self.made is not None):
+            super().instantiate_classes()
+        self.datamodule = self.made or self.datamodule
         trainer.logger = loggers
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         model = yaml.safe_load(with_public_paths(text))["model"]
@@ -306,6 +289,8 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train."""
+        if (ones_own := promises(self.datamodule)) is not None:
+            warn(ones_own)
         with naming_differences(self.described, self.model.hparams):
             self._run(self._fit, arguments)
 

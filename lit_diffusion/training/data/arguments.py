@@ -68,11 +68,6 @@ def check_kind(data: DataModule) -> Any:
         raise ValueError(
             f"data.normalize must be auto, mean_std, min_max or null, got {data.normalize!r}"
         )
-    if kind == "image" and data.normalize in ("mean_std", "min_max"):
-        raise ValueError(
-            f"data.normalize is for floats, and data.kind is image, whose bytes always become "
-            f"[−1, 1], got {data.normalize}; leave it out, or set data.kind to latents for floats"
-        )
     for name in ("horizontal_flip", "mode", "transform", "buckets"):
         if kind != "image" and getattr(data, name):
             raise ValueError(

@@ -26,7 +26,7 @@ from lit_diffusion.training.data.arguments import Kind, check_arguments, check_k
 from lit_diffusion.training.data.batching.loader import TrainLoader
 from lit_diffusion.training.data.batching.memory import MemoryMap, cache_folder, open_map
 from lit_diffusion.training.data.batching.validation import FixedBatches, in_order, usable
-from lit_diffusion.training.data.decoding.augment import Augment, check_moved
+from lit_diffusion.training.data.decoding.augment import Augment, check_first
 from lit_diffusion.training.data.decoding.buckets import Buckets
 from lit_diffusion.training.data.decoding.decoder import decoder_of, map_identity
 from lit_diffusion.training.data.decoding.images import ImageDecoder
@@ -69,7 +69,7 @@ class DataModule(L.LightningDataModule):
             but images are numbers in lists or in .npy format.
         normalize: What turns floats into x: `mean_std`, per channel to mean 0 and standard
             deviation 1 over the training split, `min_max`, to [−1, 1], or null for nothing.
-            `auto` is mean_std for signal, volume, points and vector, and nothing for latents.
+            `auto` is mean_std for signal, volume, points and vector, and nothing otherwise.
         shape: Shape of every example, (channels, height, width) of images after the transforms.
         mode: Colour mode to which every picture is converted first, as PIL does: `RGB`, `L` (grey)
             or `RGBA`; null to convert none.
@@ -382,7 +382,7 @@ class DataModule(L.LightningDataModule):
             source = part_of(source, self.val_share, held_out, self.path)
         decoder = decoder_of(self, splits.paths, like, training)
         split = Split(name, source, decoder).like_first(FIRST_LOOK if self._skip else 1)
-        check_moved(self, split.decoder.like["image"])
+        check_first(self, split.decoder.like["image"])
         if source.lost:
             bad_examples, lost = self._bad_examples(name), lost_rows(source.lost)
             bad_examples.add(list(source.lost) if self._place()[0] == 0 else [])

@@ -1,6 +1,7 @@
 """Batches of any loader, in the form that the steps read.
 
     {"image": x, "label": y, …}, (x, y), (x,) or x
+      → named        entries of other names, or of more positions, by `keys`
       → standard    {"image": x, "label": y, …}, bytes as x in [−1, 1]
       → Numbered    the same, with "index", the number of each example in its data set
       → FirstBatch  looks once whether the values are images in [−1, 1]
@@ -11,7 +12,7 @@ the examples are then counted, in the order in which they come.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -22,12 +23,13 @@ from lit_diffusion.exact import at_least_float32
 from lit_diffusion.models import SamplingModel
 from lit_diffusion.models.shape import Shape, find_shape
 from lit_diffusion.nn import check_shape
+from lit_diffusion.training.data.reading.columns import TEXT
 from lit_diffusion.training.restore.rebuild import remember
 from lit_diffusion.training.run.messages import warn
-from lit_diffusion.training.step.conditions import check_labels, from_batch
+from lit_diffusion.training.step.conditions import check_labels, from_batch, prompt_bytes
 from lit_diffusion.training.step.ranks import largest, place
 
-__all__ = ["BatchReader", "FirstBatch", "Numbered", "standard"]
+__all__ = ["BatchReader", "FirstBatch", "Numbered", "check_keys", "named", "standard"]
 
 _FORMS = "a dict with 'image', a pair (image, label), or a tensor of images"
 _BEYOND = 1.1  # an image that was resized may exceed [−1, 1] by a little
@@ -73,6 +75,61 @@ def standard(batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     if dtype == torch.float64:
         image = image.double()
     return found if image is x else {**found, "image": image}
+
+
+def check_keys(keys: Mapping[str, str | int] | None) -> dict[str, str | int] | None:
+    """The keys of a model, checked.
+
+    Args:
+        keys: Our names, each with the name or the position of the entry in a batch of the data.
+
+    Raises:
+        ValueError: If they are no such mapping.
+    """
+    if keys is None:
+        return None
+    positions = [isinstance(place, int) and not isinstance(place, bool) for place in keys.values()]
+    places = [isinstance(place, str) for place in keys.values()]
+    if (
+        not keys
+        or not all(isinstance(name, str) for name in keys)
+        or not (all(positions) or all(places))
+    ):
+        raise ValueError(
+            "Expected keys that are names of entries of a batch, as {'image': 'pixel_values'}, or "
+            f"positions, as {{'image': 0, 'label': 2}}, got {dict(keys)}."
+        )
+    return dict(keys)
+
+
+def named(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
+    """A batch with its entries under our names; of a dictionary, the others keep theirs.
+
+    Args:
+        batch: A dictionary, tuple or list.
+        keys: Our names, each with the name or the position of the entry in the batch.
+
+    Raises:
+        ValueError: If the batch has no such entry; the message lists what it has.
+
+    Example:
+        >>> named((torch.zeros(2, 1, 8, 8), "unused", torch.tensor([3, 5])), {"label": 2})
+        {'label': tensor([3, 5])}
+    """
+    if not isinstance(batch, (Mapping, tuple, list)):
+        raise ValueError(
+            f"Expected a batch with the entries of keys={dict(keys)}, got {_described(batch)}: "
+            "leave keys out."
+        )
+    known: dict[Any, Any] = dict(batch if isinstance(batch, Mapping) else enumerate(batch))
+    for name, key in keys.items():
+        if key not in known:
+            raise ValueError(
+                f"Expected an entry {key!r} for {name!r}, which the model's keys name, got "
+                f"{_described(batch)}: correct model.keys."
+            )
+    others = known if isinstance(batch, Mapping) else {}
+    return {**others, **{name: known[key] for name, key in keys.items()}}
 
 
 def _described(batch: Any) -> str:
@@ -181,10 +238,15 @@ def _remedy(low: float, high: float) -> str:
     return "scale them by x / 127.5 − 1" if high <= 255 else "scale them by their largest value"
 
 
+def _strings(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
+
+
 class BatchReader(SamplingModel, L.LightningModule):
     """A model in training that reads the batches of any loader."""
 
     _numbered: Numbered
+    keys: dict[str, str | int] | None = None
     shapes: tuple[Shape, ...] = ()  # of the data, where they have several
 
     def expect(self, data: Any) -> None:
@@ -207,11 +269,13 @@ class BatchReader(SamplingModel, L.LightningModule):
         """A batch of any loader in the form that every step reads.
 
         Args:
-            batch: A dictionary with "image", a pair (image, label), or images alone.
+            batch: A dictionary with "image", a pair (image, label), or images alone; with `keys`,
+                a dictionary or tuple that has their entries. Its texts may be strings.
 
         Raises:
             ValueError: If it has another form, or its images another shape than the model's.
         """
+        batch = batch if self.keys is None else named(batch, self.keys)
         found = standard(batch, torch.float64 if self.dtype == torch.float64 else torch.float32)
         came = tuple(found["image"].shape[1:])
         if self._shape is None:  # nothing else has said
@@ -223,6 +287,9 @@ class BatchReader(SamplingModel, L.LightningModule):
                 f"{came} in a batch: build the network with shape={came}, or convert the "
                 "images."
             )
+        if TEXT in self.conditions and _strings(found.get(TEXT)):
+            texts = prompt_bytes(self, found[TEXT]).to(found["image"].device)
+            found = {**found, TEXT: texts}
         return found
 
     def numbered(self, batch: Any) -> dict[str, Any]:

@@ -27,6 +27,6 @@ def follow_seed(config: Any) -> None:
     """
     given = config.get("seed_everything")
     seed = given if isinstance(given, int) and not isinstance(given, bool) else 0
-    for group in (config.get("model"), config.get("data")):
+    for group in (config.get("model"), config.get("data"), config.get("loader")):
         if group is not None and "seed" in group and group.seed is None:
             group.seed = seed

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lit_diffusion.training.commands.shell.data_class import names_class, of_another_class
 from lit_diffusion.training.commands.shell.errors import UsageError
 from lit_diffusion.training.commands.shell.parsing import instantiate
 from lit_diffusion.training.data.module import DataModule
@@ -85,11 +86,15 @@ def own_data(experiment: dict[str, Any], path: Path) -> DataModule:
         path: The checkpoint.
 
     Raises:
-        ValueError: If there is no config.
+        ValueError: If there is no config, or it names a class of data of its own.
     """
     if path.is_file() and not experiment:
         raise UsageError(
             f"{path} is not in a run folder and does not record its data: give the config of its "
             "run as --config, or --data.path."
         )
-    return instantiate(DataModule, experiment.get("data") or {})
+    data = experiment.get("data") or {}
+    if names_class(data):
+        name = data if isinstance(data, str) else data["class_path"]
+        raise UsageError(of_another_class("this command", name))
+    return instantiate(DataModule, data)

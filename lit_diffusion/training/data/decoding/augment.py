@@ -188,8 +188,8 @@ def settings_of(augment: Augment | None) -> dict[str, Any] | None:
     return None if augment is None else dataclasses.asdict(augment)
 
 
-def check_moved(data: DataModule, like: npt.NDArray[Any]) -> None:
-    """Raise an error if examples are to be mirrored or augmented that are no images.
+def check_first(data: DataModule, like: npt.NDArray[Any]) -> None:
+    """Raise an error if floats are to be mirrored or augmented, or bytes to be normalised.
 
     Args:
         data: Has the arguments.
@@ -202,6 +202,11 @@ def check_moved(data: DataModule, like: npt.NDArray[Any]) -> None:
         raise ValueError(
             "data.horizontal_flip mirrors images, and these are floats: the mirror image of a "
             "latent is not the latent of the mirror image; set it to false"
+        )
+    if data.normalize is not None and like.dtype.kind != "f":
+        raise ValueError(
+            "data.normalize is for floats, and these are bytes, which always become [−1, 1], got "
+            f"{data.normalize}; leave it out"
         )
     if data.augment is not None and (like.ndim != 3 or like.dtype != np.uint8):
         raise ValueError(
