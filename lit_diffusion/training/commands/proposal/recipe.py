@@ -93,8 +93,9 @@ def propose_shape(files: Files, fast: bool, size: int | None = None) -> Shape:
 
     Example:
         >>> files = Files(Counter(PNG=9), Counter({(28, 28): 9}), Counter(L=9), True, None, 9)
-        >>> propose_shape(files, fast=False)
-        Shape(shape=(1, 28, 28), mode=None, fit=None, why='the size of all images')
+        >>> proposed = propose_shape(files, fast=False)
+        >>> proposed.shape, proposed.why, proposed.kind
+        ((1, 28, 28), 'the size of all images', 'image')
     """
     channels, mode = (1, "L") if files.grey else (3, "RGB")
     if 2 * files.transparent > files.read:  # what is transparent is part of the picture

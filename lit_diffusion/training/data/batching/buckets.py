@@ -46,7 +46,7 @@ class BucketOrder:
     Example:
         >>> order = BucketOrder(np.array([0, 1, 0, 0, 1]), size=2, seed=0)
         >>> order.pieces(0), order.pieces(1)
-        ([(1, 0), (0, 0)], [(0, 2), (0, 1), (1, 1)])
+        ([(1, 0), (0, 0)], [(1, 1), (0, 2), (0, 1)])
         >>> examples, passes = order.piece(0, 1)  # the last of pass 0, and the first of pass 1
         >>> passes.tolist()
         [0, 1]
