@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +27,11 @@ def config_files(words: Sequence[str]) -> list[Path]:
         words: The command and its arguments.
 
     Example:
-        >>> config_files(["fit", "--config=nowhere.yaml"])
-        []
+        >>> config_files(["fit", "--config=nowhere.yaml"]), config_files([])
+        ([], [])
     """
     named = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         flag, equals, value = word.partition("=")
         if flag in ("--config", "-c"):
             named.append(Path(value if equals else following))
