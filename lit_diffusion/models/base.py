@@ -130,6 +130,17 @@ class SamplingModel(nn.Module):
         stored = about.get("normalization")
         self.normalization = None if stored is None else Normalization(**stored)
 
+    def restored(self, x: Tensor) -> Tensor:
+        """Samples in the unit of the data: x · scale + shift, or x if these were not normalised.
+
+        Args:
+            x: Samples, as from `sample`.
+
+        Shapes:
+            x and result (n, C, *).
+        """
+        return x if self.normalization is None else self.normalization.restore(x)
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes the network knows; None if it takes no labels."""
@@ -217,7 +228,8 @@ class SamplingModel(nn.Module):
                 takes other sizes than that of training; None means that of training.
 
         Shapes:
-            label (n,); each condition (n, *); result (n, C, H, W), float, in [−1, 1].
+            label (n,); each condition (n, *); result (n, C, *), float: images in [−1, 1], other
+            data as the model reads them, see `restored`.
 
         Raises:
             ValueError: If labels are given to a model without classes, a condition is missing or

@@ -130,7 +130,7 @@ class FID(Periodic):
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "examples"):
             raise ValueError(
-                "FID: expected an DataModule to compare samples with, got "
+                "FID: expected a DataModule to compare samples with, got "
                 f"{type(data).__name__}: give the trainer one, or leave FID out."
             )
         if model.conditions:

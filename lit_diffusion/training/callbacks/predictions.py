@@ -19,8 +19,9 @@ __all__ = ["Predictions"]
 class Predictions(L.Callback):
     """Writes each sample of `predict` to a file, named by the number of its example.
 
-    Images are PNG files, and examples with another number of channels, such as latents, .npy
-    files. Each rank writes its own, and a run that is killed keeps what it has written.
+    Images of one or three channels are PNG files, and all others, such as latents and signals,
+    .npy files, in the unit of the data. Each rank writes its own, and a run that is killed keeps
+    what it has written.
 
     Args:
         folder: The folder; None means predicted/ in the run folder.
@@ -48,9 +49,11 @@ class Predictions(L.Callback):
         """Write the samples of a batch."""
         if self._out is None or not isinstance(outputs, Tensor):
             return
-        for i, x in zip(pl_module.numbered(batch)["index"].tolist(), outputs.cpu(), strict=True):
+        samples = pl_module.restored(outputs.cpu())
+        pictures = pl_module.kind == "image" and pl_module.normalization is None
+        for i, x in zip(pl_module.numbered(batch)["index"].tolist(), samples, strict=True):
             path = self._out / f"{i:06d}.png"
-            if len(x) in (1, 3):
+            if pictures and x.ndim == 3 and len(x) in (1, 3):
                 write_image(x, path)
             else:
                 with replacing(path.with_suffix(".npy")) as unfinished, unfinished.open("wb") as f:

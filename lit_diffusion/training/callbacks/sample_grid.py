@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_diffusion.models.base import SamplingModel
 from lit_diffusion.nn.text import bytes_text
 from lit_diffusion.training.callbacks.periodic import Periodic
 from lit_diffusion.training.data.reading.columns import TEXT
@@ -26,7 +27,7 @@ from lit_diffusion.training.run.whole_file import replacing
 from lit_diffusion.training.step import randomness
 from lit_diffusion.training.step.conditions import prompt_bytes
 
-__all__ = ["SampleGrid", "save_grid"]
+__all__ = ["SampleGrid", "save_grid", "save_samples"]
 
 
 def save_grid(
@@ -64,6 +65,34 @@ def save_grid(
             unfinished, format="PNG", pnginfo=note
         )
     return picture
+
+
+def save_samples(
+    model: SamplingModel,
+    samples: Tensor,
+    path: Path,
+    columns: int,
+    names: Sequence[str] = (),
+    texts: Sequence[str] | None = None,
+) -> Tensor:
+    """Write the picture of a model's samples; what is plotted is in the unit of the data.
+
+    Args:
+        model: What they are samples of.
+        samples: As the model returns them.
+        path: As in `save_grid`.
+        columns: As in `save_grid`.
+        names: As in `save_grid`.
+        texts: As in `save_grid`.
+
+    Shapes:
+        samples (n, C, *); result, the picture, (3, H', W'), uint8.
+    """
+    # An image that nobody has called so may be anything of its shape, such as a toy's point.
+    kind = None if model.kind == "image" and len(model.shape) != 3 else model.kind
+    as_pixels = kind in ("image", "latents")  # whose range is that of the model
+    shown = samples if as_pixels else model.restored(samples)
+    return save_grid(shown, path, columns, names, texts, kind)
 
 
 class SampleGrid(Periodic):
@@ -210,9 +239,7 @@ class SampleGrid(Periodic):
         captions = _captions(trainer, seen)
         with may_fail(path):
             shown = None if self.prompts else captions
-            save_grid(
-                _restored(pl_module, images), path, self.columns, names, shown, _kind(pl_module)
-            )
+            save_samples(pl_module, images, path, self.columns, names, shown)
             self.last_path = path
             show(trainer, "samples", path, f"columns: {', '.join(names)}" if names else "")
         return {}
@@ -251,7 +278,7 @@ class SampleGrid(Periodic):
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Tensor,
         batch: Any,
         batch_idx: int,
@@ -263,20 +290,7 @@ class SampleGrid(Periodic):
             name = f"predict-{batch_idx:05d}-rank{trainer.global_rank}.png"
             self.last_path = folder / "samples" / name
             texts = _captions(trainer, batch if isinstance(batch, dict) else {})
-            save_grid(outputs, self.last_path, self.columns, texts=texts, kind=_kind(pl_module))
-
-
-def _kind(model: Any) -> str | None:
-    """The kind of data of a model; None where nothing but the shape tells."""
-    kind: str | None = getattr(model, "kind", None)
-    return None if kind == "image" and len(model.shape) != 3 else kind
-
-
-def _restored(model: Any, samples: Tensor) -> Tensor:
-    """Samples in the unit of the data, if these were normalised."""
-    normalization = getattr(model, "normalization", None)
-    restored: Tensor = samples if normalization is None else normalization.restore(samples)
-    return restored
+            save_samples(pl_module, outputs, self.last_path, self.columns, texts=texts)
 
 
 def _captions(trainer: L.Trainer, seen: dict[str, Tensor]) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.callbacks.sample_grid import save_samples
 from lit_diffusion.training.commands.shell.choices import (
     find_device,
     find_run,
@@ -165,7 +165,7 @@ def _sample(folder: Path, n: int, seed: int, device: torch.device, out: Path) ->
         label,
         progress=partial(tqdm, desc=folder.name, disable=None),
     )
-    save_grid(images.cpu(), out, COLUMNS)
+    save_samples(model, images.cpu(), out, COLUMNS)
     return f"{LAST.name}, {model.weights} weights"
 
 

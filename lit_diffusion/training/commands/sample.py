@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.training.callbacks.sample_grid import save_grid
+from lit_diffusion.training.callbacks.sample_grid import save_samples
 from lit_diffusion.training.commands.shell.choices import (
     find_device,
     resolve_checkpoint,
@@ -143,9 +143,9 @@ def sample(
         columns = per_column if per_class or per_column > 1 else max(1, round(n**0.5))
         names = [_name(c, model) for c in classes] if columns == len(classes) else []
         shown = [prompts[i % len(prompts)] for i in range(n)] if prompts else []
-        kind = getattr(model, "kind", None)
-        save_grid(torch.cat(kept), out, columns, names, shown, kind)
-        return Samples(torch.cat(kept), out)
+        images = torch.cat(kept)
+        save_samples(model, images, out, columns, names, shown)
+        return Samples(model.restored(images), out)
     files.finish()
     found = torch.from_numpy(np.load(out, mmap_mode="c")) if out.suffix == ".npy" else None
     return Samples(found, out)
@@ -183,12 +183,10 @@ def _sample_all(
             cond=cond,
             **sampling,
         ).cpu()
-        if isinstance(files, ArrayFile) and model.normalization is not None:
-            images = model.normalization.restore(images)  # into the unit of the data
         if files is None:
             kept.append(images)
         else:
-            files.write(indices, images)
+            files.write(indices, model.restored(images))
     if there:
         inform(f"{there} of the images were there already.")
     return kept

@@ -104,6 +104,22 @@ def _same(one: Any, other: Any) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
+def fractions(*key: int) -> tuple[float, float]:
+    """Two numbers in [0, 1) that are a hash of a key.
+
+    Args:
+        key: Seed, epoch, index of the example and number of the transform.
+
+    Example:
+        >>> fractions(0, 0, 7, 0) == fractions(0, 0, 7, 0) != fractions(0, 0, 8, 0)
+        True
+    """
+    found = hashlib.blake2b(f"place {key}".encode(), digest_size=16).digest()
+    # The upper 53 bits, so that rounding to a float never gives 1.
+    one, other = (int.from_bytes(found[k : k + 8], "little") >> 11 for k in (0, 8))
+    return one / 2**53, other / 2**53
+
+
 def seed_generators(seed: int, epoch: int, index: int) -> None:
     """Seed torch's generator of the CPU, Python's and NumPy's by a hash.
 

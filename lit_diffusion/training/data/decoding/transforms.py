@@ -7,6 +7,7 @@ of the images. Nothing else is ever changed.
 A random transform is a function of (seed, epoch, example): before it is applied, torch's, Python's
 and NumPy's generators are seeded by a hash of the three, and afterwards they are restored. So
 neither workers nor ranks nor a resumption make a difference, and nothing else that is random does.
+`Fit` crops at a place that is such a hash itself, without the cost of seeding.
 
 Statistics, references and validation see the *fixed* transforms only. In memory those before the
 first random one are applied once, when the pictures are decoded, and the rest at each access.
@@ -28,6 +29,7 @@ from torch.nn.functional import interpolate, pad
 from lit_diffusion.training.data.decoding.repeatable import (
     PICTURES,
     check_repeatable,
+    fractions,
     is_own,
     restored_generators,
     seed_generators,
@@ -91,11 +93,12 @@ class Fit:
         """Whether it uses random numbers."""
         return self.mode == "random_crop"
 
-    def __call__(self, picture: Tensor) -> Tensor:
+    def __call__(self, picture: Tensor, place: Sequence[float] | None = None) -> Tensor:
         """Return the picture in its new size.
 
         Args:
             picture: Bytes.
+            place: Of a random crop, from 0, the top and the left, up to 1; None for a random one.
 
         Shapes:
             picture (C, h, w); result (C, height, width).
@@ -120,7 +123,8 @@ class Fit:
         whole = self._resized(picture, max(height, round(scale * h)), max(width, round(scale * w)))
         more = (whole.shape[1] - height, whole.shape[2] - width)
         if self.random:
-            top, left = (int(torch.randint(n + 1, ())) for n in more)
+            place = torch.rand(2, dtype=torch.float64).tolist() if place is None else place
+            top, left = int(place[0] * (more[0] + 1)), int(place[1] * (more[1] + 1))
         else:
             top, left = more[0] // 2, more[1] // 2
         return whole[:, top : top + height, left : left + width]
@@ -159,7 +163,7 @@ class Transforms:
         self.steps = tuple(steps)
         self.description = list(description)
         self.seed = seed
-        self.random = any(step.random for step in steps)
+        self.seeded = any(step.random and not isinstance(step.apply, Fit) for step in steps)
         self._unproven = PICTURES if any(step.own for step in steps) else 0
 
     @classmethod
@@ -214,7 +218,7 @@ class Transforms:
         )
 
     def __call__(self, picture: Tensor, epoch: int = 0, index: int = 0) -> Tensor:
-        """Apply all transforms to one picture; between `isolated`, if one is random.
+        """Apply all transforms to one picture; between `isolated`, if generators are seeded.
 
         Args:
             picture: Bytes.
@@ -228,14 +232,17 @@ class Transforms:
             MisfitError: If one fails, or its result is no picture of bytes.
             NotRepeatableError: If one of the user's would not be repeated by a resumed run.
         """
-        if self.random:
+        if self.seeded:
             seed_generators(self.seed, epoch, index)
         proving, self._unproven = self._unproven > 0, max(0, self._unproven - 1)
-        for step in self.steps:
+        for number, step in enumerate(self.steps):
             if proving and step.own:
                 check_repeatable(step, picture)
             try:
-                found = step.apply(picture)
+                if step.random and isinstance(step.apply, Fit):
+                    found = step.apply(picture, fractions(self.seed, epoch, index, number))
+                else:
+                    found = step.apply(picture)
             except Exception as error:  # they raise anything
                 raise MisfitError(
                     f"a picture to which {step.name} of data.transform applies, got "
@@ -297,8 +304,8 @@ class Transforms:
         return torch.stack(made)
 
     def isolated(self) -> contextlib.AbstractContextManager[None]:
-        """Restore all generators afterwards, if a transform is random."""
-        return restored_generators() if self.random else contextlib.nullcontext()
+        """Restore all generators afterwards, if they are seeded for a transform."""
+        return restored_generators() if self.seeded else contextlib.nullcontext()
 
 
 def _times(shape: Sequence[int]) -> str:
