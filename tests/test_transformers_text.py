@@ -179,7 +179,7 @@ def test_a_missing_package_is_one_sentence(folders, monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(frozen_encoder.importlib, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit_diffusion\[text\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit-diffusion\[text\]'"):
         TransformersText(str(folders["bert"]))
 
 

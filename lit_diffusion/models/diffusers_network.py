@@ -10,31 +10,16 @@ diffusers is an optional dependency: it is imported when the first such model is
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_diffusion.models.extras import import_diffusers
 from lit_diffusion.schedules import BetaSchedule, NoiseSchedule
 
-__all__ = ["DiffusersNetwork", "import_diffusers"]
-
-
-def import_diffusers() -> Any:
-    """The diffusers library.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed.
-    """
-    try:
-        return importlib.import_module("diffusers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Models of diffusers need that package: pip install 'lit-diffusion[diffusers]'.",
-            name=error.name,
-        ) from error
+__all__ = ["DiffusersNetwork"]
 
 
 def _unet_arguments(

@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from lit_diffusion.models.diffusers_network import DiffusersNetwork, import_diffusers
+from lit_diffusion.models.diffusers_network import DiffusersNetwork
+from lit_diffusion.models.extras import import_diffusers
 from lit_diffusion.models.pretrained import Pretrained
 from lit_diffusion.predictions import EpsPrediction, Prediction, VPrediction, XPrediction
 from lit_diffusion.samplers import AncestralSampler, DDIMSampler, Sampler

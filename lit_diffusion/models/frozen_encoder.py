@@ -18,26 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenEncoder", "digest_of", "folder_of", "import_transformers"]
+from lit_diffusion.models.extras import import_transformers
+
+__all__ = ["FrozenEncoder", "digest_of", "folder_of"]
 
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # all that is loaded of a model
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # or a *.model of sentencepiece
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-
-
-def import_transformers() -> Any:
-    """The transformers library.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed.
-    """
-    try:
-        return importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Text encoders of transformers need that package: pip install 'lit_diffusion[text]'.",
-            name=error.name,
-        ) from error
 
 
 @contextmanager

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_diffusion.models.extras import import_transformers
 from lit_diffusion.models.frozen_encoder import (
     FrozenEncoder,
     digest_of,
     folder_of,
-    import_transformers,
 )
 from lit_diffusion.nn.text import TextEncoder, bytes_text
 
-__all__ = ["TransformersText", "import_transformers"]
+__all__ = ["TransformersText"]
 
 CODES = 8  # bytes of the SHA-256 that stand before the stored tokens of each text
 

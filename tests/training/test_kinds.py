@@ -3,14 +3,18 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lit_diffusion import DDIMSampler, Normalization, ResidualMLP, load_pretrained
 from lit_diffusion.training import EMA, FID, DataModule, Likelihood, LitDiffusion
+from lit_diffusion.training.callbacks.predictions import Predictions
+from lit_diffusion.training.run.pictures import picture_of
 
 KINDS = {
     "signal": (2, 5),
@@ -300,6 +304,22 @@ def test_the_bound_is_in_the_unit_of_the_data():
     assert type(callback.settings(model).decoder).__name__ == "GaussianDecoder"
 
 
+def test_predictions_of_one_channel_are_numbers_and_not_pictures(tmp_path):
+    model = LitDiffusion(network=ResidualMLP(shape=(1, 5), features=8))
+    model.kind, model.normalization = "signal", Normalization([10.0], [2.0])
+    x = torch.randn(2, 1, 5)
+    writer = Predictions(str(tmp_path / "out"))
+    writer.on_predict_start(L.Trainer(default_root_dir=tmp_path, logger=False), model)
+    model.numbered = lambda batch: {"index": torch.tensor([3, 1])}
+    writer.on_predict_batch_end(None, model, x, {}, 0)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000001.npy",
+        "000003.npy",
+    ]
+    written = np.load(tmp_path / "out" / "000003.npy")
+    assert np.allclose(written, 2 * x[0].numpy() + 10)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_from_the_command_line_to_samples_in_the_unit_of_the_data(cli, tmp_path):
@@ -321,6 +341,17 @@ def test_from_the_command_line_to_samples_in_the_unit_of_the_data(cli, tmp_path)
     samples = np.load("x.npy")
     assert samples.shape == (9, 2, 5)
     assert samples.mean((0, 2)) == pytest.approx([10, 20], rel=0.3)  # not 0
+    assert cli("sample", "--ckpt_path=last", "--num_samples=9", "--out=x.png")[0] == 0
+    shown = np.asarray(Image.open("x.png").convert("RGB"))
+    assert np.array_equal(
+        shown, picture_of(torch.from_numpy(samples), 3, "signal").permute(1, 2, 0)
+    )
+    code, out, err = cli("predict", *data, "--ckpt_path=last", "--trainer.accelerator=cpu")
+    assert code == 0, err
+    (predicted,) = Path("runs").rglob("predicted")
+    found = np.stack([np.load(path) for path in sorted(predicted.iterdir())])
+    assert found.shape == (16, 2, 5)
+    assert found.mean((0, 2)) == pytest.approx([10, 20], rel=0.3)
     code, _, err = cli("sample", "--ckpt_path=last", "--num_samples=9", "--out=x")
     assert code == 2
     assert "kind signal cannot be written as images: give a .npy file" in err
@@ -329,6 +360,10 @@ def test_from_the_command_line_to_samples_in_the_unit_of_the_data(cli, tmp_path)
     exported = load_pretrained("exported")
     expected = arrays.astype(np.float64).mean((0, 2))
     assert exported.kind == "signal"
+    card = Path("exported/README.md").read_text()
+    assert "x = model.restored(x)  # in the unit of the data" in card
+    assert "[−1, 1]" not in card
+    assert "pipeline_tag" not in card
     assert exported.normalization.shift.numpy() == pytest.approx(expected, rel=1e-13)
     code, out, err = cli("evaluate", "--ckpt_path=last")
     assert code == 2

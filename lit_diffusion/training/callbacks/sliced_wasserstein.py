@@ -170,7 +170,7 @@ class SlicedWasserstein(Periodic):
         shares = self._baseline.shares
         return _gather(
             [
-                (index, features_of(x.detach().cpu(), _kind(model)))
+                (index, features_of(x.detach().cpu(), model.kind))
                 for index, x in self.generation.floats(model, shares, *place(), rows)
             ],
             self._baseline.features.shape[1],
@@ -197,22 +197,17 @@ class _Examples:
             if batch["batch"] * batch_size >= most:
                 break
             x = standard(batch)["image"]
-            normalization = getattr(model, "normalization", None)
-            if normalization is not None:
-                x = normalization.normalize(x)
-            found.append((batch["index"], features_of(x, _kind(model))))
+            if model.normalization is not None:
+                x = model.normalization.normalize(x)
+            found.append((batch["index"], features_of(x, model.kind)))
             labels += [batch["label"]] if "label" in batch else []
-        size = features_of(torch.zeros(1, *model.shape), _kind(model)).shape[1]
+        size = features_of(torch.zeros(1, *model.shape), model.kind).shape[1]
         self.features = _gather(found, size, model)[:most]
         self.shares = None
         if model.num_classes is not None and labels:
             known = torch.cat(labels).long()
             self.shares = torch.bincount(known[known >= 0], minlength=model.num_classes).double()
         self.protocol = {"split": split, "examples": len(self.features)}
-
-
-def _kind(model: LitDiffusion) -> str:
-    return getattr(model, "kind", "image")
 
 
 def _gather(found: list[tuple[Tensor, Tensor]], size: int, model: LitDiffusion) -> Tensor:

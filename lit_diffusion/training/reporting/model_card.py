@@ -28,6 +28,7 @@ from lit_diffusion.training.run.weights import AS_PUBLISHED
 __all__ = ["SAMPLES", "model_card"]
 
 SAMPLES = "samples.png"
+_EXTRAS = {"DiffusersNetwork": "diffusers", "TransformersText": "text"}  # what needs which
 _UNKNOWN = "The model was trained elsewhere; its training objective is not known."
 
 
@@ -62,10 +63,12 @@ def model_card(
     front = {
         "library_name": "lit-diffusion",
         "license": license,
-        "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "lit-diffusion"],
     }
+    if model.kind == "image":
+        front["pipeline_tag"] = "unconditional-image-generation"
     classes = set(_classes(described))
+    extras = [extra for cls, extra in _EXTRAS.items() if f"lit_diffusion.{cls}" in classes]
     card = render(
         "model_card.md",  # Markdown: a template of this kind escapes nothing by itself
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
@@ -77,9 +80,11 @@ def model_card(
         if weights.startswith(AS_PUBLISHED)
         else map(_text, _objective(model)),
         measured=_numbers(measured) if measured else None,
-        extra="[diffusers]" if "lit_diffusion.DiffusersNetwork" in classes else "",
+        extra=f"[{','.join(extras)}]" if extras else "",
         modules=sorted({path.rpartition(".")[0] for path in classes if not _ours(path)}),
         conditions=model.conditions,
+        range="in [−1, 1]" if model.kind == "image" else "as the network has them",
+        normalized=model.normalization is not None,
         arguments=_arguments(model),
         shape=", ".join(map(str, model.shape)),
         table=_table,

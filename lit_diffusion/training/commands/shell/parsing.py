@@ -20,6 +20,7 @@ __all__ = ["CommandParser", "import_plugins", "instantiate", "join_numbers"]
 
 T = TypeVar("T")
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+|-\d+\.|-\.?(inf|nan)", re.IGNORECASE)
+INNER = re.compile(r"lit_diffusion\.(?!training\.[A-Z])\w+\.")  # a class with no public name
 LIBRARIES = {"torch", "torchvision", "torchmetrics", "torch_fidelity", "lightning", "diffusers"}
 
 
@@ -64,9 +65,13 @@ class CommandParser(jsonargparse.ArgumentParser):
 
 
 def _own_classes(listed: re.Match[str]) -> str:
-    """A list of classes in a help without the hundreds of libraries, if it has any of ours."""
+    """A list of classes in a help without the hundreds of libraries, if it has any of ours.
+
+    Of ours it has the public ones; parts of networks, say, can be named but are no networks.
+    """
     names = re.sub(r"\s+", "", listed[1]).split(",")  # long ones are broken in two
     own = [name for name in names if name.partition(".")[0] not in LIBRARIES]
+    own = [name for name in own if not INNER.match(name)] or own
     others = sorted({name.partition(".")[0] for name in names} & LIBRARIES)
     if not own or not others:
         return listed[0]
