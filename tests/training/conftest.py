@@ -4,8 +4,32 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 from lit_diffusion.training.cli import main
+
+ATTRIBUTES = ("__init__", "__setattr__", "__delattr__")
+
+
+@pytest.fixture(autouse=True)
+def loaders_as_they_were():
+    """Undo what Lightning leaves of its patch of DataLoader if a `*_dataloader` hook raises.
+
+    It has no `finally` there, so that in the same process every later one would be patched twice.
+    """
+    classes = DataLoader, BatchSampler
+    before = {cls: {name: vars(cls).get(name) for name in ATTRIBUTES} for cls in classes}
+    yield
+    for cls, attributes in before.items():
+        for name, value in attributes.items():
+            if vars(cls).get(name) is value:
+                continue
+            if value is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, value)
+            if f"__old{name}" in vars(cls):
+                delattr(cls, f"__old{name}")
 
 
 @pytest.fixture

@@ -67,10 +67,9 @@ class DatasetModule(L.LightningDataModule):
     """Data sets of torch as the data of a run, exactly resumable if they have numbers.
 
     Of a data set with `__getitem__` and `__len__` every example comes once an epoch, over all
-    ranks (the first few twice, if the ranks cannot share them equally), and a resumed run continues
-    with the next batch. An `IterableDataset` has neither
-    promise: it is read from its beginning in each epoch, by each rank and worker, and after
-    resuming.
+    ranks (the first few twice, if the ranks cannot share them equally), and a resumed run
+    continues with the next batch. An `IterableDataset` has neither promise: it is read from its
+    beginning in each epoch, by each rank and worker, and after resuming.
 
     Args:
         train: Training examples: dicts of tensors, pairs (image, label), or images.
